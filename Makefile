@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 WORKERS ?= 4
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint generate fast mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
+.PHONY: help check unit lint generate fast asyncio mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -24,6 +24,9 @@ generate: ## write what is drawn from tables: manuals, completions, the schema, 
 
 fast: ## the tests that need neither a container nor vLLM
 	@$(SETUP) venv && $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)"
+
+asyncio: ## what clients see, on asyncio's own event loop instead of uvloop
+	@$(SETUP) venv && VLLMD_SERVER_EVENT_LOOP=asyncio $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)" tests/proxy tests/daemon tests/client tests/ollama tests/admin
 
 mutants: ## break promises of the scheduler on purpose, one at a time: does a test notice?
 	@$(SETUP) venv && $(PYTHON) -m tests.mutants

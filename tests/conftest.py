@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -16,12 +17,23 @@ import pytest
 from tests import pure, side_by_side
 from tests.machine import container
 from tests.machine.container import CannotBoot, Machine
+from vllmd.daemon.event_loop import new_loop
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What daemons of the tests learn stays out of the user's cache.
 os.environ["VLLMD_LEARNT"] = ""
 os.environ["VLLMD_USAGE"] = os.environ["VLLMD_KEYS"] = os.environ["VLLMD_DISABLED"] = ""
+
+
+# Tests run on the event loop that users get, or on the one that ``VLLMD_SERVER_EVENT_LOOP`` names; so do the programs
+# that they start.
+class _UsersLoop(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return new_loop(os.environ.get("VLLMD_SERVER_EVENT_LOOP", "auto"))
+
+
+asyncio.set_event_loop_policy(_UsersLoop())
 
 # Programs that tests start (python -m vllmd ...) find the package whatever their working directory.
 os.environ["PYTHONPATH"] = str(REPOSITORY)

@@ -178,6 +178,20 @@ def test_docstrings_say_something() -> None:
     assert short == []
 
 
+def test_docstrings_name_their_subject() -> None:
+    """A reader who looks up one function does not know what "it" is; "One request" and "These units" name a noun."""
+    riddles = []
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] in ("core", "simengine"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                told = ast.get_docstring(node) or ""
+                if re.match(r"(It|Its|They|Their|Them|Those|Who|Whom|Whoever|He|His)\b", told):
+                    riddles.append(f"{path.relative_to(PACKAGE)} {node.name}: {told.splitlines()[0]}")
+    assert riddles == []
+
+
 def test_ruff_finds_nothing() -> None:
     """One style, so that differences mean something."""
     assert run_tool("ruff", "check", ".") == ""

@@ -18,5 +18,5 @@ class Credentials(NamedTuple):
 
 
 def credentials(connection: socket.socket) -> Credentials:
-    """Those of the peer of a connected Unix socket. Raises OSError for another kind of socket."""
+    """The credentials of the peer of a connected Unix socket. Raises OSError for another kind of socket."""
     return Credentials(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))

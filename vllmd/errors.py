@@ -182,7 +182,7 @@ class InternalError(VllmdError):
 
 
 class Unsupported(VllmdError):
-    """This machine cannot do that, whatever is asked: it has no device that can be read, for one."""
+    """The machine cannot do what was asked: it has, for example, no device that can be read."""
 
     status, type, code = 501, "server_error", "not_supported"
 

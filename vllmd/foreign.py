@@ -120,7 +120,7 @@ class Folder:
     def size(self, name: str) -> int | None:
         """Bytes of a regular file; None if it is none, or is not here (a blob that is still being downloaded)."""
         try:
-            with self._looked_at(name) as handle:
+            with self._opened_path(name) as handle:
                 return os.fstat(handle).st_size
         except (OSError, Unreadable):
             return None
@@ -132,7 +132,7 @@ class Folder:
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[File]:
         """A regular file in it. Raises OSError, Unreadable."""
-        with self._looked_at(name) as handle:
+        with self._opened_path(name) as handle:
             # The kernel opens what the handle means, not what the name means by now.
             fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         try:
@@ -156,7 +156,7 @@ class Folder:
             raise Unreadable(about(shown(name), error)) from error
 
     @contextlib.contextmanager
-    def _looked_at(self, name: str) -> Iterator[int]:
+    def _opened_path(self, name: str) -> Iterator[int]:
         """A handle of a regular file that is where it may be; nothing has been opened by it."""
         self.budget.take(0)
         handle = os.open(self.path / name, os.O_PATH | os.O_CLOEXEC)

@@ -12,6 +12,7 @@ from tests.engines import lora
 CONFIG = """\
 devices: [{{memory: 80GiB, file: {folder}/gpu0}}]
 server: {{idle_exit: never}}
+pull: {{on_request: true, owners: [acme]}}
 idle: never
 defaults: {{engine: sim, gpu_memory: 10GiB}}
 auth:
@@ -125,6 +126,10 @@ def test_only_operators_load_any_and_only_where_the_model_lets_them(site: Site) 
         assert load(site, name, path).status == 409
     for name in ("OTHER", "openai/twins"):  # what others' clients call others' models from habit
         assert load(site, name, path, key="t-secret").status == 409
+    for name in ("acme/new", "acme/new:Q4_K_M"):  # a request for these would have them fetched
+        assert load(site, name, path, key="t-secret").status == 409
+    assert load(site, "acme/new", path).status == 200  # by one who may decide about all models
+    assert unload(site, "acme/new").status == 200
     assert load(site, "x\n", path).status == 400
     assert load(site, "", path).status == 400
     absent = load(site, "x", "/not/an/adapter")

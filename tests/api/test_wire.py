@@ -63,7 +63,7 @@ def process(name: str, listen: Listen) -> Any:
                            told="weights", phases=phases, loader="")  # fmt: skip
 
 
-def sight(**over: Any) -> status.Sight:
+def status_input(**over: Any) -> status.StatusInput:
     """One moment, with whatever can be told in it."""
     device_now: Any = {"name": "H200", "id": "GPU-1", "links": (1,), "node": None, "power": 120.5, "temperature": 40.0}
     processes = {"org/alone": process("alone", Listen(uds="/run/x/s")), "pair@1": process("pair", Listen(port=8001))}
@@ -77,7 +77,7 @@ def sight(**over: Any) -> status.Sight:
     config = Config(models={"org/alone": ALONE, "pair": PAIR}, files=(Path("/etc/vllmd/vllmd.yaml"),))
     told = {"config": config, "engines": ENGINES, "broken": "", "refused": "", "requests": 2, "connections": 3,
             "back": back}  # fmt: skip
-    return status.Sight(**{**told, "snapshot": snapshot, **over})
+    return status.StatusInput(**{**told, "snapshot": snapshot, **over})
 
 
 def without_now(value: Any) -> Any:
@@ -89,14 +89,14 @@ def without_now(value: Any) -> Any:
 
 def told() -> Any:
     """Everything that is told of the scene, decoded from its bytes."""
-    seen = sight()
+    seen = status_input()
     whole, alone = status.status(seen, 0.0), status.line_of(seen, "org/alone")
     card = serializers.card(ALONE, ["/v1/chat/completions", "/tokenize"], VIEWS[0], "generate", SelfDescription(8192))
     some = Caller(name="narrow", models=frozenset({"pair"}))
     said = {
         "status": whole,
-        "opening": status.status(sight(back=None, snapshot=None), 0.0),
-        "broken, for some": status.of_caller(status.status(sight(broken="vllmd.yaml:1: x"), 0.0), some),
+        "opening": status.status(status_input(back=None, snapshot=None), 0.0),
+        "broken, for some": status.of_caller(status.status(status_input(broken="vllmd.yaml:1: x"), 0.0), some),
         "line": alone,
         "replica": status.line_of(seen, "pair@2"),
         "health": serializers.health(VIEWS, [DEVICE], "", "", ready=True),

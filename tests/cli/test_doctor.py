@@ -282,6 +282,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(memory(machine(tmp_path))) == [
         ("warning", "only 0.5GiB are free in /var/lib/vllmd-engine", "models are kept there")
     ]
+    make(tmp_path, "/var/lib/vllmd/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    assert "who used what" in list(memory(machine(tmp_path)))[1][2]
 
 
 def test_a_configuration_whose_command_and_model_are_missing(tmp_path: Path) -> None:

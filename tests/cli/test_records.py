@@ -98,6 +98,9 @@ def test_keys_are_asked_for_in_the_apis_words(capsys: pytest.CaptureFixture[str]
     told = capsys.readouterr()
     assert (told.out, "from now on every request needs one" in told.err) == ("sk-1\n", True)
     answers["GET /admin/keys"] = (200, {"keys": []})
+    answers["GET /v1/models"] = (200, {"data": [{"id": "m"}]})
+    assert ctl(answers, "key", "limit", "a/b", "--models", "m,n")[0] == 0
+    assert capsys.readouterr().err == "there is no model 'n' in the list of models (vllmctl models)\n"
     _, seen = ctl(answers, "key", "limit", "a/b", "--share", "2", "--tokens-per-month", "none")
     assert seen == [("POST /admin/keys/a%2Fb/limits", {"settings": {"tokens_per_month": None, "share": 2}})]
     assert ctl(answers, "key", "revoke", "a")[0] == 0

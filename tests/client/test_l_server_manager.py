@@ -25,7 +25,7 @@ from vllmd.client import ServerManager, VLLMEngineArgs
 from vllmd.client import holding as holding_module
 from vllmd.client.holding import Holding
 from vllmd.client.port_forwarder import PortForwarder
-from vllmd.client.servers import _news, _story
+from vllmd.client.servers import _progress_key, _progress_text
 
 HELLO = [{"role": "user", "content": "Hello to all of you"}]
 
@@ -370,10 +370,10 @@ def test_L_verbose(here: Vllmd, capsys: pytest.CaptureFixture[str], verbose: boo
 def test_L_progress_is_not_a_clock() -> None:
     """A start of minutes is a line for each phase, not for each second."""
     line = ModelLine("m", "starting", phase="weights", detail="1/2", waiting_for="its start (2 of about 37 s)")
-    assert _story(line) == "starting: weights: 1/2: its start (2 of about 37 s)"
-    assert _news(line) == _news(replace(line, waiting_for="its start (3 of about 37 s)"))
-    assert _news(line) != _news(replace(line, detail="2/2"))
-    assert _story(replace(line, phase="starting", detail="")) == "starting: its start (2 of about 37 s)"
+    assert _progress_text(line) == "starting: weights: 1/2: its start (2 of about 37 s)"
+    assert _progress_key(line) == _progress_key(replace(line, waiting_for="its start (3 of about 37 s)"))
+    assert _progress_key(line) != _progress_key(replace(line, detail="2/2"))
+    assert _progress_text(replace(line, phase="starting", detail="")) == "starting: its start (2 of about 37 s)"
 
 
 def test_L_multimodal_and_tools_pass_through(here: Vllmd, stub: Stub) -> None:

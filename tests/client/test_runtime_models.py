@@ -13,7 +13,7 @@ import pytest
 
 from tests.client.site import Vllmd, running
 from vllmd import errors
-from vllmd.config.runtime_model import guest
+from vllmd.config.runtime_model import runtime_model
 from vllmd.config.types import Config, ModelConfig
 
 TEMPLATE = ModelConfig("", extra_args=("--seed", "1"), env={"A": "1"}, max_model_len=4096)
@@ -21,7 +21,7 @@ CONFIG = Config(template=TEMPLATE, models={"org/known": ModelConfig("org/known",
 
 
 def asked(settings: Mapping[str, Any], *, trusted: bool = False) -> ModelConfig:
-    return guest("org/new", settings, CONFIG, trusted=trusted)
+    return runtime_model("org/new", settings, CONFIG, trusted=trusted)
 
 
 def test_what_is_not_said_is_as_in_the_defaults() -> None:
@@ -91,7 +91,7 @@ def test_an_operator_cannot_run_code_as_the_engines_user(settings: dict[str, Any
 def test_nothing_of_a_guest_poses_as_a_flag(name: str, settings: dict[str, Any]) -> None:
     """Its name and source are words of the engine's command line, which a flag would turn into another one."""
     with pytest.raises(errors.BadRequest, match=r"first of them not '-'|begins with '-'"):
-        guest(name, settings, CONFIG, trusted=False)
+        runtime_model(name, settings, CONFIG, trusted=False)
 
 
 def test_L_arguments_of_the_document_are_harmless() -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vllmd.config.loader import load, read
-from vllmd.config.runtime_model import guest
+from vllmd.config.runtime_model import runtime_model
 from vllmd.config.schema import json_schema
 from vllmd.config.types import Config
 from vllmd.errors import ConfigError
@@ -67,10 +67,10 @@ def test_their_own_engine_may_be_another_than_vllm(tmp_path: Path) -> None:
 def test_a_program_that_puts_a_model_gets_them_too(tmp_path: Path) -> None:
     """By the kind that it asks for."""
     config = of(tmp_path, TWO_KINDS)
-    put = guest("b", {"engine": "llama.cpp", "model": "/b.gguf"}, config, trusted=True)
+    put = runtime_model("b", {"engine": "llama.cpp", "model": "/b.gguf"}, config, trusted=True)
     assert (put.command, put.extra_args, put.options) == ((), ("--flash-attn", "on"), {"parallel": 2})
-    assert guest("c", {"engine": "sglang"}, config, trusted=True).command == ()
-    assert guest("d", {}, config, trusted=True).command == ("/opt/vllm/bin/vllm",)
+    assert runtime_model("c", {"engine": "sglang"}, config, trusted=True).command == ()
+    assert runtime_model("d", {}, config, trusted=True).command == ("/opt/vllm/bin/vllm",)
 
 
 @pytest.mark.parametrize(

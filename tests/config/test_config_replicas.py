@@ -12,7 +12,7 @@ import pytest
 
 from vllmd.config.loader import load, read
 from vllmd.config.present import as_yaml
-from vllmd.config.replicas import engines_of, is_this_host, meant_here
+from vllmd.config.replicas import engines_of, is_this_host, of_this_host
 from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.errors import ConfigError
@@ -97,7 +97,7 @@ models:
     replicas: [{{host: 192.0.2.7}}, {{host: 127.0.0.1, devices: [0]}}, {{devices: [1]}}]
   nothing: {{replicas: [{{host: gpu98}}]}}
 """
-    left, lost = meant_here(config(tmp_path, text), is_this_host)
+    left, lost = of_this_host(config(tmp_path, text), is_this_host)
     assert lost == ["there", "nothing"]
     found = engines_of(left.models)
     assert [(name, one.devices) for name, one in found.items()] == [("here", ()), ("both@2", (0,)), ("both@3", (1,))]

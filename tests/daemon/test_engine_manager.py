@@ -310,6 +310,25 @@ def test_a_device_that_cannot_be_read_right_after_a_sleep_is_read_again(tmp_path
     tell(story, tmp_path)
 
 
+def test_an_engine_that_dies_later_is_told_with_its_error(tmp_path: Path) -> None:
+    """Its status says nothing: vLLM exits with 0 when its core has died. Where no error is told, none is invented."""
+
+    async def story(rig: Rig) -> None:
+        fatal = (
+            "(EngineCore pid=4) ERROR 11-28 21:36:15 [core.py:1301] torch.AcceleratorError: CUDA error: illegal access"
+        )
+        dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above)"
+        served = 'INFO:  - "POST /v1/embeddings HTTP/1.1" 500 Internal Server Error'
+        for lines, told in (((fatal, dead), ": torch.AcceleratorError: CUDA error: illegal access"), ((served,), "")):
+            await rig.ready()
+            rig.launcher.exit(rig.instance, 0, *lines)
+            exited = await rig.event()
+            assert isinstance(exited, events.EngineExited)
+            assert exited.reason.startswith(f"the engine exited with status 0{told}; its last log lines:\n")
+
+    tell(story, tmp_path)
+
+
 def test_an_engine_that_dies_of_a_sleep_call_has_exited(tmp_path: Path) -> None:
     """One event, and it says that it is gone, not that a call failed."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 
 import pytest
 
+from tests.daemon.test_dispatcher import StillLoop
+from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.service import Daemon
@@ -53,6 +56,13 @@ class Idle(SimpleNamespace):
         return False
 
 
+class There(Idle):
+    """One that is there."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize(("connections", "requests", "exits"), [(0, 0, True), (1, 0, False), (0, 1, False)])
 def test_it_stays_while_somebody_is_connected(connections: int, requests: int, exits: bool) -> None:
     """A client that keeps its connection, or waits for an answer, would see it break."""
@@ -66,3 +76,47 @@ def test_it_stays_while_somebody_is_connected(connections: int, requests: int, e
     daemon._runtime = RuntimeEnvironment(activated=True)
     daemon._idle_exit = IdleExit(time.monotonic() - 100.0)
     assert daemon._may_exit(None) is exits
+
+
+@pytest.mark.parametrize(("connections", "looks"), [(0, [1, 1, 2, 3]), (1, [1, 2, 3, 4])], ids=["at rest", "in use"])
+def test_at_rest_it_looks_only_when_the_watchdog_wants_it_or_something_happens(
+    connections: int, looks: list[int]
+) -> None:
+    """Ten wake-ups a minute, not sixty; with somebody connected there is something to see each second."""
+    loop = StillLoop()
+    seen: list[None] = []
+
+    async def play() -> list[int]:
+        changes = Changes(*[Idle()] * 4)
+        server = SimpleNamespace(idle_exit=None)
+        standbys = SimpleNamespace(in_use=False, review=lambda **told: None)
+        back = There(
+            activity=lambda: seen.append(None) or SimpleNamespace(replicas=(), devices=(), host_standbys=0),
+            engines=SimpleNamespace(processes={}, standbys=standbys),
+        )
+        daemon = Daemon.__new__(Daemon)
+        daemon.front = Idle(  # type: ignore[assignment]
+            back=SimpleNamespace(now=back),
+            changes=changes,
+            gate=SimpleNamespace(requests=0),
+            listeners=SimpleNamespace(connections=connections, accepted=0),
+            current=SimpleNamespace(broken="", config=SimpleNamespace(server=server, models={})),
+        )
+        daemon._notify = SimpleNamespace(watchdog=int, status=str, watchdog_interval=15.0)  # type: ignore[assignment]
+        daemon._runtime, daemon._idle_exit = RuntimeEnvironment(activated=False), IdleExit(0.0)
+        daemon._last_status, daemon._slept_time = "", SimpleNamespace(passed=float)  # type: ignore[assignment]
+        task, counts = asyncio.ensure_future(daemon._tick()), []
+        for clock in (100.0, 101.0):
+            await loop.until(clock)
+            counts.append(len(seen))
+        changes.mark_changed()
+        await loop.until(102.0)
+        counts.append(len(seen))
+        await loop.until(117.0)
+        counts.append(len(seen))
+        assert not task.done()
+        task.cancel()
+        return counts
+
+    assert loop.run_until_complete(play()) == looks
+    loop.close()

@@ -12,7 +12,7 @@ from vllmd.core.types import Device, GiB
 from vllmd.daemon.check import EX_CONFIG, check
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.homes import Homes
-from vllmd.daemon.preflight import Machine, Prospect, doubtful, look, say, wrong
+from vllmd.daemon.preflight import Machine, ModelCheck, doubtful, look, say, wrong
 from vllmd.daemon.specs import replica_spec
 from vllmd.engines import engine_kind
 from vllmd.engines.base import Place
@@ -27,7 +27,7 @@ def sim(name: str, size: int = 10 * GiB, **more: object) -> ModelConfig:
     return ModelConfig(name, engine="sim", gpu_memory=size, **more)  # type: ignore[arg-type]
 
 
-def prospects(*models: ModelConfig) -> list[Prospect]:
+def prospects(*models: ModelConfig) -> list[ModelCheck]:
     return look(models, MACHINE, EngineResolver(quiet=True))
 
 

@@ -82,7 +82,7 @@ def test_files_are_read_in_order_and_what_is_cached_is_passed_over(tmp_path: Pat
     ahead.starting(commands.StartEngine("m", Placement((0,)), 0))
     finished(ahead)
     assert len(disk.read) == 4
-    ahead.heard(events.EngineReady("m"))
+    ahead.on_event(events.EngineReady("m"))
     ahead.starting(commands.StartEngine("m", Placement((0,)), 0))
     finished(ahead)
     assert len(disk.read) == 8
@@ -103,7 +103,7 @@ def test_it_is_called_off_when_the_plan_changes(tmp_path: Path, disk: Disk, how:
     there = files(tmp_path, "a", size=8 * PIECE)
     ahead = ReadAhead(lambda replica: there, free=lambda: PLENTY)
     ends = {"stop": lambda: ahead.stop(commands.StopReadAhead("m")), "close": ahead.close,
-            "exited": lambda: ahead.heard(events.EngineExited("m", "x"))}  # fmt: skip
+            "exited": lambda: ahead.on_event(events.EngineExited("m", "x"))}  # fmt: skip
     disk.on_read = ends[how]
     ahead.begin(commands.ReadAhead("m", 0))
     finished(ahead)

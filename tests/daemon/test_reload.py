@@ -36,7 +36,7 @@ from vllmd.daemon import startup
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.front_end import FrontEnd
-from vllmd.daemon.service import Daemon, meant_for_us
+from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
 
@@ -76,6 +76,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "models.NAME.pipeline_parallel_size": (1, 2),
     "idle.level": (1, 2),
     "pull.endpoint": ("http://one.example", "http://two.example"),
+    "server.event_loop": ("asyncio", "uvloop"),
     "records.spans": ("http://one.example", "http://two.example"),
     "pull.index": ("http://one.example", "http://two.example"),
     "models.NAME.preload": (False, True),
@@ -235,7 +236,7 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, le
 
     async def main() -> None:
         around = RuntimeEnvironment(Path("/nowhere"), logs=folder / "logs", activated=activated, learnt=learnt)
-        daemon = Daemon(await meant_for_us(config, around), around, lambda: config, {})
+        daemon = Daemon(await for_this_host(config, around), around, lambda: config, {})
         back = await startup.back_end(daemon.front)
         daemon.front.open(back)
         await act(Living(daemon, back))
@@ -267,7 +268,7 @@ async def in_effect(living: Living) -> dict[str, Any]:
     return {
         "limits": {each: getattr(listeners._limits.now, each) for each in READ} | {"buffered": listeners._memory.limit},
         "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
-        "stranger": replace(listeners._keys._stranger, refusal=None),
+        "stranger": replace(listeners._keys._anonymous, refusal=None),
         "quotas": {name: quota.key for name, quota in listeners._quotas._quotas.items()},
         "ranks": listeners._quotas._ranks,
         "page": (listeners._ui, listeners._tls),
@@ -339,7 +340,7 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
 
     async def reload(living: Living) -> None:
         await look(living)
-        answers.append(await living.daemon.take(await meant_for_us(after, living.front.runtime)))
+        answers.append(await living.daemon.take(await for_this_host(after, living.front.runtime)))
         await look(living)
 
     lives(before, tmp_path, reload)
@@ -406,7 +407,7 @@ def test_nothing_more_is_put_on_a_device_than_a_reload_says_that_it_has(tmp_path
     async def reload(living: Living) -> None:
         await living.daemon.take(two)
         living.back.post(events.TimePassed())
-        states = {view.name: view.state for view in living.front.status.sight().snapshot.models}  # type: ignore[union-attr]
+        states = {view.name: view.state for view in living.front.status.status_input().snapshot.models}  # type: ignore[union-attr]
         assert states == {"a": State.STARTING, "b": State.STOPPED}
 
     lives(one, tmp_path, reload)

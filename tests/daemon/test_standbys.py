@@ -66,16 +66,16 @@ class Place:
         self.keeper.configure(count, [ModelConfig(name) for name in self.kinds])
 
     async def look(self, busy: bool = False, running: set[str] | None = None, over: int = 0) -> None:
-        self.keeper.look(busy=busy, running={"a"} if running is None else running, over=over)
+        self.keeper.review(busy=busy, running={"a"} if running is None else running, over=over)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
     async def waiting(self) -> str:
         """The instance of one that waits."""
-        self.keeper.take(ONE)
+        self.keeper.claim(ONE)
         await self.look()
         instance = self.launcher.orders[-1].instance
-        self.keeper.waits(instance, GiB // 2)
+        self.keeper.mark_ready(instance, GiB // 2)
         return instance
 
 
@@ -95,7 +95,7 @@ async def test_one_is_begun_for_what_was_started_last() -> None:
     here = Place()
     await here.look()
     assert here.launcher.orders == []
-    assert here.keeper.take(ONE) == ""
+    assert here.keeper.claim(ONE) == ""
     await here.look(busy=True)
     assert here.launcher.orders == []
     await here.look()
@@ -110,14 +110,14 @@ async def test_one_is_begun_for_what_was_started_last() -> None:
 async def test_it_is_given_away_once_and_to_whom_it_fits() -> None:
     """Not while it still imports, nor to another version, nor twice; then another one is begun."""
     here = Place()
-    here.keeper.take(ONE)
+    here.keeper.claim(ONE)
     await here.look()
-    assert here.keeper.take(ONE) == ""
+    assert here.keeper.claim(ONE) == ""
     instance = here.launcher.orders[0].instance
-    here.keeper.waits(instance, GiB // 2)
-    assert here.keeper.take(TWO) == here.keeper.take(None) == ""
-    assert here.keeper.take(ONE) == instance
-    assert here.keeper.take(ONE) == ""
+    here.keeper.mark_ready(instance, GiB // 2)
+    assert here.keeper.claim(TWO) == here.keeper.claim(None) == ""
+    assert here.keeper.claim(ONE) == instance
+    assert here.keeper.claim(ONE) == ""
     assert here.held == [GiB, GiB // 2, 0]
     await here.look()
     assert len(here.launcher.orders) == 2
@@ -142,11 +142,11 @@ def test_as_many_as_are_wanted_and_there_is_memory_for(count: int | None, machin
     async def told() -> None:
         here = Place(count, machine)
         here.spare = spare
-        here.keeper.take(ONE)
+        here.keeper.claim(ONE)
         for _ in range(4):
             await here.look()
             for order in here.launcher.orders:
-                here.keeper.waits(order.instance, GiB // 2)
+                here.keeper.mark_ready(order.instance, GiB // 2)
         assert len(here.launcher.orders) == begun
 
     asyncio.run(told())
@@ -156,12 +156,12 @@ def test_as_many_as_are_wanted_and_there_is_memory_for(count: int | None, machin
 async def test_several_are_for_what_was_started_lately() -> None:
     """The last one first; of what no model needs any more, after `engine use`, none stays."""
     here = Place(2, a=ONE, b=TWO, c=ONE)
-    here.keeper.take(TWO)
-    here.keeper.take(ONE)
+    here.keeper.claim(TWO)
+    here.keeper.claim(ONE)
     for _ in range(3):
         await here.look(running=set())
         for order in here.launcher.orders:
-            here.keeper.waits(order.instance, GiB)
+            here.keeper.mark_ready(order.instance, GiB)
     assert [json.loads(order.argv[2])["program"] for order in here.launcher.orders] == [ONE.program, TWO.program]
     here.kinds.update(a=TWO, c=TWO)
     await here.look(running=set())
@@ -209,9 +209,9 @@ async def test_it_is_given_up_for_others() -> None:
         instance = await here.waiting()
         if give_up == "start":
             here.spare = 3 * GiB
-            assert here.keeper.take(TWO, 2 * GiB) == ""
+            assert here.keeper.claim(TWO, 2 * GiB) == ""
             assert here.launcher.killed == []
-            assert here.keeper.take(TWO, 3 * GiB) == ""
+            assert here.keeper.claim(TWO, 3 * GiB) == ""
         elif give_up == "promise":
             await here.look(over=1)
         else:
@@ -226,7 +226,7 @@ async def test_it_is_given_up_for_others() -> None:
 async def test_what_fails_is_not_tried_for_ever() -> None:
     """Twice; a reload tries again. An end that is the launcher's does not count."""
     here = Place()
-    here.keeper.take(ONE)
+    here.keeper.claim(ONE)
     for _ in range(4):
         await here.look()
         here.keeper.ended(ExitReport(here.launcher.orders[-1].instance, 1, log_tail=("ImportError",)))
@@ -264,7 +264,7 @@ def made_of_standby(rig: Rig, launcher: FakeLauncher) -> list[StartOrder]:
         return replace(await start(order), standby=order.standby)
 
     launcher.start = starts  # type: ignore[method-assign]
-    rig.engine_manager.standbys.take = lambda standby, needs=0: "s-1"  # type: ignore[method-assign]
+    rig.engine_manager.standbys.claim = lambda standby, needs=0: "s-1"  # type: ignore[method-assign]
     return orders
 
 

@@ -31,7 +31,7 @@ def test_a_phase_that_comes_back_has_one_sum() -> None:
     """vLLM imports in three processes, and profiles before and after it compiles."""
     phases = StartPhases(0.0)
     for phase, at in (("imports", 1.0), ("configuring", 9.0), ("imports", 10.0), ("weights", 17.0), ("weights", 18.0)):
-        phases.come_to(Progress(phase), at)
+        phases.enter(Progress(phase), at)
     assert phases.spent(20.0) == {"process": 1.0, "imports": 15.0, "configuring": 1.0, "weights": 3.0}
     assert phases.end(21.0) == {"process": 1.0, "imports": 15.0, "configuring": 1.0, "weights": 4.0}
 
@@ -40,7 +40,7 @@ def test_a_start_that_was_taken_over_tells_nothing() -> None:
     """Its log comes in one go then: every phase before that moment would have taken no time."""
     phases = StartPhases(0.0)
     phases.whole = False
-    phases.come_to(Progress("weights"), 5.0)
+    phases.enter(Progress("weights"), 5.0)
     assert phases.end(6.0) == {}
 
 

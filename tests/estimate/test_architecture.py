@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.estimate.files import LLAMA_8B
-from vllmd.engines.architecture import Architecture, Odd, architecture
+from vllmd.engines.architecture import Architecture, UnknownArchitecture, architecture
 
 
 def per_token(config: dict[str, Any], ranks: int = 1) -> int:
@@ -160,7 +160,7 @@ def test_length_follows_rotary_scaling_as_vllm_does(scaling: object, length: int
 )
 def test_impossible_figures_are_named(change: dict[str, Any], says: str) -> None:
     """A wrong figure must become a note that names it, not a wrong estimate."""
-    with pytest.raises(Odd, match=says):
+    with pytest.raises(UnknownArchitecture, match=says):
         architecture(LLAMA_8B | change)
 
 

@@ -62,7 +62,7 @@ def test_a_card_without_any_driver_is_worth_a_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "nodes", "card", "cure"),
+    ("error", "nodes", "card", "remedy"),
     [
         (MISMATCH, True, True, "reboot"),
         (NOT_LOADED, False, True, "modprobe nvidia"),
@@ -75,7 +75,7 @@ def test_a_card_without_any_driver_is_worth_a_word(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_there_and_fails_does_not_answer(
-    tmp_path: Path, error: NVMLError, nodes: bool, card: bool, cure: str
+    tmp_path: Path, error: NVMLError, nodes: bool, card: bool, remedy: str
 ) -> None:
     """With NVML's own words, what speaks for a device, and what mends it."""
     if nodes:
@@ -86,14 +86,14 @@ def test_what_is_there_and_fails_does_not_answer(
     assert devices.trouble
     assert (devices.source, devices.inventory(), devices.readable) == ("nvml", (), False)
     assert str(error).split("/", 1)[0].split()[0] in devices.trouble.why or "libnvidia-ml" in devices.trouble.why
-    assert cure in devices.trouble.cure
+    assert remedy in devices.trouble.remedy
 
 
 def test_under_wsl_the_cure_is_windows(tmp_path: Path) -> None:
     """/dev/dxg is all that there is of the GPU."""
     write(tmp_path, "dev/dxg")
     devices = asked(tmp_path, FakeNvml(broken=NVMLError("Unknown Error", 999)))
-    assert devices.trouble and "wsl --update" in devices.trouble.cure
+    assert devices.trouble and "wsl --update" in devices.trouble.remedy
 
 
 def test_a_driver_without_its_python_module_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_a_driver_without_its_python_module_does_not_answer(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "pynvml", None)
     write(tmp_path, "dev/nvidiactl")
     devices = asked(tmp_path)
-    assert devices.trouble and "pip install nvidia-ml-py" in devices.trouble.cure
+    assert devices.trouble and "pip install nvidia-ml-py" in devices.trouble.remedy
 
 
 def test_a_driver_that_tells_of_no_gpu_does_not_answer(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_failing_at_init_is_trouble_with_a_cure(here: Machine) -> None:
     here.come()
     here.break_all()
     devices = here.open()
-    assert devices.trouble and devices.trouble.why and devices.trouble.cure
+    assert devices.trouble and devices.trouble.why and devices.trouble.remedy
     assert devices.inventory() == () and not devices.readable
 
 

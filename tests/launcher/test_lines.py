@@ -158,11 +158,11 @@ def test_lines_have_a_rate_and_the_rest_is_counted() -> None:
     """An engine in a loop does not fill the daemon, its files or its memory; nothing is left out unsaid."""
     now = 0.0
     rate = Rate(burst=3, period=30.0, clock=lambda: now)
-    assert rate.pass_on(("a", "b")) == ("a", "b")
-    assert rate.pass_on(("c", "d", "e")) == ("c",)
-    assert rate.pass_on(("f",)) == ()
+    assert rate.allow(("a", "b")) == ("a", "b")
+    assert rate.allow(("c", "d", "e")) == ("c",)
+    assert rate.allow(("f",)) == ()
     now = 30.0
-    assert rate.pass_on(("g",)) == ("[3 lines were left out here: they came too fast]", "g")
-    assert rate.pass_on(("h", "i", "j")) == ("h", "i")
+    assert rate.allow(("g",)) == ("[3 lines were left out here: they came too fast]", "g")
+    assert rate.allow(("h", "i", "j")) == ("h", "i")
     assert rate.end() == ("[1 lines were left out here: they came too fast]",)
     assert rate.end() == ()

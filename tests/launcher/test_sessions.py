@@ -17,7 +17,7 @@ from tests.launcher.driver import fresh, private, until
 from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed
 from vllmd.launcher.loop import Loop
 from vllmd.launcher.process import Process
-from vllmd.launcher.sessions import Family
+from vllmd.launcher.sessions import ProcessTree
 
 BOTH = pytest.mark.parametrize("options", [(), ("--no-cgroups",)], ids=["cgroups", "sessions"])
 # Double-forked and in a session of its own.
@@ -178,7 +178,7 @@ def test_a_family_remembers_whom_it_has_seen() -> None:
     with subprocess.Popen(["sh", "-c", '"$@" & wait', "sh", *escape], stdout=subprocess.PIPE) as main:
         assert main.stdout
         main.stdout.readline()
-        family = Family("x", "token", Process(main.pid), Loop())
+        family = ProcessTree("x", "token", Process(main.pid), Loop())
         members = family.members()
         assert len(members) == 3  # the main process, the shell in its own session, its sleep
         main.kill()
@@ -271,8 +271,8 @@ def test_a_wrong_command_line_is_refused(arguments: tuple[str, ...], complaint: 
 
 def test_it_ends_when_the_other_end_is_already_closed() -> None:
     """The daemon may die between fork and the first message."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.close()
-    with theirs:
-        argv = [sys.executable, "-m", "vllmd.launcher", "--fd", str(theirs.fileno())]
-        assert subprocess.run(argv, pass_fds=[theirs.fileno()], timeout=20).returncode == 0
+    with child_end:
+        argv = [sys.executable, "-m", "vllmd.launcher", "--fd", str(child_end.fileno())]
+        assert subprocess.run(argv, pass_fds=[child_end.fileno()], timeout=20).returncode == 0

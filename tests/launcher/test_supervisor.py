@@ -191,8 +191,8 @@ def test_every_packet_has_one_answer() -> None:
     backend = Backend(loop, "")
     service = Service(loop, backend, ())
     service.supervisor = Supervisor(loop, backend, Users(), service.report)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    service.serve(theirs, loop.stop)
+    ours, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    service.serve(child_end, loop.stop)
     ours.setblocking(False)
     answers: list[int] = []
 

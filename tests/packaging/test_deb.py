@@ -196,7 +196,8 @@ def test_upgrade_under_load_refuses_nobody_and_reloads_no_model(installed_machin
     asked, failed = out.splitlines()[-1].split()
     assert (int(asked) > 10, failed, err) == (True, "0", "")
     assert installed_machine.show("vllmd.service", "MainPID") != daemon
-    assert '"99.0"' in installed_machine.out("vllmctl info --json")
+    told = installed_machine.out("vllmctl info --json")
+    assert '"99.0"' in told and '"event_loop": "uvloop 0.' in told
     assert engine_pids(installed_machine) == engines
 
 

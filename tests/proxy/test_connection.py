@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -89,15 +90,24 @@ def test_a_client_that_ends_after_a_refusal_is_just_gone() -> None:
 def test_a_client_that_resets_while_it_is_refused_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal's end finds no connection any more; the request before it must be over all the same."""
 
-    def not_connected() -> None:
-        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+    class Reset:
+        """A transport, but the socket behind it is connected no more."""
+
+        def __init__(self, transport: asyncio.Transport) -> None:
+            self._transport = transport
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._transport, name)
+
+        def write_eof(self) -> None:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
 
     async def play() -> None:
         async with stage() as act:
             client = await act.client()
             await until(lambda: act.server._connections)
             (connection,) = act.server._connections
-            monkeypatch.setattr(connection._transport, "write_eof", not_connected)
+            monkeypatch.setattr(connection, "_transport", Reset(connection._transport))
             client.send(post() + b"GET /hello HTTP/1.1\r\nHost : vllmd\r\n\r\n")
             await until(lambda: not act.server.connections)
             await until(lambda: act.gate.permits[0].endings)

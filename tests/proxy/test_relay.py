@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,30 @@ def test_a_traced_request_makes_the_engines_spans_children_of_ours() -> None:
             assert traced.headers["tracestate"] == "a=b"
             assert "traceparent" not in plain.headers
 
+    asyncio.run(play())
+
+
+def test_a_client_whose_requests_are_not_all_traced_sends_no_second_traceparent() -> None:
+    """Where its own is malformed, chance decides about each request of a connection, whose fields are all the same."""
+    trace = Trace("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "")
+    decided = [None, trace, None, trace]
+
+    class Tracing:
+        def begin(self, request: Request) -> Trace | None:
+            return decided[len(act.engine.asked)]
+
+    async def play() -> None:
+        nonlocal act
+        async with stage(reply(ANSWER)) as act:
+            act.relay.tracer = Tracing()
+            client = await act.client()
+            for _ in decided:
+                client.post("/v1/chat/completions", b'{"model":"m"}', "traceparent: malformed")
+                assert (await client.answer()).status == 200
+            assert [asked.headers["traceparent"] for asked in act.engine.asked] == ["malformed", trace.field] * 2
+            assert all(asked.head.lower().count("traceparent") == 1 for asked in act.engine.asked)
+
+    act: Any = None
     asyncio.run(play())
 
 

@@ -25,7 +25,7 @@ def store(folder: Path, **config: Any) -> ModelStore:
 
     current: Any = SimpleNamespace(config=Config(added=folder / "models.d", **config), broken=None)
     runtime: Any = SimpleNamespace()
-    changes: Any = SimpleNamespace(stir=lambda: None, tell=lambda decision: None)
+    changes: Any = SimpleNamespace(mark_changed=lambda: None, tell=lambda decision: None)
     back: Any = Later()
     back.set(SimpleNamespace(memory=SimpleNamespace(inventory=(Device(0, "GPU-a", 80 << 30, runtime="cuda"),))))
     return ModelStore(current, runtime, back, changes, reload)

@@ -222,6 +222,7 @@ def test_the_hardware_and_how_busy_it_is(page: sync_api.Page, site: Site) -> Non
 def test_a_failure_stands_where_one_looks_with_its_cause(page: sync_api.Page, site: Site) -> None:
     assert site.chat("broken").status >= 500
     row(page, "broken").get_by_text("failed", exact=True).wait_for()
+    page.get_by_role("status", name="what is wrong").get_by_text("broken has failed: ").wait_for()  # above all models
     page.get_by_role("link", name="broken").click()
     page.get_by_role("alert").get_by_text("It failed.").wait_for()
     page.get_by_role("tab", name="Log").click()

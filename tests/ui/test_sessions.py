@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllmd.admin.page_sessions import COOKIE, LIFE, LINK_LIFE, MOST_LINKS, TOKEN_FIELD, Opened, PageSessions
+from vllmd.admin.page_sessions import COOKIE, LIFE, LINK_LIFE, MOST_LINKS, TOKEN_FIELD, OpenedSession, PageSessions
 from vllmd.errors import Forbidden, Unauthorized
 from vllmd.proxy.access import ADMIN, EVERYTHING, HEALTH, METRICS, MODELS, OPEN, READ, Caller, Reach, authorise
 from vllmd.proxy.http import Headers, Request
@@ -27,7 +27,7 @@ def request(cookie: str = "", token: str = "", *, others: str = "") -> Request:
     return Request("GET", "/admin/status", "/admin/status", "", Headers(fields))
 
 
-def of(opened: Opened) -> Request:
+def of(opened: OpenedSession) -> Request:
     return request(opened.cookie, opened.token)
 
 
@@ -95,7 +95,7 @@ def test_a_session_that_only_reads_changes_nothing() -> None:
     caller = kept.identify(of(kept.open_by_link(kept.link(Caller("ops", frozenset({OPEN, HEALTH, METRICS, READ}))))))
     assert caller
     authorise(caller, READ, Reach.MACHINE)
-    with pytest.raises(Forbidden, match="the session of 'ops' opens read, not admin"):
+    with pytest.raises(Forbidden, match="the session of 'ops' has the scope read; this needs the scope admin"):
         authorise(caller, ADMIN, Reach.ONE)
 
 

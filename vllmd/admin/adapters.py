@@ -51,7 +51,7 @@ def _members(request: Request) -> ForeignJson:
 
 
 def add_adapters(router: Router, adapters: RuntimeAdapters, audited: Callable[[LocalHandler], LocalHandler]) -> None:
-    """Their rows of the route table."""
+    """Add the rows of the two routes to the route table."""
     ends = AdapterEndpoints(adapters)
     for path, handler, members, about in (
         ("/v1/load_lora_adapter", ends.load, ADDED, "Load an adapter into a model that has runtime_adapters"),

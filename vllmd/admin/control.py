@@ -208,7 +208,7 @@ class Following(Protocol):
     """Tells what happens, as it happens."""
 
     def progress(self, model: str) -> AsyncIterator[Progress]:
-        """Its state and phase now and at each change until it has come to rest; the last one is ``done``."""
+        """A model's state and phase, now and at each change until no change is under way; the last one is ``done``."""
 
     @property
     def watch(self) -> Callable[[], AsyncIterator[Decision]]:
@@ -242,7 +242,7 @@ class Records(Protocol):
         """The last ones that have ended and those under way, as ``Filter.of`` has it; no more than ``limit``."""
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
-        """One with its head, and with bodies if the caller may change things. Raises NotFound."""
+        """One request with its head, and with bodies if the caller may change things. Raises NotFound."""
 
     def cancel(self, request_id: str, caller: Caller) -> Cancelled:
         """End those under way that have this id: what waits leaves its queue, what runs its engine. Raises NotFound."""
@@ -307,7 +307,7 @@ class KeyStore(Protocol):
         """Make one; its text is told this once. Raises BadRequest, Conflict, Unavailable."""
 
     def revoke(self, name: str) -> Keys:
-        """It opens nothing from now on; those that are left. Raises NotFound, Unavailable."""
+        """Revoke a key: it opens nothing from now on. Returns the keys that are left. Raises NotFound, Unavailable."""
 
     def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
         """Change what is named of it; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""

@@ -66,7 +66,7 @@ class Kind(NamedTuple):
     error: str
 
 
-class Took(NamedTuple):
+class Measurements(NamedTuple):
     """What one request took: seconds, and bytes. ``first_byte``: None if it had no answer."""
 
     seconds: float
@@ -108,7 +108,7 @@ class Counters:
         """Count a request that has ended and of which the record keeps nothing."""
         request, model = exchange.request, exchange.offer or exchange.model
         kind = Kind(request.route, request.method, exchange.status or GONE, model, request.caller.name, exchange.error)
-        self._count(kind, [Took(exchange.elapsed, exchange.first_byte, request.received, exchange.sent)])
+        self._count(kind, [Measurements(exchange.elapsed, exchange.first_byte, request.received, exchange.sent)])
 
     def recorded(self, entry: Entry) -> None:
         """Count a request that has ended, by what the record keeps of it: several at a time, or when somebody looks.
@@ -122,10 +122,10 @@ class Counters:
     def add_up(self) -> None:
         """Count what has been recorded since; to be called before anything here is read."""
         entries, self._entries = self._entries, []
-        kinds: dict[Kind, list[Took]] = {}
+        kinds: dict[Kind, list[Measurements]] = {}
         for e in entries:
             kind = Kind(e.route, e.method, e.status, e.model, e.key, e.error)
-            kinds.setdefault(kind, []).append(Took(e.seconds, e.first_byte, e.received, e.sent))
+            kinds.setdefault(kind, []).append(Measurements(e.seconds, e.first_byte, e.received, e.sent))
         for kind, several in kinds.items():
             self._count(kind, several)
         waits, self._waits, uses, self._uses = self._waits, [], self._uses, []
@@ -134,7 +134,7 @@ class Counters:
         for use in uses:
             self._use(*use)
 
-    def _count(self, kind: Kind, several: Sequence[Took]) -> None:
+    def _count(self, kind: Kind, several: Sequence[Measurements]) -> None:
         """By route, and by model, key and error where they have them."""
         route, number, model, code = (
             kind.route.replace(":path", "") or "none",

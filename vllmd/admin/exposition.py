@@ -50,7 +50,7 @@ def expose_in_turns(
     return b"".join([piece for pieces in written.values() for piece in pieces]) + end, content_type
 
 
-class _One(CollectorRegistry):
+class _SingleFamily(CollectorRegistry):
     """A registry of one metric, for the encoders."""
 
     def __init__(self, metric: Metric) -> None:
@@ -62,7 +62,7 @@ class _One(CollectorRegistry):
 
 
 def _text(encode: Callable[[CollectorRegistry], bytes], metric: Metric) -> bytes:
-    return encode(_One(metric)).removesuffix(END)
+    return encode(_SingleFamily(metric)).removesuffix(END)
 
 
 def _end_of_comments(text: bytes) -> int:

@@ -32,7 +32,7 @@ START, STOP, KILL = (NAME, KIND, GPU, CONFIG), (NAME, KIND, GPU), (PID, FORCE_KI
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InstanceRequest:
     """What the body asks for."""
 
     model_name: str
@@ -58,7 +58,7 @@ class InstanceEndpoints:
     async def start(self, request: Request) -> Response:
         """``POST /api/v1/models/start``: 202 with the ``ModelInstanceInfo`` as it begins."""
         await self._control.status.opened()
-        asked = into(Asked, START, request)
+        asked = into(InstanceRequest, START, request)
         if asked.config:
             await self._bring(request, asked)
         name, gpu = self._named(request, asked), asked.gpu_id
@@ -73,7 +73,7 @@ class InstanceEndpoints:
         With a ``gpu_id`` only the instance on that GPU; the last one to go takes the model along.
         """
         await self._control.status.opened()
-        asked = into(Asked, STOP, request)
+        asked = into(InstanceRequest, STOP, request)
         name, gpu = self._named(request, asked), asked.gpu_id
         line = self._control.status.line(name)
         if line.state == "stopped":
@@ -102,7 +102,7 @@ class InstanceEndpoints:
             items(self._control.status.line(self._control.status.resolve(request.params["name"], request.caller)))
         )
 
-    async def _bring(self, request: Request, asked: Asked) -> None:
+    async def _bring(self, request: Request, asked: InstanceRequest) -> None:
         """Make the model known with the settings of the body, if nobody knows it. Raises Conflict if they differ."""
         authorise(request.caller, ADMIN, Reach.MACHINE)  # as PUT /admin/guests is
         name, settings = asked.model_name, asked.config or {}
@@ -113,7 +113,7 @@ class InstanceEndpoints:
             where = "is configured" if known.configured else "is in use"
             raise Conflict(f"{name} {where} with another {', '.join(known.differs)}", param="config")
 
-    def _named(self, request: Request, asked: Asked) -> str:
+    def _named(self, request: Request, asked: InstanceRequest) -> str:
         """The model that the body names, which is of the type that it names, if it does."""
         name = self._control.status.resolve(asked.model_name, request.caller)
         engine, kind = self._control.status.line(name).config.engine or "", self._kind(asked)
@@ -121,7 +121,7 @@ class InstanceEndpoints:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")
         return name
 
-    def _kind(self, asked: Asked) -> str:
+    def _kind(self, asked: InstanceRequest) -> str:
         """The type in the body, "" without one. Raises BadRequest for one that there is not."""
         if asked.model_type is None:
             return ""

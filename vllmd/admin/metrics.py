@@ -50,7 +50,7 @@ class MetricsEndpoints:
         return _text(merged(zip(loaded, texts, strict=True)))
 
     async def _scraped(self, model: str) -> str:
-        """One engine's; "" from one that does not answer, so that it does not hide the others."""
+        """One engine's metrics; "" where the engine does not answer, so that the others are still shown."""
         try:
             return (await self._control.status.scrape(model)).decode("utf-8", "replace")
         except (Conflict, UpstreamFailed):

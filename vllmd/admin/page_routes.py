@@ -5,7 +5,7 @@ from __future__ import annotations
 import pwd
 from collections.abc import Callable, Sequence
 
-from vllmd.admin.page_sessions import COOKIE, LIFE, LINK_LIFE, Opened, PageSessions, of_operator
+from vllmd.admin.page_sessions import COOKIE, LIFE, LINK_LIFE, OpenedSession, PageSessions, of_operator
 from vllmd.admin.responses import json
 from vllmd.admin.schemas import answers, doc, streams, takes
 from vllmd.admin.verbs import read
@@ -99,7 +99,7 @@ class PageEndpoints:
         if not self._enabled():
             raise NotFound(OFF)
 
-    def _answer(self, opened: Opened) -> Response:
+    def _answer(self, opened: OpenedSession) -> Response:
         session = opened.session
         secure = "; Secure" if self._secure() else ""
         cookie = f"{COOKIE}={opened.cookie}; Path=/; Max-Age={LIFE:.0f}; HttpOnly; SameSite=Strict{secure}"

@@ -40,7 +40,9 @@ BYTES = 32  # of randomness in each secret
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Who is signed in. ``key``: the digest of the API key that was used, whose scopes are looked up each time.
+    """A user who is signed in to the page.
+
+    ``key``: the digest of the API key that was used, whose scopes are looked up each time.
 
     ``expires`` is Unix time. ``models``: the only ones that its owner may see; None: all.
     """
@@ -55,7 +57,7 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedSession:
     """A session that was just opened: what the browser gets, and what the page is told."""
 
     session: Session
@@ -83,14 +85,14 @@ class PageSessions:
         _keep_newest(self._links, MOST_LINKS)
         return code
 
-    def open_by_link(self, code: str) -> Opened:
+    def open_by_link(self, code: str) -> OpenedSession:
         """Use a link's code up. Raises Unauthorized for one that is unknown, used or too old."""
         expires, caller = self._links.pop(_digest(code), (0.0, None))
         if caller is None or expires < self._clock():
             raise Unauthorized("the link has been used, or is older than five minutes; `vllmctl ui` prints a new one")
         return self.open(caller)
 
-    def open(self, caller: Caller) -> Opened:
+    def open(self, caller: Caller) -> OpenedSession:
         """Sign in as ``caller``; if that came by an API key, for as long as there is that key, and with its scopes."""
         cookie, token = secrets.token_urlsafe(BYTES), secrets.token_urlsafe(BYTES)
         models = None if caller.models is None else tuple(sorted(caller.models))
@@ -100,7 +102,7 @@ class PageSessions:
         self._sessions[session.cookie] = session
         _keep_newest(self._sessions, MOST_SESSIONS)
         self._write()
-        return Opened(session, cookie, token)
+        return OpenedSession(session, cookie, token)
 
     def identify(self, request: Request) -> Caller | None:
         """The owner of the session that the request belongs to; None if it brings no token.

@@ -23,7 +23,7 @@ def merged(texts: Iterable[tuple[str, str]]) -> str:
 
 
 class _Family:
-    """One metric: what is said of it, and its samples."""
+    """A family of metrics: its HELP and TYPE lines, and its samples."""
 
     def __init__(self) -> None:
         self.about: dict[str, str] = {}

@@ -16,7 +16,7 @@ from vllmd.admin.metrics import MetricsEndpoints
 from vllmd.admin.models import ModelEndpoints
 from vllmd.admin.openapi import Documentation
 from vllmd.admin.records import add_records
-from vllmd.admin.runtime_models import add_guests
+from vllmd.admin.runtime_models import add_runtime_models
 from vllmd.admin.schemas import TEXT, answers, doc, streams, takes
 from vllmd.admin.store import add_store
 from vllmd.admin.streams import LOG, StreamEndpoints
@@ -89,7 +89,7 @@ def add_operator(router: Router, control: Control) -> None:
     add("GET", "/admin/logs/{model:path}", follow.log, "read", "An engine's log",
         doc(streams("text/plain", "its lines"), takes(LOG)))  # fmt: skip
     _add_instances(router, InstanceEndpoints(control))
-    add_guests(router, control.runtime_models, audited)
+    add_runtime_models(router, control.runtime_models, audited)
     add_adapters(router, control.adapters, audited)
     add_store(router, control.store, audited)
     add_records(router, control)

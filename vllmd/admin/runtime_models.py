@@ -31,7 +31,7 @@ class RuntimeModelEndpoints:
     """``/admin/guests/...``; the caller has been found to be an operator."""
 
     def __init__(self, runtime_models: RuntimeModels) -> None:
-        self._guests = runtime_models
+        self._models = runtime_models
 
     async def put(self, request: Request) -> Response:
         """``PUT /admin/guests/{model}`` with the settings of a model as in vllmd.yaml(5).
@@ -43,16 +43,18 @@ class RuntimeModelEndpoints:
         if not isinstance(settings, dict):
             raise BadRequest("the body must be a JSON object with the settings of one model")
         trusted = request.peer.uid in (0, os.getuid())
-        return json(await self._guests.put(request.params["model"], settings, trusted=trusted))
+        return json(await self._models.put(request.params["model"], settings, trusted=trusted))
 
     async def drop(self, request: Request) -> Response:
         """``DELETE /admin/guests/{model}``: forget such a model. Raises UnknownModel, Conflict."""
-        await self._guests.drop(request.params["model"])
+        await self._models.drop(request.params["model"])
         return json(Dropped(request.params["model"]))
 
 
-def add_guests(router: Router, runtime_models: RuntimeModels, audited: Callable[[LocalHandler], LocalHandler]) -> None:
-    """Their rows of the route table."""
+def add_runtime_models(
+    router: Router, runtime_models: RuntimeModels, audited: Callable[[LocalHandler], LocalHandler]
+) -> None:
+    """Add the rows of run-time models to the route table."""
     endpoints, add = RuntimeModelEndpoints(runtime_models), router.add
     add("PUT", "/admin/guests/{model:path}", audited(endpoints.put), "admin", "Make a model known until vllmd ends",
         doc(answers(Known), takes_object(SETTINGS)), Reach.MACHINE)  # fmt: skip

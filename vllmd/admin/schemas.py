@@ -51,7 +51,7 @@ def doc(*parts: Mapping[str, object], about: str = "") -> Schema:
 
 
 def _parameter(param: Param) -> Schema:
-    """One in the path or the query."""
+    """A parameter in the path or the query."""
     schema = param.kind.schema(text=True)
     if param.default == "":  # an empty one is none
         schema.pop("minLength", None)

@@ -24,7 +24,7 @@ LOG = (
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LogRequest:
     """What is asked for of a log."""
 
     model: str
@@ -44,7 +44,7 @@ class StreamEndpoints:
 
     async def log(self, request: Request) -> Response:
         """``GET /admin/logs/{model}``; ``?lines=50&follow=true``. Plain text."""
-        asked = into(Asked, LOG, request)
+        asked = into(LogRequest, LOG, request)
         model = self._control.status.resolve(asked.model, request.caller)
         follow = asked.follow and request.method != "HEAD"
         text = await _begun(self._control.following.log(model, asked.lines, follow=follow))

@@ -357,6 +357,7 @@ class Status(Answer):
     pid: int = 0
     uptime: float = 0.0
     policy: str = ""
+    event_loop: Annotated[str, "asyncio, or uvloop with its version"] = ""
     opened: Annotated[bool, "devices and engines have been found"] = True
     configuration: Configuration = Configuration()
     requests: int = 0
@@ -621,7 +622,7 @@ def failure(error: VllmdError) -> ErrorDetails:
 
 @answer
 class PageSession(Answer):
-    """Who is signed in to the page, until when; ``token``: the half of the session that the page keeps."""
+    """The user who is signed in to the page, and until when; ``token``: the half of the session that the page keeps."""
 
     token: str
     name: str = ""
@@ -757,7 +758,7 @@ class UsageRow(Answer):
 
 @answer
 class Usage(Answer):
-    """Who used how much between two moments in Unix time."""
+    """What each key and model used between two moments in Unix time."""
 
     by: tuple[str, ...] = ()
     since: float = 0.0

@@ -27,20 +27,20 @@ class Kind(Protocol):
 
     @property
     def annotation(self) -> str:
-        """Its type in Python, as the clients' methods are annotated."""
+        """The value's type in Python, as the clients' methods are annotated."""
 
     @property
     def accepts(self) -> str:
         """What it may be, in words that follow "must be"."""
 
     def schema(self, *, text: bool) -> Schema:
-        """Its JSON Schema; ``text``: as it is written in a path or a query."""
+        """The value's JSON Schema; ``text``: as it is written in a path or a query."""
 
     def of_text(self, text: str) -> object:
-        """Its value of what was written."""
+        """Read the value from a path or a query. Raises ValueError."""
 
     def of_json(self, value: object) -> object:
-        """Its value of decoded JSON."""
+        """Read the value from decoded JSON. Raises ValueError."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +137,7 @@ class Count:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Choice:
-    """One of a few numbers."""
+    """A number out of a few."""
 
     among: tuple[int, ...]
     annotation: ClassVar[str] = "int"
@@ -163,7 +163,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Word:
-    """One of a few words."""
+    """A word out of a few."""
 
     among: tuple[str, ...]
     annotation: ClassVar[str] = "str"

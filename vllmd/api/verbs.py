@@ -76,11 +76,11 @@ class Param:
 
     @property
     def key(self) -> str:
-        """Its name on the wire."""
+        """The parameter's name on the wire."""
         return self.wire or self.name
 
     def read_text(self, text: str) -> object:
-        """Its value in a path or a query. Raises NotFound, BadRequest."""
+        """Read the parameter from a path or a query. Raises NotFound, BadRequest."""
         if not text and self.default == "":
             return text
         try:
@@ -91,7 +91,7 @@ class Param:
             raise self._wrong(text) from None
 
     def read_json(self, value: object) -> object:
-        """Its value in a body, where null is one that has None for a default. Raises BadRequest."""
+        """Read the parameter from a body; null counts where the default is None. Raises BadRequest."""
         if value is None and self.default is None:
             return None
         try:

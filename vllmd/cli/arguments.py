@@ -189,7 +189,7 @@ def build(names: Sequence[str]) -> Parser:
 
 
 def add(subparsers: Any, name: str, everywhere: argparse.ArgumentParser) -> None:
-    """One verb with its aliases."""
+    """Add a verb's parser, under its aliases as well."""
     verb = module(name)
     summary, _, rest = (verb.__doc__ or "").partition("\n")
     parser = subparsers.add_parser(

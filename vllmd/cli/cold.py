@@ -130,7 +130,7 @@ def start_alone(command: Command, engine: Engine, line: ModelLine) -> Cold:
         process = subprocess.Popen(here.argv, env=here.environment, cwd=here.cwd, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                    errors="replace", **as_user)  # type: ignore[call-overload] # fmt: skip
-        phases.come_to(Progress(first_phase(engine.kind)))
+        phases.enter(Progress(first_phase(engine.kind)))
         last: list[str] = []
         reader = threading.Thread(target=_read, args=(process.stdout, engine, phases, last), daemon=True)
         reader.start()
@@ -171,7 +171,7 @@ def _read(lines: IO[str], engine: Engine, phases: StartPhases, last: list[str]) 
     for text in lines:
         last[:] = [*last, text.rstrip()][-10:]
         if progress := engine.progress(text):
-            phases.come_to(progress)
+            phases.enter(progress)
 
 
 def _answers(address: str, engine: Engine, line: ModelLine) -> bool:
@@ -190,7 +190,7 @@ def _answers(address: str, engine: Engine, line: ModelLine) -> bool:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """It, and whatever it has started."""
+    """End the process, and whatever it has started."""
     with contextlib.suppress(OSError):
         process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):

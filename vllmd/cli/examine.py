@@ -128,6 +128,7 @@ def memory(host: Host) -> Iterator[Finding]:
     for path, least, why in (
         ("/dev/shm", GiB, "engines exchange tensors there"),
         ("/var/lib/vllmd-engine", 20 * GiB, "models are kept there"),
+        ("/var/lib/vllmd", GiB // 8, "keys, added models, disabled ones and who used what are kept there"),
     ):
         if not host.path(path).is_dir():
             continue
@@ -155,7 +156,7 @@ def place(host: Host) -> Iterator[Finding]:
 
 
 def configuration(host: Host) -> Iterator[Finding]:
-    """It is valid, and the engines' programs and files are there."""
+    """Whether the configuration is valid, and the engines' programs and files are there."""
     from vllmd.cli.examine_engines import programs, vllm_on_cpu
     from vllmd.config.loader import read
 

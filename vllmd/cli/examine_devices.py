@@ -131,7 +131,7 @@ def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
         return
     devices, sample = told
     if devices.trouble:
-        yield "bad", devices.trouble.why, devices.trouble.cure or UNKNOWN
+        yield "bad", devices.trouble.why, devices.trouble.remedy or UNKNOWN
     elif not gpus(devices.inventory()) and quiet:
         yield "warning", devices.note, "devices may be declared (devices: in vllmd.yaml(5))"
     for device in gpus(devices.inventory()):

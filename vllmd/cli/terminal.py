@@ -261,7 +261,7 @@ class Working:
         self.what = what or self.what
 
     def clear(self) -> None:
-        """It is there: say nothing more."""
+        """The waiting is over: remove the line."""
         if not self._line.quiet:
             self._line.clear()
             self._line, Working._under_way = StatusLine(quiet=True), False

@@ -33,5 +33,5 @@ def engines(line: ModelLine) -> Sequence[ModelLine]:
 
 
 def names(line: ModelLine) -> tuple[str, ...]:
-    """Its name and its aliases."""
+    """A model's name and its aliases."""
     return line.name, *(line.config.aliases or ())

@@ -82,11 +82,11 @@ class Holding:
                 try:
                     self._client.lease_model(self._model, self.lease, KEEP)
                 except UnknownModel:
-                    self._take_anew()
+                    self._lease_again()
                 except VllmdError as error:  # it may be restarting: the next renewal will tell
                     log.info("%s: its lease was not renewed: %s", self._model, error.message)
 
-    def _take_anew(self) -> None:
+    def _lease_again(self) -> None:
         try:
             self._introduce()
             self._client.lease_model(self._model, self.lease, KEEP)

@@ -89,7 +89,7 @@ class ModelManager:
             if not self.loaded:
                 raise Conflict(f"{self._name} is not loaded")
             self._end_countdown()
-            self._timer = threading.Timer(seconds, self._time_is_up)
+            self._timer = threading.Timer(seconds, self._on_timeout)
             self._timer.daemon = True
             self._deadline = time.monotonic() + seconds
             self._timer.start()
@@ -122,7 +122,7 @@ class ModelManager:
                 raise Conflict(f"{self._name} is not loaded: call load_model() first")
             return child.ask(method, arguments, more)
 
-    def _time_is_up(self) -> None:
+    def _on_timeout(self) -> None:
         timer = threading.current_thread()
         with self._calling, self._lock:
             if self._timer is timer:  # else it was replaced while we waited

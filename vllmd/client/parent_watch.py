@@ -39,7 +39,7 @@ def watch(parent: int, end: Callable[[], None]) -> None:
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
 
 
-def end_in_order() -> None:
+def send_sigterm() -> None:
     """As ``kill`` would, and by force after a while."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LAST_WORDS)
@@ -58,7 +58,7 @@ def main() -> None:
     """Become the module that argv names, and end when the parent does."""
     parent, folder, sockets, module, *arguments = sys.argv[1:]
     hand_on([int(fd) for fd in sockets.split(",")])
-    watch(int(parent), end_in_order)
+    watch(int(parent), send_sigterm)
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

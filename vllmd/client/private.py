@@ -131,4 +131,4 @@ class PrivateDaemons:
                     daemon.stop()
 
 
-HOUSEHOLD = PrivateDaemons()
+PRIVATE_DAEMONS = PrivateDaemons()

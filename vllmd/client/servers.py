@@ -22,7 +22,7 @@ from vllmd.client.errors import TimedOut, Unreachable
 from vllmd.client.figures import names
 from vllmd.client.holding import Holding
 from vllmd.client.port_forwarder import PortForwarder
-from vllmd.client.private import HOUSEHOLD, PrivateDaemon
+from vllmd.client.private import PRIVATE_DAEMONS, PrivateDaemon
 from vllmd.client.sync import Client
 from vllmd.errors import Conflict, EngineFailed, Unavailable, VllmdError
 
@@ -76,7 +76,7 @@ class ServerManager:
         self._private: PrivateDaemon | None = None
         self._client: Client | None = None
         self._holding: Holding | None = None
-        self._doorway: PortForwarder | None = None
+        self._forwarder: PortForwarder | None = None
         self._listen: list[str] = []
         self._lock = threading.RLock()
         self._owner = os.getpid()
@@ -143,8 +143,8 @@ class ServerManager:
     @property
     def base_url(self) -> str:
         """Where OpenAI's API is, without ``/v1``. Raises Conflict if it was not started."""
-        if self._doorway:
-            return f"http://127.0.0.1:{self._doorway.port}"
+        if self._forwarder:
+            return f"http://127.0.0.1:{self._forwarder.port}"
         if self._client is None:
             raise Conflict(f"{self.server_name} was not started")
         if not self._client.address.socket:
@@ -172,7 +172,7 @@ class ServerManager:
             self.failure = ""
             try:
                 self._connect()
-                self._open_doorway()  # before the load, which may take minutes: the port may be taken
+                self._start_forwarder()  # before the load, which may take minutes: the port may be taken
                 self._load(time.monotonic() + self._startup_timeout)
             except BaseException:
                 self.stop()
@@ -188,7 +188,7 @@ class ServerManager:
         if self._client is None:
             address = self._address or locate.find()
             if address is None:
-                self._private = HOUSEHOLD.join(self, self._daemon_settings)
+                self._private = PRIVATE_DAEMONS.join(self, self._daemon_settings)
                 address = self._private.address
                 self._say(f"no vllmd runs here: started a private one, pid {self._private.pid}")
             self._client = Client(f"unix:{address.socket}" if address.socket else address.url, self._key, ANSWER)
@@ -221,10 +221,12 @@ class ServerManager:
             if line.state == "stopped" and not line.waiting_for:
                 raise Unavailable(f"{self.server_name} was stopped while it was loaded: {line.failure}")
             if time.monotonic() > deadline:
-                raise TimedOut(f"{self.server_name} was not ready within {self._startup_timeout:g} s: {_story(line)}")
-            if _news(line) != shown:
-                shown = _news(line)
-                self._say(_story(line))
+                raise TimedOut(
+                    f"{self.server_name} was not ready within {self._startup_timeout:g} s: {_progress_text(line)}"
+                )
+            if _progress_key(line) != shown:
+                shown = _progress_key(line)
+                self._say(_progress_text(line))
             time.sleep(LOOK)
             line = self._line()
         self._say(f"ready after {time.monotonic() - began:.1f} s")
@@ -243,11 +245,11 @@ class ServerManager:
             raise Conflict(f"{self.server_name} was not started")
         return self._client
 
-    def _open_doorway(self) -> None:
+    def _start_forwarder(self) -> None:
         """Answer at the port that was asked for, too."""
         port = self.engine_args.arguments.get("port")
-        if port is not None and self._doorway is None:
-            self._doorway = PortForwarder(int(port), self._target())
+        if port is not None and self._forwarder is None:
+            self._forwarder = PortForwarder(int(port), self._target())
             self._say(f"answers at port {port}")
 
     def _target(self) -> tuple[str, int]:
@@ -286,13 +288,13 @@ class ServerManager:
         log.warning("%s still finishes its requests", self.server_name)
 
     def _close(self) -> None:
-        if self._doorway:
-            self._doorway.close()
+        if self._forwarder:
+            self._forwarder.close()
         if self._client:
             self._client.close()
         if self._private:
-            HOUSEHOLD.leave(self)
-        self._doorway, self._client, self._private = None, None, None
+            PRIVATE_DAEMONS.leave(self)
+        self._forwarder, self._client, self._private = None, None, None
 
     def _at_exit(self) -> None:
         """The program ends: give it up, unless a countdown runs at a daemon that goes on without us."""
@@ -314,7 +316,7 @@ class ServerManager:
             print(f"{self.server_name}: {what}", flush=True)
 
 
-def _story(line: ModelLine) -> str:
+def _progress_text(line: ModelLine) -> str:
     """``starting: weights: Loading safetensors checkpoint shards: its start (2 of about 37 s)`` and the like."""
     if line.state == "stopped" and line.waiting_for:
         return f"waits for {line.waiting_for}"
@@ -322,6 +324,6 @@ def _story(line: ModelLine) -> str:
     return ": ".join(dict.fromkeys(part for part in parts if part))
 
 
-def _news(line: ModelLine) -> tuple[str, ...]:
+def _progress_key(line: ModelLine) -> tuple[str, ...]:
     """What is worth another line when it changes: not how many seconds it has been waiting."""
     return line.state, line.phase, line.detail, re.sub(r"\d+", "", line.waiting_for)

@@ -1,6 +1,6 @@
 """What spans several settings: names that clash, devices that do not exist, models that cannot fit.
 
-A finding is (where, path, what). ``check`` finds what is impossible, ``doubts`` what
+A finding is (where, path, what). ``check`` finds what is impossible, ``warnings_of`` what
 is possible but hardly meant.
 """
 
@@ -37,7 +37,7 @@ def check(config: Config) -> Iterator[Finding]:
         yield from _replicas(model, config)
 
 
-def doubts(config: Config) -> Iterator[Finding]:
+def warnings_of(config: Config) -> Iterator[Finding]:
     """Everything that works, but hardly as meant."""
     yield from _pins(config)
     yield from _flags(config)

@@ -37,7 +37,7 @@ def from_vllama(data: dict[str, Any]) -> Converted:
 
 
 def from_vllm_proxy(data: dict[str, Any]) -> Converted:
-    """Its models; its sections gpu and proxy concern the whole daemon."""
+    """The models of vllm-proxy's file; its sections gpu and proxy concern the whole daemon."""
     models, left = _known_settings(data.get("models") or {}, "models.")
     paths = {row.key: row.path for row in LEGACY}
     for section, entries in data.items():
@@ -71,7 +71,9 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def from_llama_swap(data: dict[str, Any]) -> Converted:
-    """Its models are commands; those that run vLLM become that, others the engine ``command``."""
+    """The models of llama-swap's file, which are commands: those that run vLLM become vLLM models, others the engine
+    ``command``.
+    """
     models: dict[str, Any] = {}
     left = [
         f"{key}: {_plain(str(key), data[key])}" for key in data if key not in ("models", "macros", "healthCheckTimeout")

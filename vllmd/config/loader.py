@@ -86,7 +86,7 @@ def read(
     config = replace(_Parser(findings, env).config(tree), files=tuple(files.read), added=added)
     for where, path, what in checks.check(config):
         findings.complain(findings.origins.get(path, where), path, what)
-    for where, path, what in checks.doubts(config):
+    for where, path, what in checks.warnings_of(config):
         findings.warn(findings.origins.get(path, where), path, what)
     warnings = tuple(map(str, findings.warnings))
     config = replace(config, warnings=warnings, origins=findings.origins)

@@ -195,7 +195,7 @@ class _Composer:
         return known if known.key is key else Node(known.where, known.value, known.text, key)
 
     def scalar(self, event: Any, where: Where) -> tuple[str, Any]:
-        """Its text, and what that means."""
+        """A scalar's text, and the value that YAML reads from it."""
         text, plain = event.value, event.implicit[0]
         if plain and text in self.known:
             return self.known[text]

@@ -21,7 +21,7 @@ def engines_of(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
     return found
 
 
-def meant_here(config: Config, is_here: Callable[[str], bool]) -> tuple[Config, list[str]]:
+def of_this_host(config: Config, is_here: Callable[[str], bool]) -> tuple[Config, list[str]]:
     """``config`` without models and replicas that name another host, and the names of the models that it lost."""
     kept: dict[str, ModelConfig] = {}
     for name, model in config.models.items():

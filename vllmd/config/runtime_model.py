@@ -34,7 +34,7 @@ _HARMLESS = """
 HARMLESS = frozenset(_HARMLESS.split())
 
 
-def guest(name: str, settings: Mapping[str, Any], config: Config, *, trusted: bool) -> ModelConfig:
+def runtime_model(name: str, settings: Mapping[str, Any], config: Config, *, trusted: bool) -> ModelConfig:
     """The model, with the settings of vllmd.yaml(5) under its name.
 
     ``trusted``: whoever asks may run programs as the engines' user anyway. Raises BadRequest with all that is wrong.

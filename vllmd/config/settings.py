@@ -735,6 +735,13 @@ SERVER = Group(
             flag="--port",
             reload=Reload.NEXT_START,
         ),
+        Setting(
+            "event_loop",
+            k.choice("auto", "asyncio", "uvloop"),
+            "What moves the bytes: uvloop, which takes a fifth less CPU time with many connections, or Python's own "
+            "asyncio. auto is uvloop where that is installed (the package python3-uvloop, 0.17 or newer).",
+            reload=Reload.NEXT_START,
+        ),
         Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
@@ -992,7 +999,7 @@ class Leaf:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Its environment variables, the documents' own last."""
+        """The setting's environment variables, the documents' own last."""
         if "[]" in self.path or "NAME" in self.path or isinstance(self.row.kind, Group):
             return ()
         own = "VLLMD_" + self.path.upper().replace(".", "_")

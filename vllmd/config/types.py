@@ -221,6 +221,7 @@ class ServerConfig:
 
     listen: tuple[str, ...] = ("127.0.0.1:33258", "[::1]:33258")  # used only without socket activation
     user: str = ""  # whom vllmd becomes when root starts it by hand
+    event_loop: str = "auto"  # or asyncio, uvloop
     idle_exit: float | None = 60.0  # the daemon exits after so long with nothing loaded and nobody connected
     max_body: int = 64 << 20
     max_head: int = 64 << 10

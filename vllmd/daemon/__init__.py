@@ -40,6 +40,7 @@
     processes        processes on the devices: whose they are, and how to end one
     discovery        models of the Hugging Face cache that nobody configured
     logfile          an engine's output in a rotating file
+    event_loop       uvloop where it is installed, else asyncio's own
     learnt           footprints and costs kept over restarts
     preflight        what models will take, and which of them can never work; check says it and ends
     engine_resolver  each model's engine, or why it has none

@@ -182,6 +182,10 @@ class AdmissionGate:
         """Whether a model, an alias or another offer is called that."""
         return name in self._names
 
+    def would_fetch(self, name: str) -> bool:
+        """Whether a request that names it may have a model fetched that is not here yet."""
+        return self._fetching.may(name)
+
     def _offer(self) -> None:
         """Draw up what is offered, and forget what names meant before."""
         self._offers = Offers(self._models, self._pools, self._adapters)
@@ -503,7 +507,7 @@ class AdmissionGate:
             self._left(permit)
 
     def _left(self, permit: Permit) -> None:
-        """Its client is gone, or was sent away."""
+        """A waiting request's client is gone, or was refused."""
         if permit.admitted:
             permit.release()
         elif self._drop(permit.request):
@@ -581,7 +585,7 @@ class Permit:
         self._reason: str | None = None  # why it was cut
 
     def decide(self) -> None:
-        """It was admitted or refused: ``AdmissionGate.acquire`` goes on."""
+        """The request was admitted or refused: ``AdmissionGate.acquire`` goes on."""
         if self.decided is not None and not self.decided.done():
             self.decided.set_result(None)
 

@@ -103,15 +103,17 @@ async def examine(
     noted = running.metadata
     model = _engine_of(noted.get("model", ""), models)
     if "pull" in noted:
-        return Found(_stranger(running), None, why="it is a download; the next one goes on where it is")
+        return Found(_unmanaged_process(running), None, why="it is a download; the next one goes on where it is")
     if "standby" in noted:
-        return Found(_stranger(running), None, why="it is a standby; each daemon has its own")
+        return Found(_unmanaged_process(running), None, why="it is a standby; each daemon has its own")
     if model is None:
-        return Found(_stranger(running), None, why="its model is no longer configured")
+        return Found(_unmanaged_process(running), None, why="its model is no longer configured")
     try:
-        process, level = _member(running, model, engine_of(model), key_of), int(noted.get("level") or 0)
+        process, level = _process_of(running, model, engine_of(model), key_of), int(noted.get("level") or 0)
     except (KeyError, TypeError, ValueError) as error:
-        return Found(_stranger(running), None, why=f"its notes are unreadable ({type(error).__name__}: {error})")
+        return Found(
+            _unmanaged_process(running), None, why=f"its notes are unreadable ({type(error).__name__}: {error})"
+        )
     if running.ending:
         return Found(process, None, why="it is ending already")
     if process.fingerprint not in (fingerprint(model), noted_by_older(model)):
@@ -180,7 +182,7 @@ async def _is_asleep(process: EngineProcess) -> object:
         return f"{type(error).__name__}: {error}"
 
 
-def _member(running: Running, model: ModelConfig, engine: Engine, key_of: Callable[[str], str]) -> EngineProcess:
+def _process_of(running: Running, model: ModelConfig, engine: Engine, key_of: Callable[[str], str]) -> EngineProcess:
     noted = running.metadata
     listen = Listen(**json.loads(noted["listen"]))
     process = EngineProcess(
@@ -194,22 +196,22 @@ def _member(running: Running, model: ModelConfig, engine: Engine, key_of: Callab
         running=running,
         started=time.monotonic() - seconds_since(noted, "started"),
     )
-    _take_ending(process, noted)
+    _set_ending(process, noted)
     return process
 
 
-def _take_ending(process: EngineProcess, noted: Mapping[str, str]) -> None:
+def _set_ending(process: EngineProcess, noted: Mapping[str, str]) -> None:
     """How it is to be ended, as noted at its start."""
     if "ending" in noted:
         stop, process.stop_signal, process.self_managed = json.loads(noted["ending"])
         process.stop = tuple(stop)
 
 
-def _stranger(running: Running) -> EngineProcess:
+def _unmanaged_process(running: Running) -> EngineProcess:
     """Enough of a member to end an engine that is not ours any more."""
     name = running.metadata.get("model", running.instance)
     engine = Unusable(ConfigError(f"{name} is not configured"))
     process = EngineProcess(ModelConfig(name), engine, running.instance, Listen(), Placement(), "", running)
     with contextlib.suppress(ValueError, TypeError):
-        _take_ending(process, running.metadata)
+        _set_ending(process, running.metadata)
     return process

@@ -54,7 +54,7 @@ class BackEnd:
         self.dispatcher.ask(event, answered)
 
     async def asked(self, event: events.Asking) -> commands.Answer:
-        """What becomes of an event, once the core has said so. Raises the VllmdError with which it was refused."""
+        """Post an event and wait for the core's answer to it. Raises the VllmdError with which the core refused it."""
         heard: asyncio.Future[commands.Answer] = asyncio.get_running_loop().create_future()
         self.ask(event, lambda answer: None if heard.done() else heard.set_result(answer))
         answer = await heard
@@ -63,7 +63,10 @@ class BackEnd:
         return answer
 
     def snapshot(self) -> Snapshot:
-        """How everything stands. It is drawn anew each time, of all models: ask once and pass it on."""
+        """A snapshot of all models, devices and decisions.
+
+        It is computed anew at each call: call once and pass it on.
+        """
         return self.dispatcher.scheduler.snapshot(self.dispatcher.now())
 
     def activity(self) -> Snapshot:
@@ -95,7 +98,7 @@ class BackEnd:
         return self.dispatcher.scheduler.foremost(model)[1] is State.READY
 
     def phase_of(self, model: str) -> str:
-        """What clients who wait for the model are told: ``weights``, ``waking``, ...; "" while nothing is done."""
+        """The phase that waiting clients are told: ``weights``, ``waking``, ...; "" while nothing is under way."""
         replica, state = self.dispatcher.scheduler.foremost(model)
         if state is State.WAKING:
             return str(state.value)

@@ -55,7 +55,7 @@ async def call_all(process: EngineProcess, calls: Iterable[Call]) -> str:
 async def call(process: EngineProcess, step: Call) -> str:
     """Make the call; what went wrong, or "" if nothing did."""
     try:
-        answer = await _while_it_lives(process, step)
+        answer = await _unless_it_exits(process, step)
     except VllmdError as error:  # which says what was called
         return error.message
     except OSError as error:
@@ -69,7 +69,7 @@ async def call(process: EngineProcess, step: Call) -> str:
     return f"{step.method} {step.path} answered {status} instead of {step.expect}: {said}"
 
 
-async def _while_it_lives(process: EngineProcess, step: Call) -> tuple[int, bytes] | None:
+async def _unless_it_exits(process: EngineProcess, step: Call) -> tuple[int, bytes] | None:
     """The status and the body of the answer; None if the engine died before. Raises UpstreamFailed, OSError."""
     answer = asyncio.ensure_future(ask(process.listen, step))
     gone = asyncio.ensure_future(process.exited.wait())
@@ -95,7 +95,7 @@ async def asked(process: EngineProcess, limit: float) -> tuple[float | None, str
     body = probe_body(rules.probe_route, process.engine.served_name(process.model), message)
     question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(process.engine.headers()))
     try:
-        answer = await _while_it_lives(process, question)
+        answer = await _unless_it_exits(process, question)
     except (OSError, VllmdError) as error:
         return None, str(error) or type(error).__name__
     if answer is None:
@@ -132,8 +132,8 @@ def probe_body(route: str, model: str, message: str) -> ForeignJson:
     return {"model": model, "input": message}
 
 
-class Look(enum.Enum):
-    """What a look at an engine found."""
+class Liveness(enum.Enum):
+    """How an engine answered a liveness check."""
 
     WELL = "it answers as it should"
     WRONG = "it answers otherwise"
@@ -141,18 +141,18 @@ class Look(enum.Enum):
     REFUSED = "nobody listens"
 
 
-async def looked_at(process: EngineProcess, limit: float) -> tuple[Look, str]:
+async def check_liveness(process: EngineProcess, limit: float) -> tuple[Liveness, str]:
     """Whether an engine is there, by a question that asks nothing of it; and what went wrong, "" if nothing did."""
     question = replace(process.engine.alive(process.model), timeout=limit)
     try:
         status, _, _ = await ask(process.listen, question)
     except Unreached as error:
-        return Look.REFUSED, error.message
+        return Liveness.REFUSED, error.message
     except (OSError, VllmdError) as error:
-        return Look.SILENT, str(error) or type(error).__name__
+        return Liveness.SILENT, str(error) or type(error).__name__
     if status == question.expect:
-        return Look.WELL, ""
-    return Look.WRONG, f"{question.method} {question.path} answered {status}"
+        return Liveness.WELL, ""
+    return Liveness.WRONG, f"{question.method} {question.path} answered {status}"
 
 
 async def is_busy(process: EngineProcess, probe: Call) -> bool:

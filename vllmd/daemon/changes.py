@@ -100,7 +100,7 @@ class Changes:
         """The start that has come through."""
         return self._learnt.starts.get(event.replica) if isinstance(event, events.EngineReady) else None
 
-    def stir(self) -> None:
+    def mark_changed(self) -> None:
         """Something changed: wake whoever follows."""
         if self._followers:
             self._changed.set()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllmd.config.replicas import engines_of, is_this_host, meant_here
+from vllmd.config.replicas import engines_of, is_this_host, of_this_host
 from vllmd.config.types import Config
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.expectations import find_devices
@@ -26,7 +26,7 @@ SYSTEM_HOMES = Path("/var/lib/vllmd-engines")
 def check(config: Config, environment: Mapping[str, str]) -> int:
     """Print what is wrong, what is doubtful and what each model will take; returns an exit status."""
     machine = _machine(config, environment)
-    config, elsewhere = meant_here(config, is_this_host)
+    config, elsewhere = of_this_host(config, is_this_host)
     for name in elsewhere:
         print(f"{name} is left out: it is meant for another machine", file=sys.stderr)
     prospects = look(engines_of(config.models).values(), machine, EngineResolver(quiet=True))
@@ -47,7 +47,7 @@ def check(config: Config, environment: Mapping[str, str]) -> int:
 
 
 def _machine(config: Config, environment: Mapping[str, str]) -> Machine:
-    """This machine as the daemon will find it: of a root without further words, the system's own daemon."""
+    """The machine as the daemon will find it; root without options means the system's own daemon."""
     root = os.geteuid() == 0
     home = environment.get("VLLMD_ENGINE_HOME") or (SYSTEM_HOME if root and SYSTEM_HOME.is_dir() else None)
     own = environment.get("VLLMD_ENGINE_HOMES") or (SYSTEM_HOMES if root else None)

@@ -32,6 +32,6 @@ def paused() -> Iterator[None]:
             gc.enable()
 
 
-def overlook() -> None:
+def exempt_existing() -> None:
     """Never look again at what is there now."""
     gc.freeze()

@@ -15,7 +15,7 @@ from vllmd.config.types import Config, ModelConfig
 T = TypeVar("T")
 
 
-class Take(Protocol):
+class ApplyConfiguration(Protocol):
     """Goes on with another configuration. Raises Conflict if the core finds one of ``unless_used`` in use then."""
 
     def __call__(self, config: Config, unless_used: frozenset[str] = ..., /) -> Awaitable[Reloaded]:

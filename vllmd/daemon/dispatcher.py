@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,15 +32,16 @@ from vllmd.systemd.throttle import Throttle
 log = logging.getLogger("vllmd")
 
 DECISIONS = 300  # of a kind that are logged per minute
+FAILURES = ("fail", "crash")  # what nobody decided: journalctl -p err finds them in the morning
 FAILED = "vllmd could not do it; its log says why"
 
 
-def _unheard(decision: Decision, now: float) -> None:
-    """For a dispatcher of whose decisions nothing is to be told."""
+def _ignore_decision(decision: Decision, now: float) -> None:
+    """Ignore a decision: the default, where nothing records them."""
 
 
 def _refusal(event: events.Event) -> list[commands.Command]:
-    """What is owed to whoever waits for an event at which the scheduler failed."""
+    """The commands that refuse an event's sender because the scheduler failed at it."""
     if isinstance(event, events.RequestArrived):
         return [commands.Reject(event.request, commands.RejectReason.DEFECT, FAILED)]
     return [commands.Answer(getattr(event, "ask", ""), refused=FAILED, error=commands.RejectReason.DEFECT)]
@@ -51,7 +53,7 @@ def executors(
     add_replica: Callable[[commands.AddReplica], None],
     read_ahead: ReadAhead,
 ) -> dict[type, Callable[[Any], None]]:
-    """Who carries out what; each takes its own command."""
+    """The function that executes each command, by the command's class."""
 
     def start(command: commands.StartEngine) -> None:
         read_ahead.starting(command)
@@ -85,8 +87,9 @@ class Dispatcher:
         self,
         scheduler: Scheduler,
         execute: Mapping[type, Callable[[Any], None]],
-        decided: Callable[[Decision, float], None] = _unheard,
+        decided: Callable[[Decision, float], None] = _ignore_decision,
         changed: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``execute``: who carries out which kind of command (``executors``).
 
@@ -99,11 +102,12 @@ class Dispatcher:
         self._numbers = itertools.count(1)
         self._decided = decided
         self._changed = changed
+        self._clock = clock  # the loop's own may stand still for a turn (``event_loop``)
         self._inbox: deque[events.Event] = deque()
         self._handling = False
         self._failed: events.Event | None = None  # the last one that the scheduler failed at
         self._timer: asyncio.TimerHandle | None = None
-        self._wakes = math.inf  # when it does: when the core wants to hear that time has passed, or earlier
+        self._timer_due = math.inf  # when it does: when the core wants to hear that time has passed, or earlier
         self._loop = asyncio.get_running_loop()
         self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
 
@@ -114,7 +118,7 @@ class Dispatcher:
 
     def now(self) -> float:
         """The core's clock, in seconds."""
-        return self._loop.time()
+        return self._clock()
 
     def post(self, event: events.Event) -> None:
         """Take an event in; returns after its commands, and those of all it led to, were begun."""
@@ -127,7 +131,7 @@ class Dispatcher:
             while self._inbox:
                 event = self._inbox.popleft()
                 try:
-                    decided = self._scheduler.handle(event, self._loop.time())
+                    decided = self._scheduler.handle(event, self._clock())
                 except Exception:  # a defect: say so, and keep serving everybody else
                     log.exception("the scheduler could not handle %s", event)
                     self._failed, decided = event, _refusal(event)
@@ -140,7 +144,7 @@ class Dispatcher:
             self._handling = False
         # 2. The timer. It is moved only when it would come too late: a request puts off what is due, and whoever comes
         #    too early looks again.
-        if self._scheduler.wants_time_before(self._wakes):
+        if self._scheduler.wants_time_before(self._timer_due):
             self._set_timer()
         # 3. Those that follow what changes (``vllmctl watch``, the progress of a load).
         self._changed()
@@ -181,16 +185,16 @@ class Dispatcher:
             answered(command)
 
     def _set_timer(self) -> None:
-        """Have ``_pass_time`` called when the core wants to hear that time has passed."""
+        """Have ``_on_timer`` called when the core wants to hear that time has passed."""
         due = self._scheduler.next_timer()
-        if due is None or due >= self._wakes:
+        if due is None or due >= self._timer_due:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer, self._wakes = self._loop.call_at(due, self._pass_time), due
+        self._timer, self._timer_due = self._loop.call_later(max(0.0, due - self.now()), self._on_timer), due
 
-    def _pass_time(self) -> None:
-        self._timer, self._wakes = None, math.inf
+    def _on_timer(self) -> None:
+        self._timer, self._timer_due = None, math.inf
         due = self._scheduler.next_timer()
         if due is not None and due <= self.now():
             self.post(events.TimePassed())
@@ -202,11 +206,12 @@ class Dispatcher:
         numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
         replica = {"VLLMD_REPLICA": decision.replica} if decision.replica else {}
         fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
-        about = decision.replica or decision.model
+        about = decision.replica or decision.model or "vllmd"  # of no model's: a device is drained, say
         # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
-        throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._loop.time))
-        throttle.say(logging.INFO, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
-        self._decided(decision, self._loop.time())
+        throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._clock))
+        level = logging.ERROR if decision.what in FAILURES else logging.INFO
+        throttle.say(level, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
+        self._decided(decision, self._clock())
 
     def flush_log(self) -> None:
         """Say how many decisions were not logged, if none came since that would have said so."""

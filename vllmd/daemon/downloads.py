@@ -59,7 +59,7 @@ PASSED = ("PROXY", "SSL_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_", "
 
 @dataclass
 class Download:
-    """One, from the moment it is wanted. ``found``: what came, as ``fetch.py`` says. Times by ``time.monotonic``.
+    """A download, from its request on. ``found``: what came, as ``fetch.py`` says. Times by ``time.monotonic``.
 
     ``exact``: only if what it is called is its own name.
     """
@@ -115,7 +115,7 @@ class Download:
             self._first = None
         return before != (self.phase, self.done, self.total, self.source)
 
-    def stir(self) -> None:
+    def mark_changed(self) -> None:
         """Wake everybody who follows this download."""
         self.changed.set()
         self.changed = asyncio.Event()
@@ -129,12 +129,12 @@ class Downloads:
         current: Current,
         runtime: RuntimeEnvironment,
         back: Later[BackEnd],
-        stir: Callable[[], None],
+        mark_changed: Callable[[], None],
         tell: Callable[[Decision], None],
     ) -> None:
-        """``stir``: something has changed that is shown. ``tell``: news for those who watch everything."""
+        """``mark_changed``: something has changed that is shown. ``tell``: news for those who watch everything."""
         self._current, self._runtime, self._back = current, runtime, back
-        self._stir, self._tell = stir, tell
+        self._mark_changed, self._log_change = mark_changed, tell
         self._running: dict[tuple[str, ...], Download] = {}
         self._ended: OrderedDict[str, Download] = OrderedDict()
         self._turns = asyncio.Semaphore(AT_A_TIME)
@@ -146,7 +146,7 @@ class Downloads:
         return len(self._running)
 
     def lines(self) -> list[answers.Download]:
-        """Those that run, and how the last ones ended."""
+        """The downloads that run, and how the last ones ended."""
         return [each.line() for each in (*self._running.values(), *self._ended.values())]
 
     def running(self, name: str) -> Download | None:
@@ -167,7 +167,7 @@ class Downloads:
                 raise TooManyRequests(f"{MOST} downloads run or wait already; vllmctl ps shows them")
             download = self._running[key] = Download(wanted.name, wanted, exact=exact)
             self._ended.pop(wanted.name, None)
-            task = asyncio.ensure_future(self._life(key, download, largest))
+            task = asyncio.ensure_future(self._supervise(key, download, largest))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         download.detached = download.detached or detached
@@ -200,7 +200,7 @@ class Downloads:
         """End it; what has come stays for the next one."""
         if not download.over.is_set():
             download.error = download.error or Conflict(f"the download of {download.name} was ended")
-            self._side(self._end(download))
+            self._spawn(self._end(download))
 
     def ended(self, report: ExitReport) -> bool:
         """Whether the process was one of these."""
@@ -208,7 +208,7 @@ class Downloads:
             if each.instance == report.instance:
                 each.report = report
                 each.exited.set()
-                each.stir()
+                each.mark_changed()
                 return True
         return False
 
@@ -219,14 +219,14 @@ class Downloads:
         task = Download(name, Wanted(name, ()))
         key = ("remove", name, secrets.token_hex(4))
         self._running[key] = task
-        await self._life(key, task, None, remove=paths)
+        await self._supervise(key, task, None, remove=paths)
         if task.error:
             raise task.error
         return _count(task.found, "freed")
 
     # -- one's life
 
-    async def _life(
+    async def _supervise(
         self, key: tuple[str, ...], download: Download, largest: int | None, remove: Sequence[Path] = ()
     ) -> None:
         if not remove:
@@ -249,8 +249,8 @@ class Downloads:
             if not remove:
                 self._keep(download)
             download.over.set()
-            download.stir()
-            self._stir()
+            download.mark_changed()
+            self._mark_changed()
 
     def _keep(self, download: Download) -> None:
         self._ended[download.name] = download
@@ -265,7 +265,7 @@ class Downloads:
 
     def _say(self, download: Download, what: str, why: str) -> None:
         numbers = {"completed": download.done, "total": download.total}
-        self._tell(Decision(time.time(), what, download.name, why, numbers))
+        self._log_change(Decision(time.time(), what, download.name, why, numbers))
 
     async def _run(self, download: Download, largest: int | None, remove: Sequence[Path]) -> None:
         """Start its process and look at its file until that says how it ended. Raises VllmdError."""
@@ -277,8 +277,8 @@ class Downloads:
             while not download.exited.is_set():
                 told = await asyncio.to_thread(_read, folder)
                 if told and download.take(told):
-                    download.stir()
-                    self._stir()
+                    download.mark_changed()
+                    self._mark_changed()
                 if told and download.phase in ("done", "failed"):
                     _settle(download, told)
                     return
@@ -290,7 +290,7 @@ class Downloads:
                 status = f"signal {report.signal}" if report.signal is not None else f"status {report.status}"
                 raise Unavailable(f"the program that fetches ended with {status}{': ' * bool(last)}{last}")
         finally:
-            await self._be_rid_of(back, download, running.instance)
+            await self._kill_until_gone(back, download, running.instance)
 
     async def _end(self, download: Download) -> None:
         back = self._back.now
@@ -298,7 +298,7 @@ class Downloads:
             with contextlib.suppress(LauncherFailed):
                 await back.launcher.signal(download.instance, 15)
 
-    async def _be_rid_of(self, back: BackEnd, download: Download, instance: str) -> None:
+    async def _kill_until_gone(self, back: BackEnd, download: Download, instance: str) -> None:
         ends: list[Callable[[], Awaitable[None]]]
         ends = [lambda: back.launcher.signal(instance, 15), lambda: back.launcher.kill(instance)]
         for end in ends:
@@ -356,7 +356,7 @@ class Downloads:
             why = error.strerror if isinstance(error, OSError) else error
             raise Unavailable(f"pull.token_file {config.pull.token_file}: {why}") from None
 
-    def _side(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

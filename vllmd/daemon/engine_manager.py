@@ -22,7 +22,7 @@ from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
 from vllmd.daemon import health
 from vllmd.daemon.boot_clock import moments
-from vllmd.daemon.calls import Look, answers, asked, call, complete, looked_at, next_line, within
+from vllmd.daemon.calls import Liveness, answers, asked, call, check_liveness, complete, next_line, within
 from vllmd.daemon.engine_process import Anew, EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.last_starts import Start, Starts, in_words
@@ -62,7 +62,7 @@ Post = Callable[[events.Event], None]
 TOLD = (events.EngineStartFailed, events.EngineWakeFailed, events.EngineSleepFailed, events.EngineExited)
 
 
-async def _blind() -> None:
+async def _no_readings() -> None:
     """The stand-in for looking at the devices: nobody looks."""
 
 
@@ -77,7 +77,7 @@ class EngineManager:
         launch_planner: LaunchPlanner,
         logs: Path | None = None,
         on_phase: Callable[[], None] = lambda: None,
-        look: Callable[[], Awaitable[None]] = _blind,
+        look: Callable[[], Awaitable[None]] = _no_readings,
         usual: Usual = lambda model, kind: 0.0,
         ended: Callable[[str, str], None] = lambda engine, instance: None,
         starts: Starts | None = None,
@@ -92,7 +92,7 @@ class EngineManager:
         self.processes: dict[str, EngineProcess] = {}
         self._on_phase = on_phase
         self._look = look
-        self._told_ended = ended
+        self._on_ended = ended
         self._starts = Starts() if starts is None else starts
         self._launcher = launcher
         self._report = post
@@ -105,9 +105,9 @@ class EngineManager:
         self._loaders = loaders or Loaders()
         self._sleeps = Sleeps(memory, self.annotate, usual)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unnoted = Repeated(log)
+        self._annotate_trouble = Repeated(log)
         self._ended: dict[str, ExitReport] = {}  # of engines not known here: perhaps they are being adopted
-        self._strays: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
+        self._unmanaged: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
 
     def configure(self, models: Mapping[str, ModelConfig], estimates: Mapping[str, Estimate]) -> None:
         """Start engines by these settings from now on. ``estimates``: what each is expected to take, by model."""
@@ -145,7 +145,7 @@ class EngineManager:
             self._post(events.EngineStartFailed(command.replica, why))
             return
         self.processes[command.replica] = process
-        if order and (standby := self.standbys.take(process.standby, self._launch_planner.needs(process.model))):
+        if order and (standby := self.standbys.claim(process.standby, self._launch_planner.needs(process.model))):
             order = replace(order, standby=standby)
         process.anew = lambda: self._launch_planner.prepare(command)
         known = self._starts.get(process.name)
@@ -198,7 +198,9 @@ class EngineManager:
             self.spawn(self._probe(process, command))
 
     def rename(self, command: commands.RenameReplica) -> None:
-        """Its model has got replicas, or lost them: whatever is under way goes on, and ends by the new id."""
+        """Give an engine the id that it has since its model got replicas, or lost them; a task under way goes on, and
+        reports by the new id.
+        """
         if command.replica in self._starts:
             self._starts[command.now] = self._starts.pop(command.replica)
         process = self.processes.pop(command.replica, None)
@@ -230,7 +232,7 @@ class EngineManager:
         pid, unit = process.running.pid, process.running.unit
         made = f", made of {process.running.standby}" if process.running.standby else ""
         log.info("%s: started as pid %d in %s%s", process.name, pid, unit, made, extra=of(process))
-        process.phases.come_to(Progress(first_phase(process.engine.kind)))
+        process.phases.enter(Progress(first_phase(process.engine.kind)))
         self._watch_health(process)
         await self.follow(process)
         return await self.await_ready(process)
@@ -246,7 +248,7 @@ class EngineManager:
         return events.EngineReady(process.name, None)
 
     async def _watch(self, process: EngineProcess) -> None:
-        """Tell when a server that is not ours has stopped answering; nobody else would.
+        """Report when a remote server has stopped answering: there is no process whose end would tell.
 
         One that nobody listens for is gone at once; one that only does not answer gets ``SILENCE`` seconds.
         """
@@ -256,14 +258,14 @@ class EngineManager:
             await asyncio.sleep(process.watch)
             if self.processes.get(process.name) is not process:
                 return
-            found, failure = await looked_at(process, limit)
+            found, failure = await check_liveness(process, limit)
             if not failure:
                 looks = 0
                 continue
             looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
             if looks == 1:
                 self._post(events.ServerSilent(process.name, failure))
-            if looks >= WATCH_FAILURES and (found is Look.REFUSED or time.monotonic() - silent_since >= SILENCE):
+            if looks >= WATCH_FAILURES and (found is Liveness.REFUSED or time.monotonic() - silent_since >= SILENCE):
                 break
         if self.processes.get(process.name) is process and process.task is None:
             self._forget(process)
@@ -304,7 +306,7 @@ class EngineManager:
         self._starts.note(process.name, Start(process.ready_after, spent, process.like, loader))
         self._loaders.came_up(process.loading, spent)
         if process.running and process.running.standby and process.standby:
-            self.standbys.came_to(process.standby, good=True)
+            self.standbys.note_outcome(process.standby, good=True)
         if not process.file:
             with contextlib.suppress(LauncherFailed):
                 await self._launcher.unfollow(process.instance)
@@ -339,22 +341,22 @@ class EngineManager:
         )
 
     def _longest_start(self, process: EngineProcess) -> float:
-        """Seconds. One that could be started anew in a plainer way is not waited for as long as others."""
+        """The limit of a start, in seconds; shorter where the engine could be started again in a plainer way."""
         longest, usual = process.model.start_timeout, self._usual(process.name, "start")
         special = process.is_special and process.anew
         return min(longest, max(SHORTEST_PATIENCE, PATIENCE * usual)) if special and usual else longest
 
     async def _start_anew(self, process: EngineProcess, anew: Anew) -> events.Event:
-        """What it was made of, or how it loads, may be at fault: the same start, as if there were no such things.
+        """Start the engine again without standby and fast loader, either of which may have been at fault.
 
-        Of the two the loader is suspected: what it was made of has already run.
+        Of the two the loader is suspected: the standby has already run.
         """
         loading = process.loading if process.loader else None
         if loading:
             self._loaders.failed(process.model.name, loading)
         elif process.standby:
-            self.standbys.came_to(process.standby, good=False)
-        self._part_with(process)
+            self.standbys.note_outcome(process.standby, good=False)
+        self._discard(process)
         try:
             fresh, order = anew()
         except VllmdError as error:
@@ -368,7 +370,7 @@ class EngineManager:
             if loading:
                 self._loaders.failed_without(process.model.name, loading)
             elif process.standby:
-                self.standbys.came_to(process.standby, good=True)
+                self.standbys.note_outcome(process.standby, good=True)
         return event
 
     async def _probe_until_ready(self, process: EngineProcess) -> None:
@@ -387,9 +389,9 @@ class EngineManager:
             then = now
 
     async def _warm_up(self, process: EngineProcess) -> None:
-        """One short request of our own, so that the first client does not pay for what is made lazily."""
+        """Send one short request, so that the first client does not wait for what the engine sets up lazily."""
         if process.model.warm_up and "/v1/completions" in process.engine.routes(process.model):
-            process.phases.come_to(Progress(WARM_UP))
+            process.phases.enter(Progress(WARM_UP))
             body = {"model": process.engine.served_name(process.model), "prompt": "Hello", "max_tokens": 1}
             if await complete(process, body) is None:
                 log.warning("%s: the warm-up request failed", process.name, extra=of(process))
@@ -446,9 +448,12 @@ class EngineManager:
         return events.EngineStopped(process.name, missing)
 
     async def _end(self, process: EngineProcess, *, kill: bool) -> bool:
-        """Its stop command, or a signal to the main process only; then the whole cgroup. True once nothing is left."""
+        """End an engine: its stop command, or a signal to its main process; then SIGKILL to its cgroup.
+
+        True once no process is left.
+        """
         if not kill:
-            await self._tell_to_go(process)
+            await self._request_exit(process)
             if await within(process.exited.wait(), process.model.stop_timeout):
                 return True
             log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.name,
@@ -464,7 +469,7 @@ class EngineManager:
             await self._run_stop(process)
         return gone
 
-    async def _tell_to_go(self, process: EngineProcess) -> None:
+    async def _request_exit(self, process: EngineProcess) -> None:
         process.ending = True
         if process.stop:
             await self._run_stop(process)
@@ -475,7 +480,7 @@ class EngineManager:
     async def _run_stop(self, process: EngineProcess) -> None:
         """Run the stop command as the engine's user; its end is awaited, what went wrong is logged."""
         helper = EngineProcess(process.model, process.engine, f"{process.instance}-stop", Listen(), Placement(), "")
-        self._strays[helper.instance] = helper
+        self._unmanaged[helper.instance] = helper
         try:
             await self._launcher.start(self._launch_planner.stop_order(process, helper.instance))
             if not await within(helper.exited.wait(), process.model.stop_timeout):
@@ -485,7 +490,7 @@ class EngineManager:
         except LauncherFailed as error:
             log.warning("%s: its stop command: %s", process.name, error.message, extra=of(process))
         finally:
-            self._strays.pop(helper.instance, None)
+            self._unmanaged.pop(helper.instance, None)
 
     # -- what the launcher tells ---------------------------------------------------------
 
@@ -504,7 +509,7 @@ class EngineManager:
         if process.stop and not process.ending:  # its processes may be a container's, which outlives its client
             process.ending = True
             self.spawn(self._run_stop(process))
-        if process.task is None and process.instance not in self._strays:
+        if process.task is None and process.instance not in self._unmanaged:
             self._forget(process)
             self._post(events.EngineExited(process.name, process.reason()))
 
@@ -521,12 +526,12 @@ class EngineManager:
                 if not queue.full():
                     queue.put_nowait(line)
             if process.ready_after is None and (progress := process.engine.progress(line)):
-                self._came_to(process, progress)
+                self._on_phase_change(process, progress)
                 self._on_phase()
 
-    def _came_to(self, process: EngineProcess, progress: Progress) -> None:
-        """Its start is in another phase, or further in that one."""
-        another = process.phases.come_to(progress)
+    def _on_phase_change(self, process: EngineProcess, progress: Progress) -> None:
+        """Note that a start is in another phase, or further on in the same one."""
+        another = process.phases.enter(progress)
         share = share_begun(process.engine.kind, progress.phase)
         if share is not None and another:
             self._post(events.StartProgressed(process.name, share))
@@ -561,19 +566,19 @@ class EngineManager:
         return instance in self._ended
 
     def catch_up(self, process: EngineProcess) -> None:
-        """One that was just taken in may have ended since it was listed."""
+        """Report the end of an adopted engine that ended after the launcher listed it."""
         if report := self._ended.pop(process.instance, None):
             self.on_exit(report)
 
     async def end_unmanaged(self, process: EngineProcess) -> None:
-        """Stop an engine that is nobody's: not the core's, not in ``members``."""
-        self._strays[process.instance] = process
+        """Stop an unmanaged engine: one that the core does not know, and that is not in ``processes``."""
+        self._unmanaged[process.instance] = process
         self.catch_up(process)
         if not (
             await self._end(process, kill=process.running is None or process.running.ending) and _is_empty(process)
         ):
             log.error("%s: its processes could not be ended", process.name, extra=of(process))
-        self._strays.pop(process.instance, None)
+        self._unmanaged.pop(process.instance, None)
 
     def resume_start(self, process: EngineProcess) -> None:
         """Wait on for an adopted engine that is still starting."""
@@ -611,7 +616,7 @@ class EngineManager:
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:
-            self._unnoted.say(
+            self._annotate_trouble.say(
                 logging.WARNING, "cannot note how engines stand: %s", error, fields=of(process)["journal"]
             )
 
@@ -663,18 +668,18 @@ class EngineManager:
 
     def _by_instance(self, instance: str) -> EngineProcess | None:
         known = (process for process in self.processes.values() if process.instance == instance)
-        return next(known, self._strays.get(instance))
+        return next(known, self._unmanaged.get(instance))
 
     def _forget(self, process: EngineProcess) -> None:
         if self.processes.get(process.name) is process:
             del self.processes[process.name]
-        self._part_with(process)
+        self._discard(process)
 
-    def _part_with(self, process: EngineProcess) -> None:
-        """What a process that is gone leaves: its port, its watcher, its file."""
+    def _discard(self, process: EngineProcess) -> None:
+        """Release what belonged to an engine that has exited: its port, its health watcher, its log file."""
         self._launch_planner.release(process)
         if process.running:
-            self._told_ended(process.name, process.instance)
+            self._on_ended(process.name, process.instance)
         if process.watcher:
             process.watcher.cancel()
         if process.file:
@@ -687,7 +692,9 @@ def _is_empty(process: EngineProcess) -> bool:
 
 
 def _stuck(process: EngineProcess, held: Mapping[int, int]) -> dict[int, int]:
-    """What an engine that cannot be killed keeps on its devices; a byte where that cannot be known, to avoid them."""
+    """The bytes that an engine which cannot be killed keeps on each of its devices; 1 where that is unknown, so that
+    the device is avoided.
+    """
     return dict(held) or dict.fromkeys(process.placement.devices, 1)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Placement
-from vllmd.daemon.failure_text import how_it_ended, with_last_lines
+from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
 from vllmd.daemon.loaders import Loading
 from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
@@ -130,10 +130,13 @@ class EngineProcess:
     def reason(self) -> str:
         """Why it is gone, with its last words where they are at hand."""
         lines, how = self.last_lines(), self.verdict or how_it_ended(self.report)
-        return with_last_lines(how, lines) if lines else how
+        if not lines:
+            return how
+        failure = self.engine.failure(lines)
+        return with_last_lines(with_root(how, failure) if tells_error(failure.reason) else how, lines, failure.reason)
 
     def forget_start(self) -> None:
-        """It is ready: the many lines of its start are of no more use."""
+        """Drop the log lines of the start, once the engine is ready."""
         while len(self.lines) > LINES_AFTERWARDS:
             self.lines.popleft()
 
@@ -145,7 +148,7 @@ class EngineProcess:
         return read + end
 
     def last_lines(self) -> list[str]:
-        """Its last log lines; the launcher's own copy is the complete one."""
+        """The engine's last log lines; the launcher has them all."""
         if self.report and self.report.log_tail:
             return list(self.report.log_tail)
         return list(self.lines)

@@ -14,6 +14,8 @@ REASON_LINES = 12  # of the log in a failure's reason
 INSTALL_OR_NAME = "; install it, or give the full path as `command`"  # the launcher, of any program
 AROUND = 3  # lines shown before and after the root error, where that is not among the last
 _DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])")  # of an absolute path; not of a URL
+_ERROR = re.compile(r"error|exception|fatal|fail|abort|assert|panick|segmentation|out of memory", re.I)
+_SERVED = re.compile(r'"(?:GET|POST|PUT|DELETE) [^"]* HTTP/')  # a request that it answered, be it with an error
 
 
 def how_it_ended(report: ExitReport | None) -> str:
@@ -32,6 +34,11 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def tells_error(line: str) -> bool:
+    """Whether a line of an engine's log may be why it ended: not every engine that is gone has said why."""
+    return _ERROR.search(line) is not None and _SERVED.search(line) is None
 
 
 def with_root(what: str, failure: Failure) -> str:

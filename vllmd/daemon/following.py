@@ -10,7 +10,7 @@ from vllmd.api.answers import ErrorText, ModelLine, Progress
 from vllmd.core.types import State
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later
-from vllmd.daemon.status import Sight, Status, line_of
+from vllmd.daemon.status import Status, StatusInput, line_of
 from vllmd.errors import Unavailable, UnknownModel
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Following:
         with self._changes.following():
             while True:
                 changed = self._changes.next_change  # before looking: what changes while the reader is busy counts
-                seen = self._status.sight()
+                seen = self._status.status_input()
                 if not _moves(seen, model):
                     return
                 line = line_of(seen, model)
@@ -75,7 +75,7 @@ class Following:
         return [*await back.engines.log_of_ended(config, instance, lines), f"-- its engine ended at {when} --"]
 
 
-def _moves(seen: Sight, model: str) -> bool:
+def _moves(seen: StatusInput, model: str) -> bool:
     """Whether it is on its way somewhere, or about to be."""
     views = seen.snapshot.replicas_of(model) if seen.snapshot else ()
     return any(view.state in MOVING or view.waiting_for for view in views)

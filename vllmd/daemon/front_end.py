@@ -19,7 +19,7 @@ from vllmd.api.answers import Reloaded
 from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate, Fetching
 from vllmd.daemon.changes import Changes
-from vllmd.daemon.current import Current, Later, RuntimeEnvironment, Take
+from vllmd.daemon.current import ApplyConfiguration, Current, Later, RuntimeEnvironment
 from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.failure_text import places
@@ -88,8 +88,8 @@ class FrontEnd:
         self.disabled.load()
         self.listeners.configure(self.key_store.added_to(config))
 
-    def turn_away(self) -> None:
-        """Whoever waits or comes is told to come back; answers that have begun go on."""
+    def refuse_waiting(self) -> None:
+        """Refuse the requests that wait, and those that come, with 503; answers that have begun go on."""
         self.gate.refusal = Unavailable(SHUTTING_DOWN, retry_after=5)
         self.gate.reject_waiting(SHUTTING_DOWN)
 
@@ -99,7 +99,7 @@ def front_end(
     broken: str,
     runtime: RuntimeEnvironment,
     sockets: Mapping[str, Sequence[socket.socket]],
-    take: Take,
+    take: ApplyConfiguration,
     reload: Callable[[], Awaitable[Reloaded]],
 ) -> FrontEnd:
     """Everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
@@ -139,7 +139,7 @@ def front_end(
     )
 
     def outcome(model: str, answered: int, failed: bool) -> None:
-        """What became of a request; of several replicas the scheduler itself judges."""
+        """Tell the scheduler how a request ended at a model's only engine; several replicas it judges by its events."""
         known = current.config.models.get(model)
         if back.now is not None and known and not known.replicas:
             back.now.engines.answered(model, answered, failed=failed)

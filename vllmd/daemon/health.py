@@ -22,7 +22,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from vllmd.daemon.calls import Look, asked, looked_at
+from vllmd.daemon.calls import Liveness, asked, check_liveness
 from vllmd.daemon.engine_process import ERRORS, EngineProcess
 
 log = logging.getLogger("vllmd.health")
@@ -63,12 +63,12 @@ async def watch(process: EngineProcess, kill: Callable[[str], Awaitable[object]]
 
 async def _look(process: EngineProcess) -> tuple[str, float]:
     """What is wrong with it, "" if nothing is, and for how many seconds that may be so."""
-    found, why = await looked_at(process, PATIENCE)
-    if found in (Look.REFUSED, Look.SILENT):
-        return why, REFUSED if found is Look.REFUSED else SILENT
+    found, why = await check_liveness(process, PATIENCE)
+    if found in (Liveness.REFUSED, Liveness.SILENT):
+        return why, REFUSED if found is Liveness.REFUSED else SILENT
     if process.asleep:  # what it answers then is its own affair
         return "", 0.0
-    if found is Look.WRONG:
+    if found is Liveness.WRONG:
         return why, WRONG
     if process.health.errors >= ERRORS:
         seconds, failure = await asked(process, PATIENCE)

@@ -20,4 +20,8 @@ class IdleExit:
         used, self._accepted = busy or accepted != self._accepted, accepted
         if used:
             self._idle_since = now
-        return after is not None and not used and now - max(self._idle_since + after, self._born + SHORTEST_LIFE) >= 0
+        return after is not None and not used and self.left(now, after) <= 0
+
+    def left(self, now: float, after: float) -> float:
+        """Seconds until it is due, if nobody comes."""
+        return max(self._idle_since + after, self._born + SHORTEST_LIFE) - now

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core import commands, events
-from vllmd.daemon.current import Current, Later, Take
+from vllmd.daemon.current import ApplyConfiguration, Current, Later
 from vllmd.errors import Conflict, VllmdError
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 class Instances:
     """A model that has one engine becomes, with another, one of two replicas; the engine that runs is the first."""
 
-    def __init__(self, current: Current, back: Later[BackEnd], take: Take, changing: asyncio.Lock) -> None:
+    def __init__(
+        self, current: Current, back: Later[BackEnd], take: ApplyConfiguration, changing: asyncio.Lock
+    ) -> None:
         self._current = current
         self._back = back
-        self._take_configuration = take
+        self._apply_configuration = take
         self._changing = changing
         self._adding: set[asyncio.Task[None]] = set()  # one more engine is being made
         self._made: dict[str, ReplicaConfig] = {}  # model -> the replicas that it has by us
@@ -98,7 +100,7 @@ class Instances:
         """Go on with these replicas. Raises Conflict if the core finds one of ``unless_used`` in use then."""
         config = self._current.config
         models = {**config.models, model.name: replace(model, replicas=rules)}
-        await self._take_configuration(replace(config, models=models), unless_used)
+        await self._apply_configuration(replace(config, models=models), unless_used)
         self._made.pop(model.name, None)
         if rules:
             self._made[model.name] = rules

@@ -39,7 +39,7 @@ SHUT = KeyConfig("(unreadable)", "-", scopes=())
 
 
 @dataclass(frozen=True)
-class Made:
+class StoredKey:
     """One key of the file. ``at``: when it was made, in Unix time."""
 
     config: KeyConfig
@@ -51,7 +51,7 @@ class KeyStore:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._keys: dict[str, Made] = {}
+        self._keys: dict[str, StoredKey] = {}
         self._unreadable = ""
         self.changed: Callable[[], None] = lambda: None  # called when other keys count from now on
         self.configured: Callable[[], AuthConfig] = AuthConfig  # those of the configuration in force
@@ -62,7 +62,7 @@ class KeyStore:
             return
         try:
             told = json.loads(self._path.read_text())
-            self._keys = {name: _made(name, each) for name, each in dict(told["keys"]).items()}
+            self._keys = {name: _parse_key(name, each) for name, each in dict(told["keys"]).items()}
             self._unreadable = ""
         except FileNotFoundError:
             self._keys = {}
@@ -95,39 +95,39 @@ class KeyStore:
         if len(self._keys) >= MOST_KEYS:
             raise Conflict(f"there are {MOST_KEYS} keys already")
         secret = PREFIX + secrets.token_urlsafe(BITS // 8)
-        made = Made(_with(KeyConfig(name, digest(secret)), settings), time.time())
+        made = StoredKey(_with(KeyConfig(name, digest(secret)), settings), time.time())
         self._write({**self._keys, name: made})
         log.info("the key %s was made", name)
         return NewKey(name, secret)
 
     def revoke(self, name: str) -> Keys:
-        """It opens nothing from now on. Raises NotFound, Unavailable."""
-        self._made(name)
+        """Revoke a key: it opens nothing from now on. Raises NotFound, Unavailable."""
+        self._parse_key(name)
         self._write({each: made for each, made in self._keys.items() if each != name})
         log.info("the key %s was revoked", name)
         return self.list()
 
     def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
         """Change what is named of it; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
-        made = self._made(name)
+        made = self._parse_key(name)
         changed = replace(made, config=_with(made.config, settings))
         self._write({**self._keys, name: changed})
         return _line(changed.config, changed.at)
 
-    def _made(self, name: str) -> Made:
+    def _parse_key(self, name: str) -> StoredKey:
         if name in self._keys:
             return self._keys[name]
         if any(key.name == name for key in self.configured().keys):
             raise NotFound(f"the key {name!r} is in the configuration: change it there, then vllmctl reload")
         raise NotFound(f"there is no key called {name!r}")
 
-    def _write(self, keys: dict[str, Made]) -> None:
+    def _write(self, keys: dict[str, StoredKey]) -> None:
         """A small file, and seldom: the loop can wait for it. Raises Unavailable."""
         if self._path is None:
             raise Conflict("this daemon has no state folder to keep keys in; add them to auth.keys")
         if self._unreadable:
             raise Unavailable(self._unreadable)
-        text = json.dumps({"keys": {name: _told(made) for name, made in keys.items()}}, indent=1)
+        text = json.dumps({"keys": {name: _key_as_json(made) for name, made in keys.items()}}, indent=1)
         part = self._path.with_suffix(".part")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -185,11 +185,11 @@ def _line(key: KeyConfig, at: float | None) -> KeyLine:
     return KeyLine(key.name, key.scopes, key.models, at is None, at, _settings(key))
 
 
-def _told(made: Made) -> dict[str, object]:
+def _key_as_json(made: StoredKey) -> dict[str, object]:
     return {"digest": made.config.digest, "at": made.at, **_settings(made.config)}
 
 
-def _made(name: str, told: Mapping[str, object]) -> Made:
+def _parse_key(name: str, told: Mapping[str, object]) -> StoredKey:
     """One that was read. Raises ValueError, KeyError, TypeError where it is none."""
     settings = {key: value for key, value in told.items() if key not in ("digest", "at")}
     hexed = digest(f"sha256:{told['digest']}")
@@ -197,7 +197,7 @@ def _made(name: str, told: Mapping[str, object]) -> Made:
         config = _with(KeyConfig(str(name), hexed), settings)
     except BadRequest as error:
         raise ValueError(f"the key {name!r}: {error.message}") from None
-    return Made(config, float(str(told["at"])))
+    return StoredKey(config, float(str(told["at"])))
 
 
 def key_store_path(environment: Mapping[str, str], home: Path | None) -> Path | None:

@@ -65,9 +65,9 @@ class ApiKeyAuth:
         self._by_digest = dict(self._callers)
         if self._callers:
             models = None if "names" in auth.public else frozenset[str]()
-            self._stranger = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
+            self._anonymous = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
         else:
-            self._stranger = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_key)
+            self._anonymous = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_operator)
 
     def of_key(self, digest: str) -> Caller | None:
         """What the key of that digest opens; None where there is none."""
@@ -91,10 +91,10 @@ class ApiKeyAuth:
         if (signed_in := self._page(request)) is not None:
             return signed_in
         if not self._callers:
-            return self._stranger
+            return self._anonymous
         secrets = presented(request)
         if not secrets:
-            return self._stranger
+            return self._anonymous
         wait, refused = 0.0, []
         for secret in secrets:
             digest = hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest()
@@ -109,7 +109,7 @@ class ApiKeyAuth:
                 return for_pages(found[0]) if by_itself else found[0]
             self._failures.failed(request.peer, digest)
             refused.append(digest)
-        return replace(self._stranger, refusal=_wrong_key if refused else lambda: _too_many(wait))
+        return replace(self._anonymous, refusal=_wrong_key if refused else lambda: _too_many(wait))
 
 
 class PeerCredentialAuth:
@@ -222,8 +222,14 @@ def _no_key() -> VllmdError:
     return Unauthorized(f"no API key was given; {NEED}")
 
 
+def _no_operator() -> VllmdError:
+    """Models are open to everybody, so it is for what operators do that a key is missing."""
+    what = "no API key was given; administration needs one of the scope admin, or the admin socket, as vllmctl uses it"
+    return Unauthorized(what)
+
+
 def _wrong_key() -> VllmdError:
-    return Unauthorized("the API key is not valid")
+    return Unauthorized("the API key is not valid: this server knows none like it (vllmctl key list, on its machine)")
 
 
 def _too_many(wait: float) -> VllmdError:

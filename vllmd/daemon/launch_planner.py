@@ -123,7 +123,7 @@ class LaunchPlanner:
         )
 
     def standby_of(self, model: ModelConfig) -> Standby | None:
-        """What a standby has to be for the model's engine, were it started now; None where there can be none."""
+        """The kind of standby that an engine of the model could be made of now; None where there is none."""
         engine = self._engine_of(model)
         if not isinstance(engine, CanStandBy):
             return None
@@ -144,7 +144,10 @@ class LaunchPlanner:
             return None
 
     def _standby(self, model: ModelConfig, engine: Engine, launch: Launch) -> Standby | None:
-        """None also for a user of its own: a standby is the shared user's. What a device can do is read at import."""
+        """None also for an engine with a user of its own: standbys are the shared user's.
+
+        What a device can do is read at import.
+        """
         alike = len({device.name for device in self._memory.inventory}) <= 1
         special = model.user or launch.cwd or launch.stop or not launch.argv
         if special or not alike or not isinstance(engine, CanStandBy):

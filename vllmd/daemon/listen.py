@@ -64,7 +64,7 @@ def _why(address: str, error: OSError) -> str:
 
 
 def holder(host: str, port: int) -> str:
-    """Who listens on an address: process and user, as far as we may know."""
+    """The process that listens on an address, and its user, as far as we may know."""
     from vllmd.proxy.peers import listener_of, user_named  # for messages only
 
     found = listener_of(host, port)

@@ -164,7 +164,7 @@ class Listeners:
 
     @property
     def clients(self) -> int:
-        """Those of ``connections`` that are not operators."""
+        """How many of ``connections`` are clients', not operators'."""
         return sum(server.connections for server in self._clients)
 
     def exchanges(self) -> Iterator[Exchange]:
@@ -233,6 +233,6 @@ def _log(exchange: Exchange) -> None:
     fields = {"REQUEST_ID": request.id, "VLLMD_STATUS": exchange.status, "VLLMD_SECONDS": f"{exchange.elapsed:.3f}"}
     if exchange.model:
         fields["MODEL"] = exchange.model
-    log.log(
-        level, "%s %s %s", request.method, request.path, exchange.error or exchange.status, extra={"journal": fields}
-    )
+    what = f"{exchange.status} {exchange.error}".rstrip() + (f": {exchange.message}" if exchange.message else "")
+    about = f" for {exchange.model}" if exchange.model else ""
+    log.log(level, "%s %s%s: %s", request.method, request.path, about, what, extra={"journal": fields})

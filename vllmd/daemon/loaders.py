@@ -94,7 +94,7 @@ class Loaders:
             self._book.measured(loading.place, loading.format, spent.get(WEIGHTS, 0.0), loading.size)
 
     def failed(self, model: str, loading: Loading) -> None:
-        """It has not, and is begun anew without that loader."""
+        """Note that an engine did not come up with a loader, and is started again without it."""
         self._book.failed(loading.place, loading.format, model)
 
     def failed_without(self, model: str, loading: Loading) -> None:

@@ -91,7 +91,9 @@ class FailedLogins:
 
 
 def _of(peer: Peer) -> str:
-    """Who counts as one: a user of this machine, an IPv4 address, or a network of IPv6, which gives each host many."""
+    """The origin that failures are counted by: a user of this machine, an IPv4 address, or a network of IPv6, which
+    gives each host many.
+    """
     if peer.local:
         return f"uid {peer.uid}"
     if ":" not in peer.address:

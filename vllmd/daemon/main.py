@@ -21,10 +21,11 @@ from vllmd.config.user_home import user_home
 from vllmd.daemon import collector, identity
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.disabled import disabled_path
+from vllmd.daemon.event_loop import name_of, new_loop
 from vllmd.daemon.key_store import key_store_path
 from vllmd.daemon.listen import Listeners, listeners, told
 from vllmd.daemon.records import store_path
-from vllmd.daemon.service import Daemon, meant_for_us
+from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import ConfigError
 from vllmd.systemd.activation import take_listeners
 from vllmd.systemd.journal import setup_logging
@@ -90,7 +91,8 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         except ConfigError as error:
             print(error.message, file=sys.stderr)
             return EX_CONFIG
-        return asyncio.run(_live(config, broken, around, reload, sockets))
+        with asyncio.Runner(loop_factory=lambda: new_loop(config.server.event_loop)) as runner:
+            return runner.run(_live(config, broken, around, reload, sockets))
 
 
 def _raise_file_limit() -> None:
@@ -102,7 +104,8 @@ def _raise_file_limit() -> None:
 
 
 async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:
-    daemon = Daemon(await meant_for_us(config, around), around, reload, sockets, broken)
+    log.info("the event loop is %s", name_of(asyncio.get_running_loop()))
+    daemon = Daemon(await for_this_host(config, around), around, reload, sockets, broken)
     await daemon.run()
     return EX_SOFTWARE if daemon.failed else 0
 

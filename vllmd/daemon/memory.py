@@ -115,22 +115,22 @@ class Memory:
             self._began = time.monotonic()
         done, _ = await asyncio.wait({reading}, timeout=LATE if self.hangs else SAMPLE_LIMIT)
         if not done:
-            self._say_silent(f"the driver does not answer: a reading hangs for {time.monotonic() - self._began:.0f} s")
+            self._log_silent(f"the driver does not answer: a reading hangs for {time.monotonic() - self._began:.0f} s")
             self._failures = SILENT_AFTER  # that was long enough
             return None
         try:
             sample = reading.result()
         except Exception as error:  # whatever a driver's library throws
-            self._say_silent(f"the devices cannot be read: {error}")
+            self._log_silent(f"the devices cannot be read: {error}")
             return None
         self.last = sample
         if sample.silent and self.inventory:
-            self._say_silent(f"no device can be read: {sample.silent}")
+            self._log_silent(f"no device can be read: {sample.silent}")
         else:
             self._silent, self._failures = "", 0
         return sample
 
-    def _say_silent(self, why: str) -> None:
+    def _log_silent(self, why: str) -> None:
         self._failures += 1
         if not self._silent:
             log.error("%s", why)

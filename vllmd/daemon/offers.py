@@ -29,7 +29,7 @@ class Offer:
     hidden: bool = False
 
     def card(self, base: Card) -> Card:
-        """It for ``/v1/models``: as its model, of which it says what it is, as vLLM says of an adapter."""
+        """The offer's card for ``/v1/models``: the model's, with the model as its parent, as of vLLM's adapters."""
         return replace(
             base,
             id=self.name,

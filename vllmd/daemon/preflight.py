@@ -26,7 +26,7 @@ log = logging.getLogger("vllmd")
 
 
 @dataclass(frozen=True)
-class Prospect:
+class ModelCheck:
     """A model, its engine and what it is expected to take.
 
     ``wrong``: why it can never run; "" if it can. ``kind``: what its files are for, see ``fitness``.
@@ -49,25 +49,27 @@ class Machine:
 
     @property
     def gpus(self) -> Sequence[Device]:
-        """Its devices less the CPU."""
+        """The machine's devices without the CPU."""
         return gpus(self.devices)
 
 
-def look(models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[ModelConfig], Engine]) -> list[Prospect]:
+def look(
+    models: Iterable[ModelConfig], machine: Machine, engine_of: Callable[[ModelConfig], Engine]
+) -> list[ModelCheck]:
     """Look at each model; reads their files."""
     memory = host_memory()
-    return [_prospect(model, machine, engine_of, memory) for model in models]
+    return [_check_model(model, machine, engine_of, memory) for model in models]
 
 
-def _prospect(
+def _check_model(
     model: ModelConfig, machine: Machine, engine_of: Callable[[ModelConfig], Engine], memory: int
-) -> Prospect:
+) -> ModelCheck:
     allowed = [device for device in machine.gpus if not model.devices or device.index in model.devices]
     device_memory = min((device.memory for device in allowed), default=0)
     told = estimate(model, machine.homes.hub(model), device_memory, memory)
     engine = engine_of(model)
     wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.gpus)
-    return Prospect(model, engine, told, wrong, kind_of(model, machine.homes.hub(model)))
+    return ModelCheck(model, engine, told, wrong, kind_of(model, machine.homes.hub(model)))
 
 
 def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:
@@ -87,12 +89,12 @@ def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:
     return ""
 
 
-def wrong(prospects: Iterable[Prospect]) -> list[str]:
+def wrong(prospects: Iterable[ModelCheck]) -> list[str]:
     """Everything that can never work, one sentence each."""
     return [each.wrong for each in prospects if each.wrong]
 
 
-def doubtful(prospects: Sequence[Prospect], machine: Machine) -> list[str]:
+def doubtful(prospects: Sequence[ModelCheck], machine: Machine) -> list[str]:
     """What works, but hardly as meant."""
     pinned = [(each.model, each.told) for each in prospects if each.model.pin]
     overfull = overfull_pins(pinned, machine.gpus)
@@ -100,7 +102,7 @@ def doubtful(prospects: Sequence[Prospect], machine: Machine) -> list[str]:
     return [*notes, *([overfull] if overfull else [])]
 
 
-def say(prospects: Sequence[Prospect], machine: Machine) -> None:
+def say(prospects: Sequence[ModelCheck], machine: Machine) -> None:
     """Into the log: the arithmetic of every model, then what is doubtful, then what is wrong."""
     for each in prospects:
         log.info("%s: expected to take %s per device: %s", each.model.name, size(each.told.footprint.awake),

@@ -145,11 +145,11 @@ def _loading(seen: Loading, caller: Caller) -> str:
         return f"{how}{where}{takes}. Nobody has to leave for it."
     if caller.models is not None:
         return f"{how}{where}{takes}, after others have made room."
-    others = [f"{each.replica} {_fate(each)}. {_end(each)}" for each in seen.victims]
+    others = [f"{each.replica} {_outcome(each)}. {_end(each)}" for each in seen.victims]
     return f"{how}{where}{takes}, after others have made room: {' '.join(others)}"
 
 
-def _fate(each: Leaving) -> str:
+def _outcome(each: Leaving) -> str:
     return f"is put to sleep at level {each.level}" if each.level else "is stopped"
 
 

@@ -51,7 +51,7 @@ async def kill(pid: int, engine_manager: EngineManager, memory: Memory, *, force
         owner = await asyncio.to_thread(_owner, pid, dict(engine_manager.processes))
         if owner:
             return await _kill_engine(pid, owner, engine_manager)
-        return await _kill_stranger(pid, handle, memory, force=force)
+        return await _kill_external(pid, handle, memory, force=force)
     finally:
         os.close(handle)
 
@@ -78,7 +78,7 @@ async def _kill_engine(pid: int, process: EngineProcess, engine_manager: EngineM
     return f"killed the engine of {name}, which process {pid} was part of"
 
 
-async def _kill_stranger(pid: int, handle: int, memory: Memory, *, force: bool) -> str:
+async def _kill_external(pid: int, handle: int, memory: Memory, *, force: bool) -> str:
     name = _name(pid)
     if not force:
         raise Forbidden(f"process {pid} ({name}) is not part of any engine; force=true kills it if it is on a GPU")

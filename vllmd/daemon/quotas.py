@@ -36,7 +36,7 @@ class Spent:
     device_this_month: float = 0.0
 
     def add(self, wall: float, tokens: float, device: float) -> None:
-        """It used so much more. ``wall`` is Unix time."""
+        """Count so much more use by the key. ``wall`` is Unix time."""
         day = int(wall // DAY)
         if day != self.day:
             self.day, self.tokens_today, self.device_today = day, 0.0, 0.0
@@ -130,7 +130,7 @@ class Quota:
         return use
 
     def charge(self, tokens: float) -> None:
-        """It took so many tokens more, in or out; a negative number gives back what it did not take."""
+        """Charge the key for so many more tokens, in or out; a negative number gives back what was charged too much."""
         if self.tokens:
             self.tokens.take(tokens)
 
@@ -143,16 +143,19 @@ class Use:
     prompt: int
 
     def abandon(self) -> None:
-        """It was not admitted: it took no tokens."""
+        """The request was not admitted: give back its tokens."""
         self.quota.running -= 1
         self.quota.charge(-self.prompt)
 
     def resume(self) -> None:
-        """It failed before its answer and goes once more; it was counted already."""
+        """The request failed before its answer and is sent again; it was counted already."""
         self.quota.running += 1
 
     def end(self, tokens: Tokens | None, size: int) -> None:
-        """It is over. ``tokens``: what it took; where nothing tells that, it is reckoned from ``size`` bytes."""
+        """The request is over.
+
+        ``tokens``: how many it took; where nothing tells that, they are estimated from ``size`` bytes.
+        """
         self.quota.running -= 1
         if tokens is not None:
             self.quota.spent.add(self.quota.wall(), tokens.total, 0.0)

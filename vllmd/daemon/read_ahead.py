@@ -75,19 +75,19 @@ class ReadAhead:
     # -- what the core says, and what becomes of engines
 
     def begin(self, command: commands.ReadAhead) -> None:
-        """It is next in line."""
+        """A replica is next in line: read its files."""
         self._begin(command.replica, command.host_memory)
 
     def stop(self, command: commands.StopReadAhead) -> None:
-        """It is not next in line any more."""
+        """A replica is no longer next in line: stop reading its files."""
         self._end(command.replica)
 
     def starting(self, command: commands.StartEngine | commands.WakeEngine) -> None:
-        """Its engine starts, or wakes from where its weights are not in memory."""
+        """A replica's engine starts, or wakes from where its weights are not in memory."""
         if isinstance(command, commands.StartEngine) or command.level == 2:
             self._begin(command.replica, 0)
 
-    def heard(self, event: events.Event) -> None:
+    def on_event(self, event: events.Event) -> None:
         """An engine is up, or gone: what is not read by now is of no use."""
         if isinstance(event, OVER):
             self._end(event.replica)

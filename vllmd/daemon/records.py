@@ -194,7 +194,7 @@ class Records:
         return max(0.0, min(ended, until) - max(began, since))
 
     def look(self, snapshot: Snapshot, running: Mapping[tuple[str, str], int]) -> None:
-        """Who holds what now; ``running``: how many requests of each key run in each model."""
+        """Account for the devices that models hold; ``running``: how many requests of each key run in each model."""
         now, at = time.monotonic(), time.time()
         seconds = now - self._looked if self._looked is not None else 0.0
         self._looked = now
@@ -338,7 +338,7 @@ class Records:
         return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.told, under_way)))
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
-        """One with its head, and with recorded bodies, if the caller may change things. Raises NotFound.
+        """One request with its head, and with recorded bodies, if the caller may change things. Raises NotFound.
 
         A client may have sent one id twice: the request under way is told before the one that has ended.
         """

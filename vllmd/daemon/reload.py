@@ -19,7 +19,7 @@ from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.engine_process import fingerprint, is_outdated
 from vllmd.daemon.expectations import expect, files_of, opener, settings_of
 from vllmd.daemon.front_end import FrontEnd
-from vllmd.daemon.startup import adopt_running, say_devices
+from vllmd.daemon.startup import adopt_running, log_devices
 from vllmd.errors import Conflict
 from vllmd.gpu import Devices
 
@@ -63,7 +63,7 @@ async def take(front: FrontEnd, back: BackEnd, read: Config, unless_used: frozen
             old = back.memory.devices
             back.memory.take(devices, files_of(config))
             old.close()
-            say_devices(back.memory)
+            log_devices(back.memory)
 
     now = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking) if devices else None
     settings = settings_of(config, inventory)

@@ -151,9 +151,15 @@ class RuntimeAdapters:
             raise Conflict(f"{name!r} is the name of something else that is served here", param="lora_name")
 
     def _means_others(self, name: str, caller: Caller) -> bool:
-        """Whether clients reach by it, from habit (``names``), what an operator of some models has no say in."""
+        """Whether clients reach by it what an operator of some models has no say in.
+
+        From habit (``names``), or because a request for it has a repository fetched (``pull.on_request``): then the
+        adapter would answer whoever asks for that.
+        """
         if caller.models is None:
             return False
+        if self._gate.would_fetch(name):
+            return True
         try:
             called = self._gate.called(name)
         except UnknownModel:

@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Known
-from vllmd.config.runtime_model import guest
+from vllmd.config.runtime_model import runtime_model
 from vllmd.config.types import Config, ModelConfig
-from vllmd.daemon.current import Current, Later, Take
+from vllmd.daemon.current import ApplyConfiguration, Current, Later
 from vllmd.errors import Conflict, TooManyRequests, UnknownModel
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class RuntimeModels:
         self,
         current: Current,
         back: Later[BackEnd],
-        take: Take,
+        take: ApplyConfiguration,
         changing: asyncio.Lock,
         plain: Callable[[ModelConfig], ModelConfig],
         listen: tuple[str, ...],
@@ -37,14 +37,14 @@ class RuntimeModels:
         """``plain`` takes from a model what ``Instances`` added. ``listen``: where clients reach us over TCP."""
         self._current = current
         self._back = back
-        self._take_configuration = take
+        self._apply_configuration = take
         self._changing = changing
         self._plain = plain
         self._listen = listen
         self._models: dict[str, ModelConfig] = {}
 
     def added_to(self, config: Config) -> Config:
-        """``config`` with the guests; a model that it has itself by now is no guest any more."""
+        """``config`` with the run-time models, without those that it names itself by now."""
         self._models = {name: model for name, model in self._models.items() if name not in config.models}
         return replace(config, models={**config.models, **self._models}) if self._models else config
 
@@ -55,7 +55,7 @@ class RuntimeModels:
             config = self._current.config
             known = self._known(name, config)
             name = known.name if known else name
-            wanted = guest(name, settings, self._without(name), trusted=trusted)
+            wanted = runtime_model(name, settings, self._without(name), trusted=trusted)
             differs = _differences(self._plain(known), wanted) if known else []
             if known is None or (differs and name in self._models):
                 with contextlib.suppress(Conflict):  # it is in use, and stays as it is
@@ -70,7 +70,7 @@ class RuntimeModels:
         async with self._changing:
             if name in self._models:
                 del self._models[name]
-                await self._take_configuration(self._without(name))
+                await self._apply_configuration(self._without(name))
             elif name in self._current.config.models:
                 raise Conflict(f"{name!r} is configured in a file: remove it there, and reload")
             else:
@@ -82,7 +82,7 @@ class RuntimeModels:
             raise TooManyRequests(what)
         config = self._current.config
         models = {**config.models, model.name: model}
-        await self._take_configuration(replace(config, models=models), frozenset({model.name}))
+        await self._apply_configuration(replace(config, models=models), frozenset({model.name}))
         self._models[model.name] = model
 
     def _without(self, name: str) -> Config:

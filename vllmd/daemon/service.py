@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmd.api.answers import Reloaded
 from vllmd.api.names import FIRST_MODEL
-from vllmd.config.replicas import is_this_host, meant_here
+from vllmd.config.replicas import is_this_host, of_this_host
 from vllmd.config.types import Config
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
@@ -38,6 +38,7 @@ log = logging.getLogger("vllmd")
 SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
 WAIT_INTERVAL = 1.0  # the same while a model waits for room: strangers may leave any moment
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
+REST = 60.0  # seconds between looks at rest, where no watchdog wants them sooner
 STOP_ENGINES_LIMIT = 60.0
 ANSWERS_LIMIT = 5.0  # for answers that clients are still taking
 NOTES_LIMIT = 2.0  # for notes that the next daemon can do without; a launcher that has died cannot take them
@@ -46,9 +47,9 @@ QUIET = 0.3  # seconds without a request after which kept connections count as u
 LAUNCHER_LIMIT = 5.0  # seconds that a shutdown waits for a launcher: systemd may start none before we have gone
 
 
-async def meant_for_us(config: Config, runtime: RuntimeEnvironment) -> Config:
+async def for_this_host(config: Config, runtime: RuntimeEnvironment) -> Config:
     """``config`` without what is meant for other machines, and with the models of the cache, if it wants them."""
-    config, elsewhere = meant_here(config, is_this_host)
+    config, elsewhere = of_this_host(config, is_this_host)
     if elsewhere:
         log.info("left out, for they are meant for other machines: %s", ", ".join(elsewhere))
     if not config.discover:
@@ -60,7 +61,7 @@ async def meant_for_us(config: Config, runtime: RuntimeEnvironment) -> Config:
 
 
 class Daemon:
-    """One life: the front end at once, the back end as soon as it is there, chores meanwhile, an orderly end."""
+    """The daemon's life: the front end at once, the back end when it is built, periodic chores, an orderly end."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Daemon:
         sockets: Mapping[str, Sequence[socket.socket]],
         broken: str = "",
     ) -> None:
-        """``config`` is ``meant_for_us``. ``read`` reads the files anew; ``broken``: why they cannot be used."""
+        """``config`` is ``for_this_host``. ``read`` reads the files anew; ``broken``: why they cannot be used."""
         self.front = front_end(config, broken, runtime, sockets, self.take, self.reload)
         self.failed = False
         self._read = read
@@ -78,10 +79,10 @@ class Daemon:
         self._notify = Notifier()
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._sampling = asyncio.Lock()
-        self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
+        self._stopping, self._second_signal = asyncio.Event(), asyncio.Event()
         self._idle_exit = IdleExit(time.monotonic())
-        self._said = ""  # the status that systemd was told last
-        self._slept = SleptTime()
+        self._last_status = ""  # the status that systemd was told last
+        self._slept_time = SleptTime()
 
     # -- a life ----------------------------------------------------------------------------
 
@@ -109,10 +110,10 @@ class Daemon:
         try:
             startup = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
             back: BackEnd = await startup.back_end(self.front)
-            collector.overlook()
+            collector.exempt_existing()
             self.front.open(back)
             self.side_task(self._remember_use())
-            self.side_task(back.devices.run(lambda devices: startup.take_devices(self.front, back, devices)))
+            self.side_task(back.devices.run(lambda devices: startup.apply_devices(self.front, back, devices)))
             back.post(events.TimePassed())
         except Exception:  # a defect, and nothing can be served: the next start may fare better
             log.exception("vllmd cannot open")
@@ -120,7 +121,7 @@ class Daemon:
             self.stop()
 
     async def _remember_use(self) -> None:
-        """What keys have used before: limits per day and month go on from there."""
+        """Load what keys have used before, so that limits per day and month go on from there."""
         today, before = await self.front.records.spent()
         for key, (tokens, device) in today.items():
             self.front.quotas.spent(key, tokens, device)
@@ -134,9 +135,9 @@ class Daemon:
         last = not self._runtime.activated  # nobody comes after us whom clients could wait for
         front.listeners.drain(turn_away=last)
         if last:
-            front.turn_away()
+            front.refuse_waiting()
         await self._drain(front.current.config.server.drain_timeout)
-        front.turn_away()
+        front.refuse_waiting()
         front.listeners.refuse_unread(Unavailable(SHUTTING_DOWN, retry_after=5))
         back = front.back.now
         if back is not None:
@@ -144,7 +145,7 @@ class Daemon:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(back.note_idle(), NOTES_LIMIT)
             await back.keep_learnt()
-        await front.listeners.close(limit=0.0 if self._hurry.is_set() else ANSWERS_LIMIT)
+        await front.listeners.close(limit=0.0 if self._second_signal.is_set() else ANSWERS_LIMIT)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(front.records.close(), NOTES_LIMIT)
         if back is not None:
@@ -154,26 +155,29 @@ class Daemon:
         """Ask it to shut down; asked a second time it waits for nobody any more."""
         if self._stopping.is_set():
             log.warning("told to stop once more: breaking off what is under way")
-            self._hurry.set()
+            self._second_signal.set()
         self._stopping.set()
 
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        """Once a second, or as often as the idle exit wants: watchdog, status, idle exit; now and then a sample."""
+        """Once a second, or as often as the idle exit wants: watchdog, status, idle exit; now and then a sample.
+
+        At rest only as often as the watchdog wants, and when something happens.
+        """
         looked = kept = -SAMPLE_INTERVAL
         bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
         while True:
             back = self.front.back.now
             seen = back.activity() if back else None
             self._notify.watchdog()
-            self._say_status(seen)
+            self._send_status(seen)
             if self._may_exit(seen):
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             if back and seen:
                 self._count_sleep(back)
-                self._tend_standbys(back, seen)
+                self._review_standbys(back, seen)
             now = time.monotonic()
             if back and seen and (news := failed(seen)) != bad:  # kept at once, whatever becomes of us
                 if bad is not None:
@@ -183,20 +187,39 @@ class Daemon:
                 keep, looked = now >= kept + SAMPLE_INTERVAL, now
                 kept = now if keep else kept
                 self.side_task(self._sample(back, keep=keep))
-            idle_exit = self.front.current.config.server.idle_exit
-            await asyncio.sleep(min(STATUS_INTERVAL, max(idle_exit or 0.0, SHORTEST_TICK)))
+            if back and seen and self._rests(back, seen):
+                await self.front.changes.changed(self._longest_rest())
+            else:
+                await asyncio.sleep(self._tick_interval())
 
-    def _tend_standbys(self, back: BackEnd, seen: Snapshot) -> None:
-        """They are begun when nothing starts and nobody waits, and given up where models are promised their memory."""
+    def _tick_interval(self) -> float:
+        idle_exit = self.front.current.config.server.idle_exit
+        return STATUS_INTERVAL if idle_exit is None else min(STATUS_INTERVAL, max(idle_exit, SHORTEST_TICK))
+
+    def _rests(self, back: BackEnd, seen: Snapshot) -> bool:
+        """Whether nothing will be to do until somebody wants something, which changes what the core knows."""
+        front = self.front
+        in_use = front.listeners.connections or front.store.active or back.engines.standbys.in_use
+        return not in_use and self._look_interval(back, seen) == math.inf
+
+    def _longest_rest(self) -> float:
+        """Seconds until the watchdog wants a sign of life, or the idle exit is due."""
+        after, longest = self.front.current.config.server.idle_exit, self._notify.watchdog_interval or REST
+        if after is None or not self._runtime.activated:
+            return longest
+        return min(longest, max(self._idle_exit.left(time.monotonic(), after), SHORTEST_TICK))
+
+    def _review_standbys(self, back: BackEnd, seen: Snapshot) -> None:
+        """Start standbys when nothing starts and no request waits; give them up where models need their memory."""
         processes = back.engines.processes
         busy = any(process.ready_after is None or process.task for process in processes.values())
         busy = busy or any(view.waiting_for for view in seen.replicas)
         over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
-        back.engines.standbys.look(busy=busy, running=processes, over=over)
+        back.engines.standbys.review(busy=busy, running=processes, over=over)
 
     def _count_sleep(self, back: BackEnd) -> None:
         """The clock by which everything is measured stood still while the machine slept."""
-        if seconds := self._slept.passed():
+        if seconds := self._slept_time.passed():
             log.info("the machine has slept for %.0f s", seconds)
             back.post(events.MachineSlept(seconds))
 
@@ -223,10 +246,10 @@ class Daemon:
         in_use = back.memory.trouble or back.engines.processes or self.front.gate.requests or wedged
         return SAMPLE_INTERVAL if in_use else math.inf
 
-    def _say_status(self, seen: Snapshot | None) -> None:
+    def _send_status(self, seen: Snapshot | None) -> None:
         status = self.status_line(seen)
-        if status != self._said:
-            self._said = status
+        if status != self._last_status:
+            self._last_status = status
             self._notify.status(status)
 
     def status_line(self, seen: Snapshot | None) -> str:
@@ -269,7 +292,7 @@ class Daemon:
         gate, listeners = self.front.gate, self.front.listeners
         began = quiet = connected = time.monotonic()
         told = -math.inf
-        while (now := time.monotonic()) < began + limit and not self._hurry.is_set():
+        while (now := time.monotonic()) < began + limit and not self._second_signal.is_set():
             if gate.requests or listeners.busy:
                 quiet = now
             if now - quiet >= QUIET or not (listeners.clients or gate.requests):
@@ -277,14 +300,14 @@ class Daemon:
             back = self.front.back.now
             connected = now if back and back.launcher.connected else connected
             if now - connected >= LAUNCHER_LIMIT:
-                self.front.turn_away()
+                self.front.refuse_waiting()
             if now - told >= STATUS_INTERVAL:
                 told = now
                 self._notify.extend_timeout(10.0)
                 self._notify.status(f"stopping: waiting for {gate.requests or listeners.busy} requests")
                 self._notify.watchdog()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), DRAIN_LOOK)
+                await asyncio.wait_for(self._second_signal.wait(), DRAIN_LOOK)
 
     async def _stop_engines(self, back: BackEnd) -> None:
         """Without systemd nobody else would: end every engine."""
@@ -293,9 +316,9 @@ class Daemon:
         deadline, processes = time.monotonic() + STOP_ENGINES_LIMIT, back.engines.processes
         for name in list(processes):
             back.post(events.StopAsked(name, force=True))
-        while processes and time.monotonic() < deadline and not self._hurry.is_set():
+        while processes and time.monotonic() < deadline and not self._second_signal.is_set():
             changed = asyncio.ensure_future(self.front.changes.changed(deadline - time.monotonic()))
-            hurried = asyncio.ensure_future(self._hurry.wait())
+            hurried = asyncio.ensure_future(self._second_signal.wait())
             await asyncio.sleep(0)  # both listen from here on; engines elsewhere have stopped by now, and say so once
             if processes:
                 await asyncio.wait({changed, hurried}, return_when=asyncio.FIRST_COMPLETED)
@@ -328,11 +351,11 @@ class Daemon:
         self._notify.reloading()
         try:
             with collector.paused():
-                config = await meant_for_us(await asyncio.to_thread(self._read), self._runtime)
+                config = await for_this_host(await asyncio.to_thread(self._read), self._runtime)
                 async with self.front.changing:
                     answer = await self.take(self.front.runtime_models.added_to(config))
                 if len(config.models) >= collector.MANY:
-                    collector.overlook()
+                    collector.exempt_existing()
                 return answer
         except ConfigError as error:
             log.error("not reloaded, the configuration is invalid:\n%s", error.message)
@@ -342,7 +365,7 @@ class Daemon:
             self._notify.ready()
 
     async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
-        """Implements ``daemon.current.Take``. The caller holds ``front.changing``."""
+        """Implements ``daemon.current.ApplyConfiguration``. The caller holds ``front.changing``."""
         from vllmd.daemon.reload import take  # most daemons are never told to
 
         return await take(self.front, await self.front.back.wait(), config, unless_used)

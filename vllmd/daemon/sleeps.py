@@ -33,7 +33,7 @@ class Sleeps:
         self._usual = usual
 
     async def sleep(self, process: EngineProcess, command: commands.SleepEngine) -> events.Event:
-        """Its own work finished, then its calls; memory that did not come back is a failure."""
+        """Let the engine finish its work, then make its sleep calls; memory that does not come free is a failure."""
         await finish_work(process)
         before = await self._memory.held(process)
         await self._annotate(process, state="falling_asleep", level=str(command.level))

@@ -222,7 +222,7 @@ def spans_of(entry: Entry, trace: Trace, resource: Resource) -> Sequence[Readabl
 
 
 def _resource() -> Resource:
-    """Who sends the spans; the environment's word goes before ours."""
+    """The resource attributes of the sender of spans; those in the environment win."""
     from opentelemetry.sdk.resources import Resource
 
     ours = {"service.name": "vllmd", "service.version": vllmd.__version__, "host.name": socket.gethostname()}

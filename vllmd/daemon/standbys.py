@@ -51,8 +51,8 @@ def available(root: Path = Path("/")) -> int:
 
 
 @dataclass
-class Kept:
-    """One that imports, or waits. ``memory``: bytes; ``since``: by ``time.monotonic``."""
+class StandbyProcess:
+    """A standby process, which imports or waits. ``memory``: bytes; ``since``: by ``time.monotonic``."""
 
     instance: str
     standby: Standby
@@ -76,22 +76,22 @@ class Standbys:
 
         ``spare``: bytes available now. ``machine``: bytes that engines may have in all.
         """
-        self._launcher, self._find, self._tell_held = launcher, find, held
+        self._launcher, self._find, self._on_held = launcher, find, held
         self._spare, self._machine = spare, machine
-        self.kept: dict[str, Kept] = {}
+        self.kept: dict[str, StandbyProcess] = {}
         self._count: int | None = 0
         self._models: Iterable[ModelConfig] = ()
         self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
         self._tasks: set[asyncio.Task[None]] = set()
-        self._busy_until = self._looked = 0.0
-        self._ran: frozenset[str] | None = None  # replicas with an engine, when the models were looked through
-        self._sought = 0.0  # when that was
+        self._busy_until = self._reviewed_at = 0.0
+        self._running_then: frozenset[str] | None = None  # replicas with an engine, when the models were looked through
+        self._searched_at = 0.0  # when that was
         self._useful: list[Standby] = []  # what there could be, by how lately such an engine was started
-        self._told = 0
+        self._reported = 0
 
     def configure(self, count: int | None, models: Iterable[ModelConfig]) -> None:
         """Keep so many from now on (None: as many as the machine's size allows), for these models' engines."""
-        self._count, self._models, self._ran = count, models, None
+        self._count, self._models, self._running_then = count, models, None
         for standby in self._recent:
             self._recent[standby] = 0
 
@@ -100,9 +100,14 @@ class Standbys:
         """Bytes of host memory that they hold together."""
         return sum(one.memory for one in self.kept.values())
 
+    @property
+    def in_use(self) -> bool:
+        """Whether there is one, or may be one soon: then ``look`` wants to be called."""
+        return bool(self._recent or self.kept)
+
     # -- starts
 
-    def take(self, standby: Standby | None, needs: int = 0) -> str:
+    def claim(self, standby: Standby | None, needs: int = 0) -> str:
         """The instance of one that fits, which is nobody else's from now on; "" if there is none.
 
         ``needs``: bytes of host memory that the start will take: others are given up for it.
@@ -113,13 +118,13 @@ class Standbys:
         else:
             self._recent.setdefault(standby, 0)
             self._recent.move_to_end(standby)
-            self._ran = None
+            self._running_then = None
             while len(self._recent) > REMEMBERED:
                 self._recent.popitem(last=False)
             found = next((one for one in self.kept.values() if one.ready and one.standby == standby), None)
         if found:
             del self.kept[found.instance]
-            self._say_held()
+            self._report_held()
         if needs:
             self.make_room(needs + SPARE // 2)
         return found.instance if found else ""
@@ -132,7 +137,7 @@ class Standbys:
             short -= one.memory
             self._give_up(one, "its memory is needed")
 
-    def came_to(self, standby: Standby, *, good: bool) -> None:
+    def note_outcome(self, standby: Standby, *, good: bool) -> None:
         """An engine that was made of such a one has come up, or not."""
         if good:
             self._recent[standby] = 0
@@ -145,21 +150,21 @@ class Standbys:
 
     # -- what the launcher tells
 
-    def waits(self, instance: str, memory: int) -> None:
-        """One has imported everything: it can be given away."""
+    def mark_ready(self, instance: str, memory: int) -> None:
+        """A standby has imported everything: from now on a start may claim it."""
         if one := self.kept.get(instance):
             one.ready, one.memory = True, memory or EXPECTED
             seconds = time.monotonic() - one.since
             log.info("%s waits, after %.1f s, with %d MiB", instance, seconds, one.memory >> 20)
-            self._say_held()
+            self._report_held()
 
     def ended(self, report: ExitReport) -> bool:
-        """One has ended by itself. False if the report is about something else."""
+        """A standby has ended by itself. Returns False if the report is about another process."""
         one = self.kept.pop(report.instance, None)
         if one is None:
             return False
         if report.status is None and report.signal is None:  # the launcher is gone, and they with it
-            self._say_held()
+            self._report_held()
             return True
         why = report.log_tail[-1] if report.log_tail else "it said nothing"
         self._failed(one, f"it ended by itself: {why}")
@@ -167,7 +172,7 @@ class Standbys:
 
     # -- chores
 
-    def look(self, *, busy: bool, running: Iterable[str] = (), over: int = 0) -> None:
+    def review(self, *, busy: bool, running: Iterable[str] = (), over: int = 0) -> None:
         """Begin or end some, if it is time for that. ``busy``: something starts, or is waited for.
 
         ``running``: the replicas that have an engine. ``over``: bytes of theirs that others have been promised.
@@ -175,9 +180,9 @@ class Standbys:
         now = time.monotonic()
         if busy:
             self._busy_until = now + CALM
-        if now < self._looked + LOOK or not (self._recent or self.kept):
+        if now < self._reviewed_at + LOOK or not self.in_use:
             return
-        self._looked = now
+        self._reviewed_at = now
         wanted = self._wanted(frozenset(running), now)
         for one in list(self.kept.values()):
             if one.standby not in wanted:
@@ -201,19 +206,21 @@ class Standbys:
         return SPARE_AUTO if self._count is None else SPARE
 
     def _wanted(self, running: frozenset[str], now: float) -> list[Standby]:
-        """Those that there should be; several alike where kinds are few."""
+        """The standbys that there should be now; several of one kind where there are fewer kinds than places."""
         count = self._count
         if count is None:
             count = 1 if self._machine() >= SMALLEST_MACHINE else 0
         if not count or self._launcher is None:
             return []
-        if running != self._ran or now > self._sought + SEEK:
-            self._ran, self._sought, self._useful = running, now, self._sought_out(running, count)
+        if running != self._running_then or now > self._searched_at + SEEK:
+            self._running_then, self._searched_at, self._useful = running, now, self._find_useful(running, count)
         kinds = [standby for standby in self._useful if self._recent.get(standby, TRIES) < TRIES]
         return [kinds[number % len(kinds)] for number in range(count)] if kinds else []
 
-    def _sought_out(self, running: frozenset[str], count: int) -> list[Standby]:
-        """What a model that is not loaded could be made of; of very many models the first are as good as all."""
+    def _find_useful(self, running: frozenset[str], count: int) -> list[Standby]:
+        """The kinds of standbys that models without an engine could be started from; only the first ``MODELS`` are
+        looked at.
+        """
         lately, found = list(reversed(self._recent)), set[Standby]()
         for model in itertools.islice((one for one in self._models if one.name not in running), MODELS):
             standby = self._find(model)
@@ -224,9 +231,9 @@ class Standbys:
         return [standby for standby in lately if standby in found]
 
     def _begin(self, standby: Standby) -> None:
-        one = Kept(instance_name(f"standby-{Path(standby.program).name}"), standby)
+        one = StandbyProcess(instance_name(f"standby-{Path(standby.program).name}"), standby)
         self.kept[one.instance] = one
-        self._say_held()
+        self._report_held()
         order = StartOrder(
             one.instance,
             standby.argv(),
@@ -237,7 +244,7 @@ class Standbys:
         )
         self._spawn(self._start(one, order))
 
-    async def _start(self, one: Kept, order: StartOrder) -> None:
+    async def _start(self, one: StandbyProcess, order: StartOrder) -> None:
         assert self._launcher
         try:
             await self._launcher.start(order)
@@ -245,16 +252,16 @@ class Standbys:
             if self.kept.pop(one.instance, None):
                 self._failed(one, error.message)
 
-    def _failed(self, one: Kept, why: str) -> None:
+    def _failed(self, one: StandbyProcess, why: str) -> None:
         log.warning("%s: no standby: %s", one.instance, why)
         if one.standby in self._recent:
             self._recent[one.standby] += 1
-        self._say_held()
+        self._report_held()
 
-    def _give_up(self, one: Kept, why: str) -> None:
+    def _give_up(self, one: StandbyProcess, why: str) -> None:
         del self.kept[one.instance]
         log.info("%s is given up: %s", one.instance, why)
-        self._say_held()
+        self._report_held()
         self._spawn(self._kill(one.instance))
 
     async def _kill(self, instance: str) -> None:
@@ -265,10 +272,10 @@ class Standbys:
             if not getattr(error, "answered", False):
                 self._launcher.abandon(instance)
 
-    def _say_held(self) -> None:
-        if (held := self.held) != self._told:
-            self._told = held
-            self._tell_held(held)
+    def _report_held(self) -> None:
+        if (held := self.held) != self._reported:
+            self._reported = held
+            self._on_held(held)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

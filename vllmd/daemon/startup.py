@@ -57,7 +57,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     # 1. The devices, or that they are being waited for.
     devices = DeviceWatch(opener(config, runtime.environment))
     memory = Memory(await devices.begin(), files_of(config))
-    say_devices(memory)
+    log_devices(memory)
     # 2. The core: the models, what each will take, and what was learnt of them.
     learnt = front.learnt
     await asyncio.to_thread(learnt.load)
@@ -83,7 +83,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
     # 4. The engines, and the dispatcher between them and the core.
     def report(event: events.Event) -> None:
-        ahead.heard(event)
+        ahead.on_event(event)
         front.changes.engine_event(event, dispatcher)
 
     def files_to_read(replica: str) -> list[WeightFile]:
@@ -95,9 +95,9 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
     ports = PortPool(config.engines.port_start, config.engines.port_end)
     planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
-    stir, usual = front.changes.stir, scheduler.costs.usual
+    mark_changed, usual = front.changes.mark_changed, scheduler.costs.usual
     standbys = Standbys(launcher, planner.standby_of, lambda size: report(events.StandbysHeld(size)))
-    launcher.on_waiting = standbys.waits
+    launcher.on_waiting = standbys.mark_ready
     loaders = Loaders(
         learnt.loaders,
         files_to_read,
@@ -105,14 +105,14 @@ async def back_end(front: FrontEnd) -> BackEnd:
         lambda replica: ahead.stop(commands.StopReadAhead(replica)),
     )
     engines = EngineManager(
-        launcher, report, memory, planner, runtime.logs, stir, look, usual, learnt.ended, learnt.starts, standbys,
-        loaders
+        launcher, report, memory, planner, runtime.logs, mark_changed, look, usual, learnt.ended, learnt.starts,
+        standbys, loaders
     )  # fmt: skip
     engines.configure(expected.engines, expected.estimates)
     ahead = ReadAhead(files_to_read, lambda: front.current.config.engines.read_ahead)
     standbys.configure(config.engines.standby, expected.engines.values())
     execute = executors(engines, front.gate, front.instances.add, ahead)
-    dispatcher = Dispatcher(scheduler, execute, front.changes.decided, stir)
+    dispatcher = Dispatcher(scheduler, execute, front.changes.decided, mark_changed)
     readings = DeviceReadings(memory, engines, dispatcher)
     back = BackEnd(launched_by, launcher, dispatcher, engines, memory, devices, readings, learnt)
     # 5. What is there already: engines of an earlier daemon, and what others hold of the devices.
@@ -135,7 +135,7 @@ async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
         back.post(order)
 
 
-def say_devices(memory: Memory) -> None:
+def log_devices(memory: Memory) -> None:
     """Into the log: an error where they do not answer."""
     if memory.devices.trouble:
         log.error("the devices do not answer (models without devices are served): %s", memory.trouble)
@@ -143,7 +143,7 @@ def say_devices(memory: Memory) -> None:
         log.info("devices: %s", memory.source)
 
 
-async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None:
+async def apply_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None:
     """Go on with what is known of the devices now: sizes are reckoned anew, and whoever waited for one is told."""
     if devices is back.memory.devices:
         await back.readings.look()
@@ -153,7 +153,7 @@ async def take_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None
             return
         config = front.current.config
         back.memory.take(devices, files_of(config))
-        say_devices(back.memory)
+        log_devices(back.memory)
         if not devices.trouble:
             expected = await expect(config, front.runtime, devices.inventory(), front.resolver)
             back.engines.configure(expected.engines, expected.estimates)

@@ -1,4 +1,4 @@
-"""What clients and operators are shown. A ``Sight`` is one moment; what is told of it are pure functions of it."""
+"""What clients and operators are shown: pure functions of a ``StatusInput``, which is one moment of the daemon."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vllmd.core.types import ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.daemon.engine_resolver import EngineResolver
+from vllmd.daemon.event_loop import name_of
 from vllmd.daemon.failure_text import places
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.processes import gpus
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
     from vllmd.daemon.engine_process import EngineProcess
     from vllmd.daemon.last_starts import Start
-    from vllmd.daemon.standbys import Kept
+    from vllmd.daemon.standbys import StandbyProcess
 
 AT_A_TIME = 100  # models that are told of in one turn of the loop
 SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
@@ -43,7 +44,7 @@ SCRAPE_SAMPLE = 0.5  # seconds for the devices to be read; without an answer the
 
 
 @dataclass(frozen=True)
-class Sight:
+class StatusInput:
     """How everything stands at one moment. ``snapshot`` and ``back`` are None until devices and engines are found."""
 
     config: Config
@@ -54,13 +55,15 @@ class Sight:
     connections: int
     back: BackEnd | None
     snapshot: Snapshot | None
+    event_loop: str = ""
 
 
-def status(seen: Sight, started: float) -> answers.Status:
+def status(seen: StatusInput, started: float) -> answers.Status:
     """Everything that ``vllmctl`` shows. ``started``: by ``time.monotonic``."""
     shown = answers.Status(
         version=vllmd.__version__,
         pid=os.getpid(),
+        event_loop=seen.event_loop,
         uptime=time.monotonic() - started,
         policy=seen.config.policy,
         opened=seen.snapshot is not None,
@@ -94,13 +97,13 @@ def host(root: Path = Path("/")) -> answers.Host:
     return answers.Host(system, os.cpu_count() or 0, load, total, available)
 
 
-def standby_line(one: Kept) -> answers.StandbyLine:
+def standby_line(one: StandbyProcess) -> answers.StandbyLine:
     """A standby as operators are shown it."""
     state = "waiting" if one.ready else "importing"
     return answers.StandbyLine(one.instance, one.standby.program, state, one.memory)
 
 
-def model_line(seen: Sight, view: ModelView) -> ModelLine:
+def model_line(seen: StatusInput, view: ModelView) -> ModelLine:
     """A model's line, with those of its replicas in it."""
     if not view.balanced:
         return _line(seen, view, view.replicas[0].id)
@@ -110,7 +113,7 @@ def model_line(seen: Sight, view: ModelView) -> ModelLine:
 
 
 def _line(
-    seen: Sight,
+    seen: StatusInput,
     view: ModelView | ReplicaView,
     engine: str,
     replica_of: str = "",
@@ -137,8 +140,8 @@ def _line(
     )
 
 
-def line_of(seen: Sight, model: str) -> ModelLine:
-    """One model's line, or one replica's. Raises UnknownModel."""
+def line_of(seen: StatusInput, model: str) -> ModelLine:
+    """The status line of a model or a replica. Raises UnknownModel."""
     for view in seen.snapshot.models if seen.snapshot else ():
         if view.name == model:
             return model_line(seen, view)
@@ -165,7 +168,7 @@ def concerns(decision: core.Decision, names: Set[str]) -> bool:
 
 
 class Status:
-    """Implements ``vllmd.admin.control.Status``: takes a sight, and tells what is asked of it. Changes nothing."""
+    """Implements ``vllmd.admin.control.Status``: gathers a ``StatusInput``, and answers from it. Changes nothing."""
 
     def __init__(
         self,
@@ -190,14 +193,14 @@ class Status:
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
 
-    def sight(self) -> Sight:
-        """One consistent look at everything: the core's snapshot, counts, the configuration."""
+    def status_input(self) -> StatusInput:
+        """The core's snapshot, counts and the configuration, all of the same moment."""
         current, back = self._current, self._back.now
         snapshot = back.snapshot() if back else None
         connections, requests = self._connections(), self._gate.requests
-        return Sight(
-            current.config, current.engines, current.broken, current.refused, requests, connections, back, snapshot
-        )
+        loop, counts = name_of(asyncio.get_running_loop()), (requests, connections)
+        known = current.config, current.engines, current.broken, current.refused
+        return StatusInput(*known, *counts, back, snapshot, loop)
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
@@ -205,12 +208,12 @@ class Status:
 
     def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl`` shows, of the models that the caller may use."""
-        shown = replace(of_caller(status(self.sight(), self._started), caller), host=host())
+        shown = replace(of_caller(status(self.status_input(), self._started), caller), host=host())
         return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
     def health(self) -> answers.Health:
         """Whether we are well, with devices and models."""
-        seen = self.sight()
+        seen = self.status_input()
         views, devices = (seen.snapshot.models, seen.snapshot.devices) if seen.snapshot else ((), ())
         trouble = seen.back.memory.trouble if seen.back else ""
         return health(views, devices, places(seen.broken), trouble, ready=seen.snapshot is not None)
@@ -218,7 +221,7 @@ class Status:
     def line(self, model: str) -> ModelLine:
         """One model's line of ``status``, or one replica's. Raises Unavailable while the daemon opens, UnknownModel."""
         self._opened()
-        return line_of(self.sight(), model)
+        return line_of(self.status_input(), model)
 
     def settings(self, model: str) -> str:
         """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
@@ -243,7 +246,7 @@ class Status:
         config = self._current.config
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
-        files, seen, ids = self._kinds[1], self.sight(), self._current.ids
+        files, seen, ids = self._kinds[1], self.status_input(), self._current.ids
         views = {view.name: view for view in seen.snapshot.models} if seen.snapshot else {}
         said = await self._descriptions.of(_serving(seen))
         cards = []
@@ -269,7 +272,7 @@ class Status:
         if back is not None and not back.memory.hangs:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(back.memory.sample(), SCRAPE_SAMPLE)
-        seen = self.sight()
+        seen = self.status_input()
         if back is None:
             return Gauges(seen.snapshot, seen.connections, seen.requests, valid=not seen.broken)
         memory = back.memory
@@ -352,7 +355,7 @@ class Status:
         return self._back.now
 
 
-def _serving(seen: Sight) -> list[EngineProcess]:
+def _serving(seen: StatusInput) -> list[EngineProcess]:
     """The engines that can be asked now without waking or delaying anything."""
     if seen.back is None or seen.snapshot is None:
         return []
@@ -362,7 +365,7 @@ def _serving(seen: Sight) -> list[EngineProcess]:
 
 
 def _kinds(cache: Path) -> dict[str, str]:
-    """What each repository in the cache is for; reads their files."""
+    """The engine kind of each repository in the cache, read from its files."""
     from vllmd.hub import discover
 
     return {found.name: found.kind for found in discover(cache)}

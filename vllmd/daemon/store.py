@@ -91,7 +91,9 @@ class ModelStore:
         if self._made is None:
             from vllmd.daemon.downloads import Downloads  # see the head of this file
 
-            self._made = Downloads(self._current, self._runtime, self._back, self._changes.stir, self._changes.tell)
+            self._made = Downloads(
+                self._current, self._runtime, self._back, self._changes.mark_changed, self._changes.tell
+            )
         return self._made
 
     # -- fetching
@@ -211,7 +213,7 @@ class ModelStore:
         Raises BadRequest, Conflict, ConfigError, Forbidden.
         """
         from vllmd.config.edit import document
-        from vllmd.config.runtime_model import guest
+        from vllmd.config.runtime_model import runtime_model
 
         async with self._writing:
             config = self._configuration()
@@ -221,7 +223,7 @@ class ModelStore:
                 _check(name, settings)
             if requested:
                 await self._check_room(config)
-            guest(name, settings, config, trusted=True)
+            runtime_model(name, settings, config, trusted=True)
             path = self._place(config, name)
             await asyncio.to_thread(_write, path, HEAD + REQUESTED * requested + document(name, settings))
             try:

@@ -81,13 +81,13 @@ class SleptTime:
 
     def __init__(self, clock: Callable[[int], float] = time.clock_gettime) -> None:
         self._clock = clock
-        self._before = self._ahead()
+        self._before = self._boottime_offset()
 
-    def _ahead(self) -> float:
+    def _boottime_offset(self) -> float:
         return self._clock(time.CLOCK_BOOTTIME) - self._clock(time.CLOCK_MONOTONIC)
 
     def passed(self) -> float:
         """Seconds; 0.0 where it was awake."""
-        ahead = self._ahead()
+        ahead = self._boottime_offset()
         slept, self._before = ahead - self._before, ahead
         return slept if slept >= LEAST else 0.0

@@ -28,7 +28,7 @@ _SLIDING_EVERY = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 _OWN_ROPE = ("su", "longrope", "llama3", "mrope", "default", "proportional")  # these do not stretch the length
 
 
-class Odd(ValueError):
+class UnknownArchitecture(ValueError):
     """The configuration does not say what is needed, or says something impossible; the message tells what."""
 
 
@@ -71,7 +71,7 @@ def architecture(config: Raw) -> Architecture:
     kind = str(text.get("model_type") or config.get("model_type") or "")
     layers = _number(text, *_LAYERS)
     if layers is None:
-        raise Odd("config.json does not tell the number of layers")
+        raise UnknownArchitecture("config.json does not tell the number of layers")
     growing, windowed, window = _split(text, kind, layers)
     found = Architecture(
         growing, windowed, window, length=_length(text), dtype=_dtype(config, text), quantised=_method(config, text)
@@ -104,7 +104,7 @@ def _heads(text: Raw) -> tuple[int, int]:
     hidden = _number(text, *_HIDDEN)
     head_dim = _number(text, *_HEAD_DIM) or (hidden // heads if hidden and heads else None)
     if not kv_heads or not head_dim:
-        raise Odd("config.json does not tell the heads of its attention")
+        raise UnknownArchitecture("config.json does not tell the heads of its attention")
     return kv_heads, head_dim
 
 
@@ -199,7 +199,7 @@ def _number(part: Raw, *names: str) -> int | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100_000_000:
-            raise Odd(f"config.json: {name} is {quoted(value, 40)}, not a number that can be true")
+            raise UnknownArchitecture(f"config.json: {name} is {quoted(value, 40)}, not a number that can be true")
         if value:
             return value
     return None

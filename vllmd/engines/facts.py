@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines.architecture import Architecture, Odd, architecture
+from vllmd.engines.architecture import Architecture, UnknownArchitecture, architecture
 from vllmd.engines.checkpoint import MAX_WEIGHTS, Weights, gguf_file, weights_of
 from vllmd.engines.gguf import config_of
 from vllmd.foreign import Unreadable, within
@@ -85,7 +85,7 @@ def _cache(located: Located, path: Path) -> tuple[Architecture | None, tuple[str
             found = architecture(read_json(file, located.root))
         else:
             found = architecture(config_of(gguf, located.root))
-    except (Unreadable, Odd) as error:
+    except (Unreadable, UnknownArchitecture) as error:
         return None, (f"{error}; its cache is guessed from its size",)
     except OSError as error:
         return None, (f"{error.filename}: {error.strerror}; its cache is guessed from its size",)

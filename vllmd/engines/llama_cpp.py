@@ -211,7 +211,7 @@ def _layers(model: ModelConfig, place: Place) -> list[str]:
 
 
 def _threads(model: ModelConfig, place: Place) -> list[str]:
-    """It counts the machine's cores, whatever a quota or an affinity leaves of them."""
+    """The flag for threads: llama.cpp counts the machine's cores, whatever a quota or an affinity leaves of them."""
     told = has_flag(model, "-t", "--threads") or "LLAMA_ARG_THREADS" in model.env
     return ["--threads", str(place.cpus)] if place.cpus and not told else []
 

@@ -74,7 +74,7 @@ class CanLoadFast(Protocol):
     """A kind of engine that can be told how to load."""
 
     def loaders(self, model: ModelConfig, argv: Sequence[str]) -> Sequence[Loader]:
-        """Those that there are where this command runs, the most promising first; none where the user has chosen."""
+        """The loaders installed where this command runs, the most promising first; none where the user has chosen."""
 
     def load_with(self, argv: Sequence[str], load_format: str) -> tuple[str, ...]:
         """The command that loads so."""

@@ -99,7 +99,7 @@ class Plain:
         return self.ROUTES
 
     def own_api(self, model: ModelConfig) -> frozenset[str]:
-        """Its routes, what nearly every server tells of itself, and what is the kind's own."""
+        """The kind's routes, those by which nearly every server describes itself, and ``OWN_API``."""
         return usual_api(self.routes(model)) | self.OWN_API
 
     def served_name(self, model: ModelConfig) -> str:

@@ -74,7 +74,7 @@ class RemoteOf(Plain):
         return Launch((), self._listen, watch=self._watch)
 
     def ready(self, model: ModelConfig) -> Call:
-        """Its health path, with the key, so that a wrong one shows before a client is let through."""
+        """A probe of the health path, with the key, so that a wrong one shows before a client is let through."""
         return Call("GET", self._health, timeout=PROBE, headers=self._headers)
 
     def routes(self, model: ModelConfig) -> frozenset[str]:

@@ -27,7 +27,7 @@ class StartPhases:
         self._since = time.monotonic() if began is None else began
         self._spent: dict[str, float] = {}
 
-    def come_to(self, progress: Progress, at: float | None = None) -> bool:
+    def enter(self, progress: Progress, at: float | None = None) -> bool:
         """The start is there now; returns whether that is another phase than before."""
         at = time.monotonic() if at is None else at
         before, self.now = self.now, progress

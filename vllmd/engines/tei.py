@@ -50,7 +50,7 @@ class Tei(Plain):
     )
 
     def device_count(self, model: ModelConfig) -> int:
-        """One, or none for a build that has no use for it."""
+        """One device, or none where the build is for the CPU."""
         return 0 if switch(model, "cpu") else 1
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:

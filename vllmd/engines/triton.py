@@ -108,7 +108,7 @@ class TritonOf(Plain):
         return Call("GET", "/v2/health/live", timeout=PROBE)
 
     def served_name(self, model: ModelConfig) -> str:
-        """Its directory in the repository."""
+        """The name of the model's directory in the repository."""
         return self._name
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:

@@ -187,7 +187,7 @@ class Vllm(Plain):
         return env | environment(model, place)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
-        """Its own setting's, loaded when they are first asked for, and those of ``--lora-modules``."""
+        """The adapters of the setting ``adapters``, loaded at their first request, and those of ``--lora-modules``."""
         return adapters.vllm_adapters(model)
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:

@@ -22,14 +22,16 @@ _NUMBER = re.compile(r"(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One of them. ``root``: out of which no link may lead."""
+    """A weight file. ``root``: out of which no link may lead."""
 
     path: Path
     root: Path | None = None
 
 
 def weight_files(model: ModelConfig, hub: Path) -> list[WeightFile]:
-    """Those that are here; none where that cannot be said. vLLM and SGLang read shards by their numbers."""
+    """The model's weight files that are on this machine; none where that is unknown. vLLM and SGLang read shards by
+    their numbers.
+    """
     if model.engine in _OTHERS or argument(model, "load-format") in _OTHER_FORMATS:
         return []
     try:

@@ -71,12 +71,12 @@ class SmiDevices(AmdDevices):
         told = self._told(card, lambda handle: _first(self._smi.amdsmi_get_gpu_activity(handle), ("gfx_activity",)))
         return super().busy(card) if told is None else told
 
-    def illness(self, card: Card) -> str:
+    def fault(self, card: Card) -> str:
         errors = self._told(card, lambda h: int(self._smi.amdsmi_get_gpu_total_ecc_count(h)["uncorrectable_count"]))
-        return UNCORRECTED.format(errors) if errors else super().illness(card)
+        return UNCORRECTED.format(errors) if errors else super().fault(card)
 
     def _processes(self) -> tuple[dict[str, dict[int, int]], bool]:
-        """Those that the driver's files show, and those that only the library may see."""
+        """The processes that the driver's files show, and those that only the library sees."""
         seen, blind = super()._processes()
         for card in self._cards.values():
             listed = self._told(card, self._smi.amdsmi_get_gpu_process_list)

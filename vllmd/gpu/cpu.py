@@ -43,7 +43,7 @@ class CpuDevice(Inventory):
 
 
 def gpus(devices: Sequence[Device]) -> tuple[Device, ...]:
-    """Those of them that are not the CPU."""
+    """The devices that are not the CPU."""
     return tuple(device for device in devices if device.runtime != CPU)
 
 

@@ -23,7 +23,7 @@ from vllmd.core.types import Device
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
 from vllmd.gpu.topology import cpus_of, node_of, switch_of
-from vllmd.gpu.trouble import Presence, Trouble, code_of, cure_of, is_lost, judge, no_module, words_of
+from vllmd.gpu.trouble import Presence, Trouble, code_of, is_lost, judge, no_module, remedy_of, words_of
 from vllmd.gpu.visible import visible
 
 T = TypeVar("T")
@@ -167,7 +167,7 @@ class NvmlDevices(Inventory):
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
                 whole = _Found(_text(self._nvml.nvmlDeviceGetUUID(handle)), handle)
             except Exception as error:
-                problems.append(f"GPU {index} is left out: {Trouble(words_of(error), cure_of(error))}")
+                problems.append(f"GPU {index} is left out: {Trouble(words_of(error), remedy_of(error))}")
                 whole = _Found()
             slices = self._slices(whole)
             if slices:
@@ -247,13 +247,13 @@ class NvmlDevices(Inventory):
         busy = self._field(lambda: float(ask.nvmlDeviceGetUtilizationRates(handle).gpu), None)
         heat = self._field(lambda: float(ask.nvmlDeviceGetTemperature(handle, 0)), None)
         blind = not listed or (self._hidden and not processes and not unsized and used > 0)
-        if ill := self._illness(handle):
+        if ill := self._fault(handle):
             self._ill[device.index] = ill
         return DeviceSample(
             total, used, free, processes, unsized, blind, device.name, power, busy, heat, self._slowdown(handle)
         )
 
-    def _illness(self, handle: Any) -> str:
+    def _fault(self, handle: Any) -> str:
         """What makes a device unfit although it answers; "" if nothing does."""
         ask = self._nvml
         errors = self._field(lambda: int(ask.nvmlDeviceGetTotalEccErrors(handle, _UNCORRECTED, _VOLATILE)), 0)
@@ -272,7 +272,7 @@ class NvmlDevices(Inventory):
         return ", ".join(words for bit, words in _SLOWDOWNS.items() if bits & bit)
 
     def _handle(self, device: Device) -> Any:
-        """Its handle, looked up by UUID after a failure: its number may have changed with a driver's reload."""
+        """A device's handle, looked up by UUID after a failure: a reload of the driver may renumber devices."""
         if device.index not in self._handles:
             self._handles[device.index] = self._must(lambda: self._nvml.nvmlDeviceGetHandleByUUID(device.id))
         return self._handles[device.index]
@@ -355,7 +355,7 @@ def _host_memory(proc: Path) -> tuple[int, int, int]:
 
 
 def _why(error: Exception) -> str:
-    return str(Trouble(words_of(error), cure_of(error)))
+    return str(Trouble(words_of(error), remedy_of(error)))
 
 
 def _text(value: str | bytes) -> str:

@@ -120,7 +120,7 @@ def _answer(devices: SysfsDevices) -> Devices | None:
         return devices
     devices.close()
     if devices.problems:
-        return Unanswered(devices.source, Trouble("; ".join(devices.problems), BAD.cure))
+        return Unanswered(devices.source, Trouble("; ".join(devices.problems), BAD.remedy))
     if devices.hidden:
         return NoDevices(f"{devices.note}: that hides every device; engines run on the CPU")
     return None

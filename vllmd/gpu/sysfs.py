@@ -67,7 +67,7 @@ class Card:
 
 
 def cards(here: Presence, drivers: tuple[str, ...]) -> list[Card]:
-    """Those that one of these drivers has taken, in the order of the PCI bus."""
+    """The cards that one of these drivers is bound to, in the order of the PCI bus."""
     found = []
     for folder in (here.root / "sys/class/drm").glob("card*"):
         if folder.name[4:].isdecimal():
@@ -166,7 +166,7 @@ class SysfsDevices(Inventory):
         """Whether ``used`` is a figure of the device's own: else it is what the processes hold that can be seen."""
         return True
 
-    def illness(self, card: Card) -> str:
+    def fault(self, card: Card) -> str:
         """What makes it unfit although it answers; "" if nothing does."""
         return ""
 
@@ -209,11 +209,11 @@ class SysfsDevices(Inventory):
             try:
                 devices[device.index] = self._read(device, card, held, blind)
             except (OSError, ValueError) as error:
-                failed[device.index] = str(Trouble(f"{card.address}: {error}", BAD.cure))
+                failed[device.index] = str(Trouble(f"{card.address}: {error}", BAD.remedy))
                 if not (card.folder / "device").exists():
                     lost[device.index] = f"{card.address} is not on the bus any more"
             else:
-                if why := self.illness(card):
+                if why := self.fault(card):
                     ill[device.index] = why
         return Sample(devices, failed, ill, lost)
 
@@ -264,7 +264,7 @@ class AmdDevices(SysfsDevices):
     def links(self) -> Mapping[str, frozenset[str]]:
         return kfd_links(self._here.root)
 
-    def illness(self, card: Card) -> str:
+    def fault(self, card: Card) -> str:
         """By the counters of its memory controller, ``ue: 2`` and ``ce: 17``."""
         told = dict(line.split(":", 1) for line in card.text("ras/umc_err_count").splitlines() if ":" in line)
         errors = told.get("ue", "").strip()

@@ -49,10 +49,10 @@ class Trouble:
     """Why the devices cannot be told, and what would mend it; both readable sentences."""
 
     why: str
-    cure: str = ""
+    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.why}; {self.cure}" if self.cure else self.why
+        return f"{self.why}; {self.remedy}" if self.remedy else self.why
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Presence:
         return tuple(sorted(path.name for path in self._functions(vendor)))
 
     def unbound(self, vendor: str) -> tuple[str, ...]:
-        """Those of them that no driver, or another than the vendor's own, has taken."""
+        """The displays that no driver, or a driver other than the vendor's, is bound to."""
         drivers = {NVIDIA: ("nvidia",), AMD: ("amdgpu",), INTEL: ("i915", "xe")}[vendor]
         return tuple(sorted(path.name for path in self._functions(vendor) if _driver(path) not in drivers))
 
@@ -140,7 +140,7 @@ def no_module(error: ImportError, here: Presence) -> Trouble | None:
                    "install it: apt install python3-pynvml, or pip install nvidia-ml-py")  # fmt: skip
 
 
-def cure_of(error: BaseException) -> str:
+def remedy_of(error: BaseException) -> str:
     """What mends one device's error; "" where nothing particular does."""
     return _CURES.get(code_of(error), "")
 

@@ -42,7 +42,7 @@ def visible(env: Mapping[str, str], uuids: Sequence[str]) -> Visible:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class Remaining:
     """By place among the devices that are there, for those that are left: the number for engines, None: an id is safer.
 
     ``note``: what there is to say about it; "" for nothing.
@@ -52,7 +52,7 @@ class Left:
     note: str = ""
 
 
-def left_of(runtime: str, env: Mapping[str, str], ids: Sequence[str]) -> Left:
+def left_of(runtime: str, env: Mapping[str, str], ids: Sequence[str]) -> Remaining:
     """What ``env`` leaves to ``hip`` or ``xpu`` of the devices with these ids, in the order in which it counts.
 
     Engines may or may not inherit a ROCR_VISIBLE_DEVICES, in which HIP's numbers count. So those that it leaves are
@@ -63,7 +63,7 @@ def left_of(runtime: str, env: Mapping[str, str], ids: Sequence[str]) -> Left:
         told = env.get(ZE)
         entries = [entry.split(".")[0] for entry in told.split(",")] if told else []  # tiles count as their cards
         chosen = _chosen(list(dict.fromkeys(entries)), ids) if told else everything
-        return Left({place: place for place in chosen}, f"{ZE}={told}" if told else "")
+        return Remaining({place: place for place in chosen}, f"{ZE}={told}" if told else "")
     rocr = env.get(ROCR)
     first = _chosen(rocr.split(","), ids) if rocr is not None else everything
     variable = HIP if HIP in env else VARIABLE
@@ -72,7 +72,7 @@ def left_of(runtime: str, env: Mapping[str, str], ids: Sequence[str]) -> Left:
     by_id = rocr is not None
     numbers = {first[i]: None if by_id and ids[first[i]].startswith("GPU-") else i for i in second}
     told_both = ((ROCR, rocr), (variable, asked))
-    return Left(numbers, ", ".join(f"{name}={value}" for name, value in told_both if value is not None))
+    return Remaining(numbers, ", ".join(f"{name}={value}" for name, value in told_both if value is not None))
 
 
 def _chosen(entries: Sequence[str], ids: Sequence[str]) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ def _run_privately(options: argparse.Namespace, users: Users) -> None:
     loop.on_signals({signal.SIGTERM: finish, signal.SIGINT: lambda: None, signal.SIGCHLD: backend.reap_orphans})
     service.serve(socket.socket(fileno=options.fd), finish)
     loop.run()
-    backend.kill_strays()
+    backend.kill_unmanaged()
 
 
 def _finisher(loop: Loop, supervisor: Supervisor) -> Callback:

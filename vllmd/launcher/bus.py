@@ -69,8 +69,8 @@ class Unit:
     job: str
 
 
-class Hearer(Protocol):
-    """Who is told what systemd says."""
+class SignalHandler(Protocol):
+    """What a receiver of systemd's signals implements."""
 
     def job_removed(self, job: bytes, result: str) -> None: ...
     def unit_removed(self, unit: str) -> None: ...
@@ -81,13 +81,13 @@ class Hearer(Protocol):
 class Bus:
     """Two connections. Raises OSError where the first ones cannot be made."""
 
-    def __init__(self, loop: Loop, hearer: Hearer, *, user: bool) -> None:
-        self._loop, self._hearer, self._user = loop, hearer, user
-        self._heard: list[tuple[bytes, Callable[[bytes, Any], None], bytes, Any]] = []
+    def __init__(self, loop: Loop, handler: SignalHandler, *, user: bool) -> None:
+        self._loop, self._handler, self._user = loop, handler, user
+        self._signals_received: list[tuple[bytes, Callable[[bytes, Any], None], bytes, Any]] = []
         self._fds: tuple[int, ...] = ()  # of the connections, kept here because a closed one does not tell it any more
         self._connected = False
         self._owner = b""  # of systemd's name
-        self._strangers = Throttle(log)
+        self._foreign_senders = Throttle(log)
         try:
             self._connect()
         except DBusBaseError as error:
@@ -122,13 +122,13 @@ class Bus:
         return _units(self._call(lambda: self._manager.ListUnitsByPatterns([], [pattern.encode()])))
 
     def units(self, *names: str) -> list[Unit]:
-        """These units, in this order; one that is not loaded is ``inactive``."""
+        """The state of each of these units, in this order; a unit that is not loaded is ``inactive``."""
         found = _units(self._call(lambda: self._manager.ListUnitsByNames([name.encode() for name in names])))
         by_name = {unit.name: unit for unit in found}
         return [by_name.get(name, Unit(name, "inactive", b"", "")) for name in names]
 
     def control_group(self, unit: Unit) -> str:
-        """Its path below the hierarchy, "" if it has none."""
+        """The path of a unit's control group below the hierarchy, "" if it has none."""
         get = self._calls.get_property
         return self._call(lambda: get(_SYSTEMD, unit.path, _SCOPE, b"ControlGroup", b"s")).decode()  # type: ignore[no-any-return]
 
@@ -182,7 +182,7 @@ class Bus:
             self._loop.later(delay, lambda: self._connect_again(delay))
             return
         log.info("connected to systemd again")
-        self._hearer.reconnected()
+        self._handler.reconnected()
 
     # --- signals ---
 
@@ -191,9 +191,9 @@ class Bus:
         self._keep: list[Any] = []  # pystemd does not hold the callbacks; a collected one is a crash
         on = self._on_signal
         on(_BUS, _BUS_PATH, _BUS, b"NameOwnerChanged", self._owner_changed)
-        on(_SYSTEMD, _PATH, _MANAGER, b"JobRemoved", lambda path, body: self._hearer.job_removed(*_job_of(body)))
-        on(_SYSTEMD, _PATH, _MANAGER, b"UnitRemoved", lambda path, body: self._hearer.unit_removed(_unit_of(body)))
-        on(_SYSTEMD, None, _SCOPE, b"RequestStop", lambda path, body: self._hearer.stop_requested(path))
+        on(_SYSTEMD, _PATH, _MANAGER, b"JobRemoved", lambda path, body: self._handler.job_removed(*_job_of(body)))
+        on(_SYSTEMD, _PATH, _MANAGER, b"UnitRemoved", lambda path, body: self._handler.unit_removed(_unit_of(body)))
+        on(_SYSTEMD, None, _SCOPE, b"RequestStop", lambda path, body: self._handler.stop_requested(path))
         ask = [(ord("s"), _SYSTEMD)]
         self._owner = self._signals.call_method(_BUS, _BUS_PATH, _BUS, b"GetNameOwner", ask).body
         manager: Any = Manager(bus=self._signals, _autoload=True).Manager
@@ -215,7 +215,7 @@ class Bus:
                 if name == _BUS:  # now: what comes next may be the new owner's
                     tell(message.get_path(), message.body)
                 else:
-                    self._heard.append((member, tell, message.get_path(), message.body))
+                    self._signals_received.append((member, tell, message.get_path(), message.body))
             except Exception as error:
                 self._say("a signal %s could not be read: %s", member, type(error).__name__)
 
@@ -223,7 +223,7 @@ class Bus:
         self._signals.match_signal(name, path, interface, member, arrived)
 
     def _say(self, message: str, member: bytes, what: object) -> None:
-        self._strangers.say(logging.WARNING, message, member.decode(), _text(what))
+        self._foreign_senders.say(logging.WARNING, message, member.decode(), _text(what))
 
     def _owner_changed(self, path: bytes, body: Any) -> None:
         """Somebody took or left a name; if it was systemd's, what it told meanwhile is lost."""
@@ -240,7 +240,7 @@ class Bus:
             return
         with contextlib.suppress(DBusBaseError):  # it did know
             Manager(bus=self._signals, _autoload=True).Manager.Subscribe()
-        self._hearer.reconnected()
+        self._handler.reconnected()
         self._drain()
 
     def _discard(self) -> None:
@@ -269,7 +269,7 @@ class Bus:
                 self._loop.later(0, self._drain)
         except DBusBaseError as error:
             self._lose(_text(error))
-        heard, self._heard = self._heard, []
+        heard, self._signals_received = self._signals_received, []
         for member, tell, path, body in heard:
             try:
                 tell(path, body)

@@ -95,7 +95,7 @@ class LauncherClient:
         self._pending: dict[int, _Pending] = {}
         self._known: dict[str, Running] = {}
         self._ordered: set[str] = set()  # starts that are not answered yet: their ends are not reported either
-        self._doubtful: set[str] = set()  # to be killed: whoever wanted them has given up
+        self._unconfirmed: set[str] = set()  # to be killed: whoever wanted them has given up
         self._over = ""  # why there will be no launcher any more, once that is so
         self._followed: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -143,7 +143,7 @@ class LauncherClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._over = "the connection to the launcher was closed"
-        self._hang_up(LauncherFailed(self._over))
+        self._disconnect(LauncherFailed(self._over))
         if self._reap:
             await asyncio.to_thread(self._reap)
 
@@ -166,14 +166,14 @@ class LauncherClient:
             async with asyncio.timeout(limit):
                 return await self._start(order)
         except TimeoutError:
-            await self._be_rid_of(order.instance)
+            await self._kill_until_gone(order.instance)
             raise LauncherFailed(f"the launcher did not start {order.instance} in {limit:g} s") from None
         except asyncio.CancelledError:
             self.abandon(order.instance)
             raise
         except LauncherFailed as failure:
             if not failure.answered:
-                await self._be_rid_of(order.instance)
+                await self._kill_until_gone(order.instance)
             raise
         finally:
             self._ordered.discard(order.instance)
@@ -181,7 +181,7 @@ class LauncherClient:
     async def _start(self, order: StartOrder) -> Running:
         while True:
             try:
-                return (await self._ask_once(Start(order), Started)).engine
+                return (await self._request_once(Start(order), Started)).engine
             except _ConnectionLost:
                 log.warning("the launcher died while it was to start %s", order.instance)
             while True:
@@ -192,7 +192,7 @@ class LauncherClient:
                     break
                 await asyncio.sleep(FIRST_RETRY)  # the launcher is just ending what had begun
 
-    async def _be_rid_of(self, instance: str) -> None:
+    async def _kill_until_gone(self, instance: str) -> None:
         """Kill the engine again and again until the launcher knows of no such engine, however long it takes."""
         while True:
             try:
@@ -204,53 +204,53 @@ class LauncherClient:
 
     def abandon(self, instance: str) -> None:
         """Kill the engine whatever becomes of its start: now, or as soon as there is a launcher."""
-        self._doubtful.add(instance)
+        self._unconfirmed.add(instance)
         if self.connected:
-            self._side(self._kill_doubtful())
+            self._spawn(self._kill_unconfirmed())
 
     async def signal(self, instance: str, signum: int) -> None:
         """Send a signal to the engine's main process only."""
-        await self._ask(Signal(instance, signum), Done)
+        await self._request(Signal(instance, signum), Done)
 
     async def kill(self, instance: str) -> None:
         """Send SIGKILL to every process of the engine; ``on_exit`` follows."""
-        await self._ask(Kill(instance), Done)
+        await self._request(Kill(instance), Done)
 
     async def list(self) -> list[Running]:
         """Every engine that runs, also what an earlier launcher or daemon started."""
         parts: builtins.list[Any] = []
-        await self._ask(List(), Engines, parts)
+        await self._request(List(), Engines, parts)
         found = [engine for part in parts for engine in part.engines]
         self._known |= {engine.instance: engine for engine in found}
         return found
 
     async def annotate(self, instance: str, metadata: Mapping[str, str]) -> None:
         """Set these keys of the metadata, which survive launcher and daemon."""
-        await self._ask(Annotate(instance, metadata), Done)
+        await self._request(Annotate(instance, metadata), Done)
 
     async def follow(self, instance: str, lines: int = 50) -> None:
         """Have ``on_log`` called with the engine's last ``lines`` and with all further ones."""
         self._followed.add(instance)
-        await self._ask(Follow(instance, lines), Done)
+        await self._request(Follow(instance, lines), Done)
 
     async def unfollow(self, instance: str) -> None:
         """End what ``follow`` began: ``on_log`` gets no more lines of this engine."""
         self._followed.discard(instance)
-        await self._ask(Unfollow(instance), Done)
+        await self._request(Unfollow(instance), Done)
 
     async def tail(self, instance: str, lines: int = 50) -> builtins.list[str]:
         """The last lines, those written just now included; also of an engine that has ended."""
         parts: builtins.list[Any] = []
-        await self._ask(Tail(instance, lines), Lines, parts)
+        await self._request(Tail(instance, lines), Lines, parts)
         return [line for part in parts for line in part.lines]
 
     async def info(self) -> LauncherInfo:
         """The launcher's backend, the limits that have effect there, and its protocol version."""
-        return await self._ask(Info(), LauncherInfo)
+        return await self._request(Info(), LauncherInfo)
 
     # --- requests and answers ---
 
-    async def _ask(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
+    async def _request(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
         """Ask, again if the launcher dies meanwhile: of whatever is asked here, twice does no more than once.
 
         Returns the last part of the answer; ``parts`` gets all of them.
@@ -259,16 +259,16 @@ class LauncherClient:
             async with asyncio.timeout(ANSWER_LIMIT):
                 while True:
                     try:
-                        return await self._ask_once(request, kind, parts)
+                        return await self._request_once(request, kind, parts)
                     except _ConnectionLost:
                         continue
         except TimeoutError:
             what = f"did not answer a {type(request).__name__}" if self.connected else "was not there"
             raise LauncherFailed(f"the launcher {what} in {ANSWER_LIMIT:g} s") from None
 
-    async def _ask_once(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
+    async def _request_once(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
         """Raises _ConnectionLost where nobody knows whether it was done."""
-        await self._may_ask()
+        await self._wait_connected()
         self._last_id += 1
         id = self._last_id
         pending = self._pending[id] = _Pending(
@@ -290,7 +290,7 @@ class LauncherClient:
             raise LauncherFailed(f"the launcher answered a {type(request).__name__} with {type(answer).__name__}")
         return answer
 
-    async def _may_ask(self) -> None:
+    async def _wait_connected(self) -> None:
         """Wait for a launcher. Raises LauncherFailed if none will come."""
         if self._over:
             raise LauncherFailed(self._over)
@@ -302,10 +302,10 @@ class LauncherClient:
         try:
             await asyncio.get_running_loop().sock_sendall(self._socket, packet)
         except OSError:
-            self._give_up_connection()
+            self._shut_connection()
             raise
 
-    def _received(self, packet: bytes) -> None:
+    def _on_packet(self, packet: bytes) -> None:
         try:
             id, message = protocol.decode(packet, newer=True)
         except ProtocolError as error:
@@ -314,16 +314,16 @@ class LauncherClient:
         match message:
             case Exited(report):
                 # Soon, not now: a caller of `start` hears of the start before it hears of the end.
-                asyncio.get_running_loop().call_soon(self._ended, report)
+                asyncio.get_running_loop().call_soon(self._on_exit_report, report)
             case Logged(instance, lines):
                 if instance in self._followed:
                     self._on_log(instance, list(lines))
             case Waiting(instance, memory):
                 self.on_waiting(instance, memory)
             case _:
-                self._answered(id, message)
+                self._on_answer(id, message)
 
-    def _answered(self, id: int, message: Message) -> None:
+    def _on_answer(self, id: int, message: Message) -> None:
         if isinstance(message, Started):
             self._known[message.engine.instance] = message.engine
         pending = self._pending.get(id)
@@ -336,7 +336,7 @@ class LauncherClient:
         if not pending.future.done():
             pending.future.set_result(message)
 
-    def _ended(self, report: ExitReport) -> None:
+    def _on_exit_report(self, report: ExitReport) -> None:
         """Told once, and not while it is being started: what ended then is what a dying launcher had begun."""
         known = self._known.pop(report.instance, None)
         if report.instance in self._ordered:
@@ -349,29 +349,29 @@ class LauncherClient:
 
     async def _open(self) -> LauncherClient:
         try:
-            self._take(await asyncio.to_thread(self._dial))
+            self._use_connection(await asyncio.to_thread(self._dial))
         except OSError as error:
             raise LauncherFailed(f"cannot connect to the launcher: {error}") from None
-        self._side(self._stay_connected())
+        self._spawn(self._keep_connected())
         return self
 
-    def _side(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _take(self, connection: socket.socket) -> None:
+    def _use_connection(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._socket = connection
         self._connected.set()
 
-    async def _stay_connected(self) -> None:
+    async def _keep_connected(self) -> None:
         while True:
             await self._read_packets()
-            self._hang_up(_ConnectionLost("the connection to the launcher was lost"))
+            self._disconnect(_ConnectionLost("the connection to the launcher was lost"))
             self._on_lost()
             await self._connect_again()
-            self._side(self._resume())
+            self._spawn(self._resume())
 
     async def _read_packets(self) -> None:
         """Until the end of the connection."""
@@ -379,9 +379,9 @@ class LauncherClient:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):
             while packet := await loop.sock_recv(self._socket, protocol.MAX_PACKET + 1):
-                self._received(packet)
+                self._on_packet(packet)
 
-    def _hang_up(self, error: LauncherFailed) -> None:
+    def _disconnect(self, error: LauncherFailed) -> None:
         """Fail every request that is not answered; whether the launcher has done it is not known."""
         self._connected.clear()
         if self._socket:
@@ -392,7 +392,7 @@ class LauncherClient:
                 pending.future.set_exception(error)
                 pending.future.exception()  # read once: the caller may just have given up
 
-    def _give_up_connection(self) -> None:
+    def _shut_connection(self) -> None:
         """Shut a connection whose launcher has died: a sender that notices it before the reader waits for the next one.
 
         Asking again at once would fail without ever waiting, and so keep the event loop from noticing the end.
@@ -406,7 +406,7 @@ class LauncherClient:
         delay, said = FIRST_RETRY, ""
         while True:
             try:
-                return self._take(await asyncio.to_thread(self._dial))
+                return self._use_connection(await asyncio.to_thread(self._dial))
             except OSError as error:
                 if str(error) != said:
                     log.warning("cannot connect to the launcher: %s; trying again", error)
@@ -420,19 +420,19 @@ class LauncherClient:
         try:
             running = {engine.instance for engine in await self.list()}
             for instance in before & self._known.keys() - running:
-                self._ended(ExitReport(instance))
+                self._on_exit_report(ExitReport(instance))
             for instance in followed & running:
-                await self._ask(Follow(instance, 0), Done)
+                await self._request(Follow(instance, 0), Done)
         except LauncherFailed as error:
             log.warning("cannot learn what happened while there was no launcher: %s", error)
-        await self._kill_doubtful()
+        await self._kill_unconfirmed()
 
-    async def _kill_doubtful(self) -> None:
-        """One that the launcher does not know (any more) is gone; one that it cannot kill now is left to the next."""
-        for instance in tuple(self._doubtful):
+    async def _kill_unconfirmed(self) -> None:
+        """Kill every engine in ``_unconfirmed``; one that the launcher cannot kill now is left to the next launcher."""
+        for instance in tuple(self._unconfirmed):
             with contextlib.suppress(LauncherFailed):
-                await self._be_rid_of(instance)
-                self._doubtful.discard(instance)
+                await self._kill_until_gone(instance)
+                self._unconfirmed.discard(instance)
 
 
 @dataclass(frozen=True, slots=True)

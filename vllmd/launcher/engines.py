@@ -112,8 +112,8 @@ class Engine:
     failure: Failed | None = None
     ending: Ending | None = None
     retiring: bool = False
-    asked_to_end: bool = False
-    told: bool = False  # its end has been reported; only systemd has not forgotten the unit yet
+    end_requested: bool = False
+    exit_reported: bool = False  # its end has been reported; only systemd has not forgotten the unit yet
     successor: tuple[StartOrder, Answer] | None = None  # ordered meanwhile under the same name
     timer: Timer | None = None
     link: Link | None = None
@@ -171,22 +171,22 @@ class Supervisor:
 
     def has(self, instance: str) -> bool:
         """Whether the engine is starting or running, or its end is still to be reported."""
-        return instance in self._engines and not self._engines[instance].told
+        return instance in self._engines and not self._engines[instance].exit_reported
 
     # --- what is asked of it ---
 
     def start(self, order: StartOrder, answer: Answer) -> None:
         """Start an engine. ``answer`` is called once, now or later."""
-        namesake = self._engines.get(order.instance)
-        if namesake and namesake.told and not namesake.successor:
-            namesake.successor = (order, answer)
+        previous = self._engines.get(order.instance)
+        if previous and previous.exit_reported and not previous.successor:
+            previous.successor = (order, answer)
             return None
         try:
             user = self._users.ordered(order.user)
             self._check_place(order)
             standby = self._engines.get(order.standby)
             if standby and standby.link and standby.link.ready and standby.user == user:
-                return self._take(order, user, standby, answer)
+                return self._start_from_standby(order, user, standby, answer)
             if standby and standby.link:  # it was given away for this, and is nobody's any more
                 self.kill(order.standby)
             link = Link() if order.waits else None
@@ -197,21 +197,21 @@ class Supervisor:
             return answer(Failed(f"cannot start a process: {error.strerror}"))
         engine = Engine(order.instance, Phase.PLACING, child.process, child=child, answer=answer, link=link)
         if link:
-            self._loop.watch(link.fd, lambda: self._standby_spoke(engine))
+            self._loop.watch(link.fd, lambda: self._on_standby_message(engine))
         engine.metadata.update(order.metadata)
         engine.run_dir, engine.user = order.run_dir, user
         self._engines[order.instance] = engine
         self._warn_of_limits(order)
-        self._loop.watch(child.process.fd, self._safely(engine, lambda: self._main_ended(engine)))
-        self._loop.watch(child.errors, self._safely(engine, lambda: self._child_spoke(engine)))
-        engine.timer = self._loop.later(order.timeout, lambda: self._too_slow(engine, order.timeout))
-        placed: Placed = lambda group, why: self._safely(engine, lambda: self._placed(engine, group, why))()  # noqa: E731
-        return self._safely(engine, lambda: self._backend.place(order, child.process, placed))()
+        self._loop.watch(child.process.fd, self._guarded(engine, lambda: self._on_main_exit(engine)))
+        self._loop.watch(child.errors, self._guarded(engine, lambda: self._on_error_pipe(engine)))
+        engine.timer = self._loop.later(order.timeout, lambda: self._on_start_timeout(engine, order.timeout))
+        placed: Placed = lambda group, why: self._guarded(engine, lambda: self._on_placed(engine, group, why))()  # noqa: E731
+        return self._guarded(engine, lambda: self._backend.place(order, child.process, placed))()
 
-    def _safely(self, engine: Engine, step: Callable[[], None]) -> Callable[[], None]:
+    def _guarded(self, engine: Engine, step: Callable[[], None]) -> Callable[[], None]:
         """The step of a start; a defect in it, or something that nobody has thought of, still becomes the answer."""
 
-        def safe() -> None:
+        def guarded() -> None:
             try:
                 step()
             except Exception as error:
@@ -219,23 +219,23 @@ class Supervisor:
                 if engine.answer and engine.phase is not Phase.ENDING:
                     self._fail(engine, Failed(f"the launcher failed: {type(error).__name__}"))
 
-        return safe
+        return guarded
 
     def signal(self, instance: str, number: int) -> None:
         """Send a signal to the engine's main process only. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
         # systemd also asks us to stop a scope that it is retiring for us: that is not why the engine ended.
-        engine.asked_to_end |= number in ENDING_SIGNALS and engine.phase is not Phase.ENDING
+        engine.end_requested |= number in ENDING_SIGNALS and engine.phase is not Phase.ENDING
         if number in ENDING_SIGNALS:
-            self._keep_from_beginning_anew(engine)
+            self._cancel_restart(engine)
         if engine.process:
             engine.process.signal(number)
 
     def kill(self, instance: str) -> None:
         """Send SIGKILL to every process of the engine. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
-        engine.asked_to_end |= engine.phase is not Phase.ENDING
-        self._keep_from_beginning_anew(engine)
+        engine.end_requested |= engine.phase is not Phase.ENDING
+        self._cancel_restart(engine)
         if engine.process:
             engine.process.signal(signal.SIGKILL)
         if engine.group:
@@ -264,8 +264,8 @@ class Supervisor:
             log.warning("%s: metadata will not survive the launcher: %s", engine.instance, error)
 
     def list(self) -> list[Running]:
-        """Those that run, or whose end has yet to be reported; one that is still starting is not among them."""
-        return [engine.running() for engine in self._engines.values() if not engine.answer and not engine.told]
+        """The engines that run, or whose end is still to be reported; engines that are still starting are left out."""
+        return [engine.running() for engine in self._engines.values() if not engine.answer and not engine.exit_reported]
 
     def adopt(self) -> None:
         """Take over what an earlier launcher left: main processes by number and start time, the rest to be ended."""
@@ -279,9 +279,9 @@ class Supervisor:
                     "%s: the user that it runs as is not known: its run directory stays", unit_of(found.instance)
                 )
             self._engines[found.instance] = engine
-            found.group.watch(lambda engine=engine: self._group_changed(engine))  # type: ignore[misc]
+            found.group.watch(lambda engine=engine: self._on_group_change(engine))  # type: ignore[misc]
             if engine.process:
-                self._loop.watch(engine.process.fd, lambda engine=engine: self._main_ended(engine))  # type: ignore[misc]
+                self._loop.watch(engine.process.fd, lambda engine=engine: self._on_main_exit(engine))  # type: ignore[misc]
             else:
                 engine.ending = Ending()
                 self._end(engine)
@@ -325,9 +325,11 @@ class Supervisor:
 
     def _spawn(self, order: StartOrder, user: User, link: Link | None) -> Child:
         output = self._backend.logs.open(order.instance)
-        theirs = link.theirs.fileno() if link else None
+        child_end = link.child_end.fileno() if link else None
         try:
-            return spawn(self._marked(order), user, output, die_with_us=self._backend.dies_with_us, link=theirs)
+            return spawn(
+                self._with_markers(order), user, output, die_with_us=self._backend.dies_with_us, link=child_end
+            )
         except OSError:
             if link:
                 link.close()
@@ -335,27 +337,27 @@ class Supervisor:
         finally:
             os.close(output)
             if link:
-                link.theirs.close()
+                link.child_end.close()
 
-    def _marked(self, order: StartOrder) -> StartOrder:
+    def _with_markers(self, order: StartOrder) -> StartOrder:
         return dataclasses.replace(order, env={**order.env, **self._backend.marks})
 
     def _warn_of_limits(self, order: StartOrder) -> None:
         if (without := order.limits.keys() - set(self._backend.limits)) and not order.waits:
             log.warning("%s: no effect here: %s (%s)", order.instance, ", ".join(sorted(without)), self._backend.detail)
 
-    def _placed(self, engine: Engine, group: Group | None, why: str) -> None:
+    def _on_placed(self, engine: Engine, group: Group | None, why: str) -> None:
         """The start job has ended. Later than the time limit it changes nothing: the unit is being retired."""
         if engine.phase is not Phase.PLACING:
             return None
         if group is None:  # perhaps because the process has ended, and has said why
-            return self._fail(engine, (engine.child and _words(engine.child.errors)) or Failed(why))
+            return self._fail(engine, (engine.child and _read_error(engine.child.errors)) or Failed(why))
         engine.group = group
-        group.watch(lambda: self._group_changed(engine))
+        group.watch(lambda: self._on_group_change(engine))
         if engine.ending or engine.process is None:
             return self._fail(engine, Failed("the process died before it was let through its gate"))
         try:
-            group.annotate(_notes_for_the_next(engine, engine.process))  # first: without them nobody finds it again
+            group.annotate(_notes_for_adoption(engine, engine.process))  # first: without them nobody finds it again
             group.annotate(engine.metadata)
         except OSError as error:
             if not self._backend.dies_with_us:  # else there is no next launcher
@@ -365,11 +367,11 @@ class Supervisor:
 
     # --- standbys ---
 
-    def _take(self, order: StartOrder, user: User, standby: Engine, answer: Answer) -> None:
+    def _start_from_standby(self, order: StartOrder, user: User, standby: Engine, answer: Answer) -> None:
         """Make an engine of the standby, which is a part of nothing else from here on."""
         assert standby.link and standby.process
         process, link = standby.process, standby.link
-        standby.process, standby.link, standby.told, standby.asked_to_end = None, None, True, True
+        standby.process, standby.link, standby.exit_reported, standby.end_requested = None, None, True, True
         link.ready = False
         engine = Engine(order.instance, Phase.PLACING, process, answer=answer, run_dir=order.run_dir, user=user)
         engine.metadata.update(order.metadata)
@@ -378,14 +380,14 @@ class Supervisor:
         self._warn_of_limits(order)
         for fd in (process.fd, link.fd):
             self._loop.unwatch(fd)
-        self._loop.watch(process.fd, self._safely(engine, lambda: self._main_ended(engine)))
-        self._loop.watch(link.fd, self._safely(engine, lambda: self._standby_answered(engine)))
+        self._loop.watch(process.fd, self._guarded(engine, lambda: self._on_main_exit(engine)))
+        self._loop.watch(link.fd, self._guarded(engine, lambda: self._on_handover_reply(engine)))
         engine.timer = self._loop.later(LIMIT, lambda: self._fail(engine, Failed(f"nothing came of it in {LIMIT:g} s")))
-        self._safely(engine, lambda: self._prepare(engine, order, user))()
+        self._guarded(engine, lambda: self._prepare(engine, order, user))()
 
     def _prepare(self, engine: Engine, order: StartOrder, user: User) -> None:
         """Have the run directory made, then the scope."""
-        placed: Placed = lambda group, why: self._safely(engine, lambda: self._placed(engine, group, why))()  # noqa: E731
+        placed: Placed = lambda group, why: self._guarded(engine, lambda: self._on_placed(engine, group, why))()  # noqa: E731
         try:
             child = prepare(order, user)
         except OSError as error:
@@ -401,13 +403,13 @@ class Supervisor:
                 return self._fail(engine, Failed("its run directory cannot be made"))
             return self._backend.place(order, engine.process, placed)
 
-        return self._loop.watch(child.fd, self._safely(engine, done))
+        return self._loop.watch(child.fd, self._guarded(engine, done))
 
     def _hand_over(self, engine: Engine, handover: HandOver) -> None:
-        """It is where it belongs: tell it what it is to be. What it has left behind as a standby ends."""
+        """The process is in the engine's scope: send it the order. What the standby leaves in its old scope ends."""
         assert engine.user
-        self._let_go(handover.standby)
-        order = self._marked(handover.order)
+        self._release_standby(handover.standby)
+        order = self._with_markers(handover.order)
         try:
             output = self._backend.logs.open(order.instance)
             try:
@@ -417,9 +419,9 @@ class Supervisor:
         except OSError as error:
             self._fail(engine, Failed(f"it cannot be told: {error.strerror or error}"))
 
-    def _standby_answered(self, engine: Engine) -> None:
+    def _on_handover_reply(self, engine: Engine) -> None:
         handover = engine.handover
-        if handover is None or (said := handover.link.heard()) is None:
+        if handover is None or (said := handover.link.receive()) is None:
             return None
         if said != TAKEN or engine.phase is not Phase.EXECUTING:
             return self._fail(engine, Failed(refusal(said)))
@@ -434,29 +436,29 @@ class Supervisor:
         engine.handover.link.close()
         engine.handover = None
 
-    def _begin_anew(self, engine: Engine, handover: HandOver, why: Failed) -> None:
+    def _restart_without_standby(self, engine: Engine, handover: HandOver, why: Failed) -> None:
         """The standby was of no use: when it is gone the order is carried out without it, under the same name."""
         log.warning("%s: not made of %s, but started anew: %s", engine.instance, handover.standby, why.message)
         self._end_handover(engine)
-        self._let_go(handover.standby)
+        self._release_standby(handover.standby)
         if engine.answer:
             engine.successor = (without_standby(handover.order), engine.answer)
         engine.answer, engine.failure = None, why
-        engine.told = engine.asked_to_end = True
+        engine.exit_reported = engine.end_requested = True
         engine.run_dir = ""  # the successor's
 
-    def _keep_from_beginning_anew(self, engine: Engine) -> None:
-        """It is told to end: what a hand-over that fails, or the end of its namesake, would begin is not wanted."""
+    def _cancel_restart(self, engine: Engine) -> None:
+        """Cancel what would follow the engine's end: a start without the standby, or an order of the same name."""
         if engine.handover:
-            self._let_go(engine.handover.standby)
+            self._release_standby(engine.handover.standby)
             self._end_handover(engine)
         if engine.successor:
             _, answer = engine.successor
             engine.successor = None
             answer(Failed("it was ended before it was started"))
 
-    def _let_go(self, instance: str) -> None:
-        """Its process is the engine's, or about to be killed; whatever else it has begun ends."""
+    def _release_standby(self, instance: str) -> None:
+        """Forget a standby whose process has become an engine, or is about to be killed; its other processes end."""
         standby = self._engines.get(instance)
         if standby is None:
             return None
@@ -467,10 +469,10 @@ class Supervisor:
         standby.phase = Phase.ENDING  # without a group of its own, the members are counted by their kin: the process
         return self._retire(standby)
 
-    def _standby_spoke(self, engine: Engine) -> None:
-        """One that waits, or is still importing."""
+    def _on_standby_message(self, engine: Engine) -> None:
+        """Read what a standby says: ``ready``, or a reason why it cannot be used."""
         link = engine.link
-        if link is None or (said := link.heard()) is None:
+        if link is None or (said := link.receive()) is None:
             return
         if said == READY and not link.ready:
             link.ready = True
@@ -494,8 +496,11 @@ class Supervisor:
             os.write(engine.child.gate, b"G")
         return None
 
-    def _child_spoke(self, engine: Engine) -> None:
-        """Words: it failed. The end of the pipe: the command has been executed, or the child was killed."""
+    def _on_error_pipe(self, engine: Engine) -> None:
+        """Read the error pipe.
+
+        Text: the start failed. Its end: the command has been executed, or the child was killed.
+        """
         assert engine.child
         try:
             data = os.read(engine.child.errors, 4096)
@@ -510,7 +515,7 @@ class Supervisor:
         _forget_start(self._loop, engine)
         return _answer(engine, Started(engine.running()))
 
-    def _too_slow(self, engine: Engine, limit: float) -> None:
+    def _on_start_timeout(self, engine: Engine, limit: float) -> None:
         what = "systemd did not make the scope" if engine.phase is Phase.PLACING else "the command was not executed"
         self._fail(engine, Failed(f"{what} within {limit:g} s; the process was never let go and has been killed"))
 
@@ -519,7 +524,7 @@ class Supervisor:
     def _fail(self, engine: Engine, failure: Failed) -> None:
         """A start failed: everything goes at once, then the answer."""
         if engine.handover:
-            self._begin_anew(engine, engine.handover, failure)
+            self._restart_without_standby(engine, engine.handover, failure)
         engine.failure = engine.failure or failure
         if engine.process:
             engine.process.signal(signal.SIGKILL)
@@ -527,39 +532,39 @@ class Supervisor:
             engine.group.kill()
         self._end(engine)
 
-    def _main_ended(self, engine: Engine, tries: int = STATUS_TRIES) -> None:
+    def _on_main_exit(self, engine: Engine, tries: int = STATUS_TRIES) -> None:
         assert engine.process
         self._loop.unwatch(engine.process.fd)
         engine.ending = engine.process.ending()
         if engine.ending is None and tries:
-            self._loop.later(STATUS_WAIT, lambda: self._main_ended(engine, tries - 1))
+            self._loop.later(STATUS_WAIT, lambda: self._on_main_exit(engine, tries - 1))
             return None
         engine.ending = engine.ending or Ending()
         if engine.handover:
-            self._standby_answered(engine)  # it may have taken the order, and have ended already
+            self._on_handover_reply(engine)  # it may have taken the order, and have ended already
             if engine.handover:
                 return self._fail(engine, Failed(refusal("")))
         if engine.group:
             engine.group.oom_killed()  # systemd removes the group soon: read it now
         if engine.phase is Phase.EXECUTING and engine.child:
-            self._child_spoke(engine)  # its words, or the command was executed and has ended already
+            self._on_error_pipe(engine)  # its words, or the command was executed and has ended already
         elif engine.phase is Phase.PLACING and engine.child:
-            engine.failure = _last_words(engine.child.errors, engine.ending)
+            engine.failure = _exit_reason(engine.child.errors, engine.ending)
         return self._end(engine)
 
-    def _group_changed(self, engine: Engine) -> None:
+    def _on_group_change(self, engine: Engine) -> None:
         if engine.group:
             engine.group.oom_killed()
-        self._check_gone(engine)
+        self._check_empty(engine)
 
     def _end(self, engine: Engine) -> None:
-        """Begin the end, or go on with it."""
+        """Begin to end the engine, or go on with it."""
         if engine.phase is not Phase.ENDING:
             engine.phase = Phase.ENDING
             _forget_start(self._loop, engine)
             grace = 0.0 if engine.failure else GRACE
             engine.timer = self._loop.later(grace, lambda: self._kill_rest(engine))
-        self._check_gone(engine)
+        self._check_empty(engine)
 
     def _kill_rest(self, engine: Engine) -> None:
         if engine.group and not engine.group.empty():
@@ -567,50 +572,50 @@ class Supervisor:
                 log.info("%s: killing what its main process left behind", engine.instance)
             engine.group.kill()
         engine.timer = self._loop.later(KILL_LIMIT, lambda: self._retire(engine))
-        self._check_gone(engine)
+        self._check_empty(engine)
 
-    def _check_gone(self, engine: Engine) -> None:
+    def _check_empty(self, engine: Engine) -> None:
         if engine.phase is Phase.ENDING and engine.ending and (engine.group is None or engine.group.empty()):
-            if engine.asked_to_end and not engine.answer:
-                self._tell(engine)
+            if engine.end_requested and not engine.answer:
+                self._report_exit(engine)
             self._retire(engine)
 
     def _retire(self, engine: Engine) -> None:
-        """Every process is gone (or cannot be killed): free the unit's name."""
+        """Free the unit's name, once every process has exited or cannot be killed."""
         if engine.retiring:
             return
         engine.retiring = True
         _cancel(engine)
-        engine.timer = self._loop.later(RETIRE_LIMIT, lambda: self._retired(engine))
-        self._backend.retire(engine.instance, lambda: self._retired(engine))
+        engine.timer = self._loop.later(RETIRE_LIMIT, lambda: self._on_retired(engine))
+        self._backend.retire(engine.instance, lambda: self._on_retired(engine))
 
-    def _retired(self, engine: Engine) -> None:
+    def _on_retired(self, engine: Engine) -> None:
         if self._engines.get(engine.instance) is not engine or engine.timer is None:
             return None  # told already: systemd was later than the limit
         _cancel(engine)
-        if engine.asked_to_end or engine.answer:  # nobody reads its last lines
-            return self._gone(engine, ())
+        if engine.end_requested or engine.answer:  # nobody reads its last lines
+            return self._finish(engine, ())
         try:
-            self._backend.logs.tail(engine.instance, TAIL_LINES, lambda lines: self._gone(engine, lines))
+            self._backend.logs.tail(engine.instance, TAIL_LINES, lambda lines: self._finish(engine, lines))
         except OSError as error:
             log.warning("%s: cannot read its log: %s", engine.instance, error)
-            return self._gone(engine, ())
+            return self._finish(engine, ())
 
-    def _gone(self, engine: Engine, log_tail: tuple[str, ...]) -> None:
+    def _finish(self, engine: Engine, log_tail: tuple[str, ...]) -> None:
         del self._engines[engine.instance]
         if engine.answer:
             _answer(engine, engine.failure or Failed("it ended before it was started"))
         else:
-            self._tell(engine, log_tail)
+            self._report_exit(engine, log_tail)
         self._release(engine)
         if engine.successor:
             self.start(*engine.successor)
 
-    def _tell(self, engine: Engine, log_tail: tuple[str, ...] = ()) -> None:
+    def _report_exit(self, engine: Engine, log_tail: tuple[str, ...] = ()) -> None:
         """Report the engine's end to the daemon, at most once."""
-        if engine.told:
+        if engine.exit_reported:
             return
-        engine.told = True
+        engine.exit_reported = True
         ending = engine.ending or Ending()
         empty = engine.group is None or engine.group.empty()
         oom = engine.group is not None and engine.group.oom_killed()
@@ -670,14 +675,14 @@ def _process_of(notes: Mapping[str, str], group: Group) -> Process | None:
     return process
 
 
-def _notes_for_the_next(engine: Engine, process: Process) -> dict[str, str]:
-    """What another launcher would have to know."""
+def _notes_for_adoption(engine: Engine, process: Process) -> dict[str, str]:
+    """What a launcher that adopts the engine has to know, as metadata of its control group."""
     assert engine.user
     return {PID: str(process.pid), START: str(process.start_time), RUN_DIR: engine.run_dir, USER: engine.user.name}
 
 
 def _forget_start(loop: Loop, engine: Engine) -> None:
-    """The gate and the error pipe have served; a child still at the gate exits."""
+    """Close the gate and the error pipe of a start; a child that still waits at the gate exits."""
     _cancel(engine)
     if engine.child:
         loop.unwatch(engine.child.errors)
@@ -692,17 +697,17 @@ def _cancel(engine: Engine) -> None:
         engine.timer = None
 
 
-def _words(errors: int) -> Failed | None:
-    """What a child says went wrong, if it has said anything."""
+def _read_error(errors: int) -> Failed | None:
+    """The failure that a child wrote into its error pipe; None if it wrote nothing."""
     with contextlib.suppress(BlockingIOError):
         if data := os.read(errors, 4096):
             return read_failure(data)
     return None
 
 
-def _last_words(errors: int, ending: Ending) -> Failed:
-    """Why a child ended before its exec: in its own words if it had any left."""
-    if said := _words(errors):
+def _exit_reason(errors: int, ending: Ending) -> Failed:
+    """Why a child ended before its exec: what it wrote into its error pipe, else how it ended."""
+    if said := _read_error(errors):
         return said
     how = f"signal {ending.signal}" if ending.signal else f"status {ending.status}"
     return Failed(f"the process ended with {how} before the command was executed")

@@ -35,19 +35,19 @@ READY, TAKEN = "ready", "taken"
 
 
 class Link:
-    """Our end of the pair."""
+    """The launcher's end of the socket pair to a standby."""
 
     def __init__(self) -> None:
-        """Raises OSError. ``theirs`` is for the child, and closed here once it was forked."""
-        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._ours.setblocking(False)
-        self.fd = self._ours.fileno()
+        """Raises OSError. ``child_end`` is for the child, and closed here once it was forked."""
+        self._socket, self.child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        self.fd = self._socket.fileno()
         self.ready = False  # it has imported everything, and has not been given away
 
-    def heard(self) -> str | None:
-        """What it says; "" if it has closed its end; None if it has said nothing."""
+    def receive(self) -> str | None:
+        """What the standby has said; "" if it has closed its end; None if it has said nothing."""
         try:
-            return printable(self._ours.recv(LONGEST_WORD).decode(errors="replace"))
+            return printable(self._socket.recv(LONGEST_WORD).decode(errors="replace"))
         except BlockingIOError:
             return None
         except OSError:
@@ -60,12 +60,12 @@ class Link:
         message = json.dumps(told, separators=(",", ":")).encode()
         if len(message) > LONGEST_ORDER:
             raise OSError(f"an order of {len(message)} bytes; at most {LONGEST_ORDER} fit a message")
-        socket.send_fds(self._ours, [message], [output])
+        socket.send_fds(self._socket, [message], [output])
 
     def close(self) -> None:
         """A standby that still waits exits now."""
-        self._ours.close()
-        self.theirs.close()
+        self._socket.close()
+        self.child_end.close()
 
 
 @dataclass(slots=True)

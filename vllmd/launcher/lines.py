@@ -137,8 +137,8 @@ class Rate:
         self._burst, self._period, self._clock = burst, period, clock
         self._left, self._until, self._missed = burst, clock() + period, 0
 
-    def pass_on(self, lines: tuple[str, ...]) -> tuple[str, ...]:
-        """Those that may go on, with what was left out before them."""
+    def allow(self, lines: tuple[str, ...]) -> tuple[str, ...]:
+        """The lines that may go on, behind a line that counts those left out before them."""
         now = self._clock()
         told: tuple[str, ...] = ()
         if now >= self._until:

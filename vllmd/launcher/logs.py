@@ -191,7 +191,7 @@ class _Pipe:
 
     def _take(self, lines: Lines) -> None:
         self.kept.extend(lines)  # all of them: the last words of an engine in a hurry tell why
-        passed = self._rate.pass_on(lines) + (self._rate.end() if self.ended else ())
+        passed = self._rate.allow(lines) + (self._rate.end() if self.ended else ())
         if passed:
             for take in tuple(self.followers):
                 take(passed)
@@ -267,7 +267,7 @@ class _Follower:
         if records:
             self._cursor = cursor(records[-1]) or self._cursor
             self._pause = FIRST_PAUSE
-        lines = self._rate.pass_on(tuple(line for line in map(message, records) if line is not None))
+        lines = self._rate.allow(tuple(line for line in map(message, records) if line is not None))
         if lines:
             self._take(lines)
 

@@ -82,20 +82,20 @@ class Loop:
     def run(self) -> None:
         """Call back for descriptors and timers until ``stop`` is called."""
         while not self._stopped:
-            for key, mask in self._selector.select(self._patience()):
+            for key, mask in self._selector.select(self._seconds_to_next_timer()):
                 for event, callback in tuple(key.data.items()):
                     now = self._selector.get_map().get(key.fd)
                     # A callback before this one may have unwatched it, or have given it to somebody else.
                     if mask & event and now is not None and now.data is key.data:
                         _call(callback)
-            self._ring()
+            self._run_due_timers()
 
-    def _patience(self) -> float | None:
+    def _seconds_to_next_timer(self) -> float | None:
         while self._timers and self._timers[0].callback is None:
             heapq.heappop(self._timers)
         return max(0.0, self._timers[0].at - time.monotonic()) if self._timers else None
 
-    def _ring(self) -> None:
+    def _run_due_timers(self) -> None:
         now = time.monotonic()
         while self._timers and self._timers[0].at <= now:
             callback = heapq.heappop(self._timers).callback

@@ -68,7 +68,7 @@ class OwnUsers:
         return number if number is not None and self.first <= number <= self.last else None
 
     def everybody(self) -> dict[str, int]:
-        """Who has a number, by name; nobody where the homes cannot be seen."""
+        """The users that have a number, by name; none where the homes cannot be seen."""
         try:
             names = (*self._given, *self._taken())
         except ValueError:

@@ -47,12 +47,12 @@ class Process:
         try:
             result = os.waitid(os.P_PIDFD, self.fd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
-            return self._ending_of_stranger()
+            return self._ending_of_other()
         if result is None:
             return None
         return Ending(result.si_status) if result.si_code == os.CLD_EXITED else Ending(signal=result.si_status)
 
-    def _ending_of_stranger(self) -> Ending | None:
+    def _ending_of_other(self) -> Ending | None:
         """PIDFD_GET_INFO (the exit code since Linux 6.15), once the parent has reaped it."""
         buffer = bytearray(_PIDFD_INFO_SIZE)
         struct.pack_into("<Q", buffer, 0, _PIDFD_INFO_EXIT)

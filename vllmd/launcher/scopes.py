@@ -169,7 +169,9 @@ class Scopes:
             placed(None, f"the process died while systemd made {unit}")
 
     def retire(self, instance: str, retired: Callable[[], None]) -> None:
-        """Its processes are gone: systemd will notice and forget the unit, which frees its name; else stop it."""
+        """Wait until systemd has noticed that the scope is empty and has forgotten it, which frees its name; else stop
+        it.
+        """
         unit = unit_of(instance)
         if again := self._placing.pop(unit, None):
             again.cancel()

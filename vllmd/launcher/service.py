@@ -324,7 +324,7 @@ class Client:
         self._loop.watch_write(self._connection.fileno(), None)
 
     def close(self) -> None:
-        """It has left, or must."""
+        """Close the connection of a client that has left, or is dropped."""
         if self.closed:
             return
         self._loop.unwatch(self._connection.fileno())
@@ -337,7 +337,7 @@ class Client:
 
 
 def allowed_uids(users: Sequence[str]) -> frozenset[int]:
-    """Who may connect: the users named; none: we ourselves. Raises ValueError if there is no such user.
+    """The users that may connect: those named; without any, our own. Raises ValueError if there is no such user.
 
     Root is nobody special: it needs no launcher, and a socket that only the daemon may use tells who asked.
     """

@@ -87,7 +87,7 @@ class Sessions:
         except OSError as error:
             placed(None, f"cannot make a control group: {error}")
             return
-        placed(group or Family(order.instance, self._token, process, self._loop, order.standby), "")
+        placed(group or ProcessTree(order.instance, self._token, process, self._loop, order.standby), "")
 
     def _make_cgroup(self, order: StartOrder, process: Process) -> WatchedCgroup | None:
         path = self._path(order.instance)
@@ -122,12 +122,12 @@ class Sessions:
                     return  # read it first; its retirement brings us here again
                 os.waitpid(zombie.si_pid, 0)
 
-    def kill_strays(self) -> None:
+    def kill_unmanaged(self) -> None:
         """At the end: whatever still is a descendant of ours."""
         _kill_all(lambda: _descendants(os.getpid()))
 
 
-class Family:
+class ProcessTree:
     """An engine's processes where there is no control group: descendants, its session, and whatever has the marker.
 
     A process may leave any one of these, and vLLM rewrites its environment with its
@@ -146,7 +146,7 @@ class Family:
         self._timer: Timer | None = None
 
     def location(self) -> str:
-        """It has no control group."""
+        """An engine of this backend has no control group: ""."""
         return ""
 
     def members(self) -> set[int]:

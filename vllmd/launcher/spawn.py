@@ -114,7 +114,7 @@ class Users:
         return self._allowed[name]
 
     def everybody(self) -> tuple[User, ...]:
-        """Those named on the command line, and those made up so far."""
+        """The users named on the command line, and those made up so far."""
         made_up = self._own.everybody() if self._own else {}
         return (*self._allowed.values(), *(self._made_up(PREFIX + name, uid) for name, uid in made_up.items()))
 

@@ -131,7 +131,7 @@ class Reply:
             self.plain = bool(text) and not calls
             yield {**self.piece(text, thinking), **({"logprobs": logprobs} if logprobs else {})}
 
-    def sign_of_life(self) -> Object:
+    def heartbeat(self) -> Object:
         """A piece without text: every client takes it, for engines send such ones, too."""
         return self.piece("")
 

@@ -132,7 +132,7 @@ class Inner(Exchange):
 
     @property
     def on_pause(self) -> Callable[[bool], None] | None:
-        """Whoever sends on what an engine says, from when that has the request."""
+        """The function that is told when the client stalls, set once an engine has the request."""
         return self._follows_pauses
 
     @on_pause.setter

@@ -150,7 +150,7 @@ class Lines:
     def _other(self, line: bytes, now: str) -> bytes:
         """What a line of the stream becomes that is not like the last event."""
         if line.startswith(b":"):
-            return self._written(self.reply.sign_of_life(), now)
+            return self._written(self.reply.heartbeat(), now)
         if not line.startswith(b"data:") or self.over:
             return b""
         payload = line[5:].strip()

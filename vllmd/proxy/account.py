@@ -59,14 +59,14 @@ class Account:
         self.answer: Tap | None = None
 
     def admit(self, replica: str) -> None:
-        """It goes to this replica now."""
+        """The request was admitted to this replica."""
         self.admitted = time.monotonic()
         self.replica = replica
         self.sends += 1
 
 
 class Recorder(Protocol):
-    """Who decides whether bodies are recorded."""
+    """What decides whether bodies are recorded."""
 
     @property
     def active(self) -> bool:
@@ -77,7 +77,7 @@ class Recorder(Protocol):
 
 
 class Tracer(Protocol):
-    """Who decides which requests are traced."""
+    """What decides which requests are traced."""
 
     def begin(self, request: Request) -> Trace | None:
         """The trace of a request that has just arrived, None if it is not to be recorded."""

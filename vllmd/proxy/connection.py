@@ -500,7 +500,7 @@ def reset_at_close(transport: asyncio.BaseTransport) -> None:
 
 
 def peer_of(transport: asyncio.BaseTransport) -> Peer:
-    """Who is at the other end of ``transport``."""
+    """The client at the other end of ``transport``."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family == socket.AF_UNIX:
         return Peer("", 0, *credentials(sock))

@@ -371,19 +371,22 @@ def request_head(
     request: Request, sent: UpstreamRequest, where: Address, length: int, trace: Trace | None = None
 ) -> bytes:
     """What an engine is sent before a body of ``length`` bytes: the client's fields less what is not its business."""
-    headers, target = request.headers, sent.target
+    headers, target, for_what = request.headers, sent.target, (sent.path, trace is not None)
     known = headers.sent
-    if known is not None and known[0] is where and known[1] is target and known[2] == sent.path:
+    if known is not None and known[0] is where and known[1] is target and known[2] == for_what:
         same = known[3]  # a client's requests on one connection are mostly for one model
     else:
         if headers.onward is None:
-            headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK_TRACED if trace else KEPT_BACK))
+            headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK))
+        onward = headers.onward
+        if trace is not None:  # the client's own would be a second one; which of them counts, nobody says
+            onward = write_fields(forwardable(headers.raw, but=KEPT_BACK_TRACED))
         line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
         more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
         if where.key:
             more += f"authorization: Bearer {where.key}\r\n"
-        same = line.encode("ascii") + headers.onward + more.encode("latin-1")
-        headers.sent = where, target, sent.path, same
+        same = line.encode("ascii") + onward + more.encode("latin-1")
+        headers.sent = where, target, for_what, same
     if trace is not None:
         same += b"traceparent: %b\r\n" % trace.field.encode("ascii")
     return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (same, request.id.encode("ascii"), length)

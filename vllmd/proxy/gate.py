@@ -170,7 +170,7 @@ class Authenticator(Protocol):
     """Looks at every request's head before its body is read."""
 
     def identify(self, request: Request) -> Caller:
-        """Who sent it; one who shows nothing, or something wrong, is somebody with few scopes and a ``refusal``.
+        """The sender of a request; without a key, or with a wrong one, a caller with few scopes and a ``refusal``.
 
         Raises Misdirected, Unavailable for what is not to be answered whatever the route.
         """

@@ -26,7 +26,7 @@ OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end: an address and port, or on a Unix socket the process, user and group."""
+    """A client: an address and port, or on a Unix socket the process, user and group."""
 
     address: str = ""
     port: int = 0
@@ -51,7 +51,8 @@ class Headers:
     ``found``, who sent them, and by whose word (an authenticator writes it); ``from_page``, whether a browser may
     have sent them for a page; ``plain_json``, whether they say that the body is JSON in UTF-8 and not coded;
     ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked); ``sent``, what they became in the
-    head of a request to an engine, and of which engine, model and path (``forward.request_head``).
+    head of a request to an engine, and of which engine and model, of which path and whether traced
+    (``forward.request_head``).
     """
 
     __slots__ = ("found", "from_page", "keep_alive", "onward", "plain_json", "raw", "sent")
@@ -63,7 +64,7 @@ class Headers:
         self.from_page: bool | None = None
         self.plain_json: bool | None = None
         self.keep_alive: str | None = None
-        self.sent: tuple[object, object, str, bytes] | None = None
+        self.sent: tuple[object, object, tuple[str, bool], bytes] | None = None
 
     def with_length(self, length: int) -> Headers:
         """The same with another Content-Length."""

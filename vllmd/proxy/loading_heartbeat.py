@@ -130,7 +130,7 @@ class Heartbeats:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, waiting: Waiting) -> None:
-        """It waits from now on."""
+        """Send this stream comments from now on."""
         self._new.add(waiting)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._limits.now.loading_comment_interval, self._sweep)

@@ -59,7 +59,7 @@ _ours: set[tuple[int, int]] = set()  # (device, inode) of files; (0, inode) of T
 
 
 def are_ours(sockets: Iterable[socket.socket]) -> None:
-    """These are the daemon's own: no engine is ever there."""
+    """Note the daemon's own listening sockets: no engine is ever there."""
     for each in sockets:
         if each.family != socket.AF_UNIX:
             _ours.add((0, os.fstat(each.fileno()).st_ino))
@@ -145,7 +145,7 @@ def _check(found: Listener, owner: int, host: str, port: int) -> None:
 
 
 def listener_of(host: str, port: int) -> Listener | None:
-    """Who listens on that TCP address, for messages; None if nobody, or if that cannot be known."""
+    """The process that listens on a TCP address, for messages; None if there is none, or if that is unknown."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return listener(family, host, port) or _listed(host, port)
 
@@ -169,7 +169,9 @@ def _asked() -> socket.socket:
 
 
 def listener(family: socket.AddressFamily, host: str, port: int) -> Listener | None:
-    """Who would get a connection to that TCP address now; None if nobody, or if the kernel cannot be asked."""
+    """The socket that would get a connection to a TCP address now; None if there is none, or if the kernel cannot be
+    asked.
+    """
     if family == socket.AF_INET6:
         packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
     else:

@@ -37,7 +37,7 @@ class Unreached(UpstreamFailed):
 
 
 class Sink(Protocol):
-    """Who takes an answer. After ``whole`` or ``lost`` nothing more comes."""
+    """What takes an engine's answer. After ``whole`` or ``lost`` nothing more comes."""
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """The head; ``data`` follows at once with what came of the body along with it, be it nothing."""

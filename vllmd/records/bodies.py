@@ -67,7 +67,7 @@ class KeptBodies:
         return len(self._kept)
 
     def of(self, number: int) -> Bodies | None:
-        """Those of a request, if they are kept."""
+        """The bodies of a request, if they are kept."""
         return self._kept.get(number)
 
     def keep(self, number: int, bodies: Bodies) -> None:
@@ -137,7 +137,7 @@ class Recordings:
         return len(self._running) < before
 
     def present(self) -> list[Recording]:
-        """Those that go on now."""
+        """The recordings that go on now."""
         now = self._clock()
         self._running = [each for each in self._running if each.until > now]
         return list(self._running)

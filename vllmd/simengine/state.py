@@ -333,10 +333,15 @@ class EngineState:
         log(message, process="EngineCore", source=source)
 
 
+_DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
 def die(status: int, reason: str) -> None:
     """End at once, in the middle of whatever goes on, as when vLLM's core dies under it."""
-    log(f"EngineCore encountered a fatal error: {reason}", level="ERROR", process="EngineCore", source="core.py:1301")
-    log("AsyncLLM output_handler failed: EngineDeadError", level="ERROR", source="async_llm.py:782")
+    for line in ("EngineCore encountered a fatal error.", f"torch.AcceleratorError: {reason}"):
+        log(line, level="ERROR", process="EngineCore", source="core.py:1301")
+    for line in ("AsyncLLM output_handler failed.", f"vllm.v1.engine.exceptions.EngineDeadError: {_DEAD}"):
+        log(line, level="ERROR", source="async_llm.py:782")
     os._exit(status)
 
 

@@ -38,7 +38,7 @@ def read_config(path: str | None, devices: Sequence[str] = (), host_memory: str 
 def machine_of(
     config: Config, physics: Physics, warm: Warm, env: Mapping[str, str] = os.environ, cache: Path | None = None
 ) -> Machine:
-    """Its models on its devices. ``cache``: the engines', if it is not the user's own.
+    """The models and devices of a configuration. ``cache``: the engines', if it is not the user's own.
 
     Raises ConfigError if a model can never fit, or there is no device to plan for.
     """

@@ -51,7 +51,7 @@ _LEFT_OUT = ("onnx/", "openvino/", "original/", "coreml/", "flax/", "metal/", ".
 
 
 class Failed(Exception):
-    """It cannot be done. ``code``: a word for programs."""
+    """A download or removal that cannot be done. ``code``: a word for programs."""
 
     def __init__(self, message: str, code: str = "failed", *, final: bool = False) -> None:
         """``final``: another source would not help."""

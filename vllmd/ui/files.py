@@ -53,7 +53,7 @@ def names() -> frozenset[str]:
 
 @functools.cache
 def read(name: str) -> File:
-    """One of ``names()``, kept in memory from its first use on."""
+    """A file of ``names()``, kept in memory from its first use on."""
     path = STATIC / name
     plain = path.read_bytes()
     tag = f'"{hashlib.sha256(plain).hexdigest()[:32]}"'

@@ -33,7 +33,7 @@ def main() -> None:
     listener.listen(16)
     service.listen(listener)
     loop.run()
-    backend.kill_strays()
+    backend.kill_unmanaged()
 
 
 if __name__ == "__main__":

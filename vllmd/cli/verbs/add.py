@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.model:
         return offer(arguments)
     admin = Admin(arguments)
-    name, settings = meant(admin, arguments)
+    name, settings = name_and_settings(admin, arguments)
     if arguments.engine:
         settings["engine"] = arguments.engine
     if arguments.alias:
@@ -71,13 +71,13 @@ def offer(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def meant(admin: Admin, arguments: argparse.Namespace) -> tuple[str, Settings]:
+def name_and_settings(admin: Admin, arguments: argparse.Namespace) -> tuple[str, Settings]:
     """What the model is to be called, and its settings. Raises Failure where there is no such thing."""
     from vllmd.store.elsewhere import own_path
 
     given = str(arguments.model)
     if arguments.ollama or arguments.lmstudio:
-        return elsewhere(arguments, given)
+        return of_another_program(arguments, given)
     if given.startswith(("/", "./", "../", "~")) or given.endswith(".gguf"):
         path = Path(given).expanduser().absolute()
         name, settings = of_path(path)
@@ -96,7 +96,7 @@ def meant(admin: Admin, arguments: argparse.Namespace) -> tuple[str, Settings]:
     return name, of_path(own)[1]
 
 
-def elsewhere(arguments: argparse.Namespace, name: str) -> tuple[str, Settings]:
+def of_another_program(arguments: argparse.Namespace, name: str) -> tuple[str, Settings]:
     """A model of Ollama's or LM Studio's. Raises Failure."""
     from vllmd.store.elsewhere import everything
 

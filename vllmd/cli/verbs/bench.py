@@ -17,7 +17,7 @@ from vllmd.cli.failures import EX_UNAVAILABLE, EX_USAGE, Failure
 PROMPT = "Tell a long story about a machine that slept until it was needed."
 
 
-class Shot(NamedTuple):
+class Measurement(NamedTuple):
     """One request: seconds to its first token and to its end, tokens of the answer."""
 
     first: float
@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
         "stream_options": {"include_usage": True},
     }
     with show.Working(f"loading {arguments.model}") as working:
-        loading = shoot(http, {**request, "max_tokens": 1}, working.say)  # which is not what is measured
+        loading = measure_request(http, {**request, "max_tokens": 1}, working.say)  # which is not what is measured
     began = time.monotonic()
     with show.Working("measuring") as working, ThreadPoolExecutor(arguments.clients) as pool:
         shots = []
-        for shot in pool.map(lambda _: shoot(http, request), range(arguments.requests)):
+        for shot in pool.map(lambda _: measure_request(http, request), range(arguments.requests)):
             shots.append(shot)
             working.say(f"measuring: {len(shots)} of {arguments.requests} requests are done")
     figures = summary(shots, time.monotonic() - began, loading)
@@ -75,7 +75,9 @@ def _cold(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def shoot(http: Admin, request: ForeignJson, told: Callable[[str], None] = lambda comment: None) -> Shot:
+def measure_request(
+    http: Admin, request: ForeignJson, told: Callable[[str], None] = lambda comment: None
+) -> Measurement:
     """One request, timed; ``told`` gets what the server says of the wait."""
     began, first, tokens, chunks = time.monotonic(), 0.0, 0, 0
     for chunk in openai.stream(http, request, told):
@@ -85,10 +87,10 @@ def shoot(http: Admin, request: ForeignJson, told: Callable[[str], None] = lambd
     whole = time.monotonic() - began
     if not first and not tokens:
         raise Failure("the model answered without a single token", EX_UNAVAILABLE)
-    return Shot(first or whole, whole, tokens or chunks)
+    return Measurement(first or whole, whole, tokens or chunks)
 
 
-def summary(shots: list[Shot], wall: float, loading: Shot) -> dict[str, float]:
+def summary(shots: list[Measurement], wall: float, loading: Measurement) -> dict[str, float]:
     """The figures, seconds and tokens per second."""
     firsts, wholes = sorted(s.first for s in shots), sorted(s.whole for s in shots)
     pace = sorted((s.tokens - 1) / (s.whole - s.first) for s in shots if s.whole > s.first and s.tokens > 1)

@@ -29,7 +29,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    talk = Talk(openai.client(arguments), arguments)
+    talk = Conversation(openai.client(arguments), arguments)
     if arguments.message or not sys.stdin.isatty():
         talk.ask(" ".join(arguments.message) or sys.stdin.read())
     else:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def converse(talk: Talk) -> None:
+def converse(talk: Conversation) -> None:
     """Lines from the terminal until its end."""
     import readline  # noqa: F401 - input() gains editing and history by its import
 
@@ -58,7 +58,7 @@ def converse(talk: Talk) -> None:
                 print()
 
 
-class Talk:
+class Conversation:
     """A conversation: what was said, and with what settings."""
 
     def __init__(self, http: Admin, arguments: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
 
 
 def devices(status: Status, said: str = "") -> Iterator[Finding]:
-    """Those that do not answer, or are avoided for another reason than an operator's word."""
+    """Devices that do not answer, or are avoided for another reason than an operator's word."""
     if status.trouble and status.trouble.partition(";")[0] not in said:
         yield "bad", f"the devices do not answer: {status.trouble}", ""
     for device in status.devices:
@@ -74,7 +74,7 @@ def known(finding: Finding, said: str) -> bool:
 
 
 def models(status: Status) -> Iterator[Finding]:
-    """Those that have failed, can never be loaded, or miss a replica."""
+    """Models that have failed, can never be loaded, or miss a replica."""
     for line in status.models:
         name, why = line.name, show.first_line(line.failure)
         if line.state == "error":

@@ -34,6 +34,7 @@ def facts(status: Status, where: str) -> dict[str, object]:
         "process": f"{status.pid}, for {show.age(status.uptime)}",
         "admin API": where,
         "engines run by": status.backend or "(still opening)",
+        **({"event loop": status.event_loop} if status.event_loop else {}),  # an older daemon tells none
         "policy": status.policy,
         "devices": f"{len(status.devices)}" + (f", from {status.source}" if status.source else ""),
         "host memory": f"{promised} of {show.size(host.budget)} for sleeping models",

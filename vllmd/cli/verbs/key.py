@@ -9,7 +9,9 @@ Keys of the configuration are shown, and changed there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Mapping
 
 from vllmd.api.answers import KeyLine, Keys, NewKey
 from vllmd.api.verbs import verb
@@ -62,11 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     if word == "create":
         made = admin.told(verb("create_key"), NewKey, {"name": name, "settings": given})
         print(show.as_json(made) if arguments.json else made.key, flush=True)
-        return _tell_of_the_first(admin)
+        _tell_of_the_first(admin)
+        return _tell_of_unknown(admin, given)
     if word == "limit":
         if not given:
             raise Failure("say what to change, such as --tokens-per-day 1000000", EX_USAGE)
         told = Keys((admin.told(verb("limit_key"), KeyLine, {"name": name, "settings": given}),))
+        _tell_of_unknown(admin, given)
     elif word == "list":
         told = admin.told(verb("keys"), Keys, {})
     else:
@@ -84,10 +88,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_of_the_first(admin: Admin) -> int:
-    """It locks out whoever has none, programs of the same administrator included."""
+def _tell_of_the_first(admin: Admin) -> None:
+    """Tell that the first key locks out every client without one, the administrator's own programs included."""
     if len(admin.told(verb("keys"), Keys, {}).keys) == 1:
         show.say(FIRST, sys.stderr)
+
+
+def _tell_of_unknown(admin: Admin, given: Mapping[str, object]) -> int:
+    """Warn of names that are no model's: a model may be yet to come, but more often its name is misspelt."""
+    names = given.get("models")
+    if isinstance(names, list) and names:
+        with contextlib.suppress(Failure):  # the key is made, whatever becomes of this
+            known = {str(each["id"]) for each in admin.get("/v1/models")["data"]}
+            for name in names:
+                if name not in known:
+                    show.say(f"there is no model {name!r} in the list of models (vllmctl models)", sys.stderr)
     return 0
 
 

@@ -88,7 +88,7 @@ def table(entries: list[RequestEntry]) -> str:
 
 
 def row(entry: RequestEntry, now: float) -> tuple[str, ...]:
-    """One as a row of the table."""
+    """A request as a row of the table."""
     queue, load = entry.queue_seconds, entry.load_seconds
     return (
         moment(entry.at, now),
@@ -117,7 +117,7 @@ def tokens(told: RequestTokens | None) -> str:
 
 
 def closely(entry: RequestInFull) -> str:
-    """One request with all that is known of it."""
+    """A request with everything that was recorded of it."""
     lines = [
         f"{entry.method} {entry.path}",
         f"id {entry.id}, {moment(entry.at, time.time())}, from {entry.client}"

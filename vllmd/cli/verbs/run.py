@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     arguments.model = here(admin, arguments)
-    talk = chat.Talk(admin, arguments)
+    talk = chat.Conversation(admin, arguments)
     prompt = " ".join(arguments.message)
     if not sys.stdin.isatty():
         prompt = "\n\n".join(filter(None, (prompt, sys.stdin.read().strip() if not prompt else _piped())))

@@ -15,7 +15,10 @@ from vllmd.cli.failures import EX_CONFIG, EX_UNAVAILABLE
 from vllmd.cli.terminal import wrapped
 from vllmd.cli.verbs import info, ps, why
 
-FACTS = ("version", "process", "devices", "requests", "configuration", "configuration error", "not in force")
+FACTS = (
+    *("version", "process", "event loop", "devices", "requests", "configuration", "configuration error"),
+    "not in force",
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,5 +41,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _private(path: str, flags: int) -> int:
-    """Who asked whom when concerns nobody else."""
+    """Create the file for its owner alone: a trace tells which key used which model when."""
     return os.open(path, flags, 0o600)

@@ -18,7 +18,7 @@ from vllmd.cli.failures import EX_UNAVAILABLE, Failure
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes no arguments of its own."""
+    """The verb has no arguments of its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -68,8 +68,8 @@ def _numbers(row: UsageRow) -> list[str]:
 
 
 def _note(row: UsageRow) -> str:
-    errors = f"{short(row.errors)} errors" if row.errors else ""
-    reckoned = f"{short(row.estimated)} tokens are reckoned from sizes" if row.estimated else ""
+    errors = f"{short(row.errors)} error{'s' * (row.errors != 1)}" if row.errors else ""
+    reckoned = f"{short(row.estimated)} tokens reckoned from sizes" if row.estimated else ""
     return ", ".join(part for part in (errors, reckoned) if part)
 
 

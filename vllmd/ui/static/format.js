@@ -57,6 +57,9 @@ export function speedsOf({ tokens, seconds: whole, first_byte_seconds: first, qu
   return { prompt: per(tokens.prompt - (tokens.cached || 0), reading), answer: per(tokens.answer - 1, writing) };
 }
 
+/** What a reason says, without the engine's log below it. */
+export const firstLine = (reason) => reason.split("\n")[0].replace(/; its (last log lines|log around that, and its last lines):$/, "");
+
 /** A table for spreadsheets. */
 export function csvOf(rows) {
   const fields = [...new Set(rows.flatMap((row) => Object.keys(row)))];

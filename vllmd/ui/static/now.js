@@ -3,7 +3,7 @@
 import { html } from "./html.js";
 import { useState } from "./vendor/hooks.js";
 import { call, maySee, modelPath } from "./api.js";
-import { bytes, isAsleep, isMoving, percent, plural, rate, seconds, shortState } from "./format.js";
+import { bytes, firstLine, isAsleep, isMoving, percent, plural, rate, seconds, shortState } from "./format.js";
 import { refresh, sharesOf, useLive } from "./live.js";
 import { Command, Dialog, Empty, Problem, Rows, State, useLoaded } from "./parts.js";
 
@@ -23,7 +23,7 @@ export function Now() {
     (line) => line.name.toLowerCase().includes(words.toLowerCase()) && (only === "all" || groupOf(line) === only),
   );
   const counts = countsOf(status.models);
-  return html`
+  return html`<${Troubles} status=${status} />
     <section aria-labelledby="devices"><h2 id="devices">Memory</h2>
       <${Devices} status=${status} onAsk=${setAsked} /></section>
     <section aria-labelledby="models"><h2 id="models">Models</h2>
@@ -62,6 +62,19 @@ function countsOf(lines) {
   const counts = Object.fromEntries(GROUPS.map((group) => [group, 0]));
   for (const line of lines) counts[groupOf(line)] += 1;
   return counts;
+}
+
+const MOST_TROUBLES = 5; // failed models whose causes are told above everything else
+
+/** What whoever looks in the morning must not have to scroll for: what failed, and why. */
+function Troubles({ status }) {
+  const failed = status.models.filter((line) => line.state === "error");
+  const more = failed.length - MOST_TROUBLES;
+  if (failed.length === 0 && !status.configuration.refused) return null;
+  return html`<div class="problem" role="status" aria-label="what is wrong">
+    ${status.configuration.refused && html`<p>The configuration files are not in force, a restart would serve no model: ${status.configuration.refused}</p>`}
+    ${failed.slice(0, MOST_TROUBLES).map((line) => html`<p key=${line.name}><strong>${line.name}</strong> has failed: ${firstLine(line.failure)}</p>`)}
+    ${more > 0 && html`<p>and ${plural(more, "more model")}</p>`}</div>`;
 }
 
 function NoModels() {
@@ -149,7 +162,7 @@ function Line({ line, rates, onAsk }) {
       ${line.disabled && html` <span class="warn" title=${line.disabled}>disabled: ${line.disabled}</span>`}
       ${phase && html` <span class="soft">${phase}</span>`}
       ${waits && html` <span class="warn">waits for ${waits}</span>`}
-      ${line.state === "error" && html` <span class="bad-text" title=${line.failure}>${line.failure.split("\n")[0]}</span>`}</td>
+      ${line.state === "error" && html` <span class="bad-text" title=${line.failure}>${firstLine(line.failure)}</span>`}</td>
     <td class="number">${line.queued || ""}</td><td class="number">${line.in_flight || ""}</td>
     <td class="number wide">${rate(rates?.tokens)}</td><td class="number wide">${seconds(rates?.firstByte)}</td>
     <td class="wide roomy soft">${nextOf(line)}</td>

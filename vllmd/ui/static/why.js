@@ -3,7 +3,7 @@
 import { html } from "./html.js";
 import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import uPlot from "./vendor/uplot.js";
-import { bytes, clock, seconds } from "./format.js";
+import { bytes, clock, firstLine, seconds } from "./format.js";
 import { useLive } from "./live.js";
 import { Empty, ModelPick, Rows } from "./parts.js";
 
@@ -47,7 +47,7 @@ function Decision({ decision, open, onOpen }) {
   const { waiting, waited, cost } = decision.numbers || {};
   return html`<tr class=${decision.what.includes("fail") ? "failed" : ""}>
     <td class="nowrap">${clock(decision.at)}</td><th scope="row">${decision.model}</th><td>${decision.what}</td>
-    <td><button type="button" class="link" aria-expanded=${open} onClick=${onOpen}>${decision.why.split("\n")[0]}</button>
+    <td><button type="button" class="link" aria-expanded=${open} onClick=${onOpen}>${firstLine(decision.why)}</button>
       ${victims.length > 0 && html` <span class="soft">${victims.map(({ name, level }) => `${name} ${level >= 3 ? "stops" : `sleeps, level ${level}`}`).join("; ")}</span>`}
       ${waiting > 0 && html` <span class="soft">${waiting} waited${waited ? ` ${seconds(waited)}` : ""}</span>`}
       ${cost > 0 && html` <span class="soft">expected to take ${seconds(cost)}</span>`}
