@@ -192,15 +192,13 @@ class Standbys:
                 self._give_up(one, "it takes too long")
             else:
                 wanted.remove(one.standby)
+        calm = now >= self._busy_until and all(one.ready for one in self.kept.values())
         if self.kept and over > 0:
             self._give_up(next(iter(self.kept.values())), "its memory is promised to models")
         elif self.kept and self._spare() < self._reserve() // 2:
             self._give_up(next(iter(self.kept.values())), "the machine is short of memory")
-        elif wanted and not busy and self._is_calm(now) and over <= 0 and self._spare() >= EXPECTED + self._reserve():
+        elif wanted and not busy and calm and over <= 0 and self._spare() >= EXPECTED + self._reserve():
             self._begin(wanted[0])
-
-    def _is_calm(self, now: float) -> bool:
-        return now >= self._busy_until and all(one.ready for one in self.kept.values())
 
     def _reserve(self) -> int:
         return SPARE_AUTO if self._count is None else SPARE
