@@ -150,7 +150,7 @@ def test_a_stop_before_the_order_gives_up_the_standby(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         here, unused, looking = Here(rig), list[str](), asyncio.Event()
-        rig.engine_manager.standbys.take = lambda standby, needs=0: "s-1"  # type: ignore[method-assign]
+        rig.engine_manager.standbys.claim = lambda standby, needs=0: "s-1"  # type: ignore[method-assign]
         rig.engine_manager.standbys.not_used = unused.append  # type: ignore[method-assign]
 
         async def choose(*_: object) -> object:

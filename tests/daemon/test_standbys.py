@@ -248,7 +248,7 @@ async def test_one_that_is_given_away_and_not_used_ends() -> None:
     """It is in nobody's list any more."""
     here = Place()
     instance = await here.waiting()
-    assert here.keeper.take(ONE) == instance
+    assert here.keeper.claim(ONE) == instance
     here.keeper.not_used(instance)
     await asyncio.sleep(0)
     assert here.launcher.killed == [instance]
