@@ -146,7 +146,7 @@ class EngineManager:
             return
         self.processes[command.replica] = process
         if order and (standby := self.standbys.claim(process.standby, self._launch_planner.needs(process.model))):
-            order = replace(order, standby=standby)
+            order, process.given = replace(order, standby=standby), standby
         process.anew = lambda: self._launch_planner.prepare(command)
         known = self._starts.get(process.name)
         process.first = known is None or known.like != process.like
@@ -433,6 +433,8 @@ class EngineManager:
         if overruled:
             with contextlib.suppress(BaseException):
                 await asyncio.wait({overruled})
+        if process.given and not process.ordered:
+            self.standbys.not_used(process.given)
         if process.ordered:
             await asyncio.wait({process.ordered})
             if not process.ordered.cancelled() and not process.ordered.exception():
