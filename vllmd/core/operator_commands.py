@@ -26,6 +26,7 @@ from vllmd.core.scaling import Scaling
 from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, State, renamed
 
 UP = frozenset({State.READY, State.STARTING, State.WAKING})
+GONE = frozenset({State.STOPPED, State.FAILED})
 CALLED_OFF = OWN | {Reason.SWAP, Reason.LEASE, Reason.MOVED}  # by a pin or a lease
 BY_OPERATOR = "an operator asked for it"
 
@@ -58,7 +59,7 @@ class OperatorCommands:
         surely = next((r for r in replicas if r.state in UP), replicas[0])
         why = self._core.fit.never(surely) if surely.at_rest else ""
         self._core.engines.answer(e.ask, surely.id, why, RejectReason.MODEL_TOO_LARGE)
-        for r in [r for r in replicas if r.state in (State.STOPPED, State.FAILED)]:
+        for r in [r for r in replicas if r.state in GONE]:
             r.bound = None
         for r in replicas[: rules.least] if rules else replicas:
             self._load(r, beside=r is not surely)
@@ -71,7 +72,7 @@ class OperatorCommands:
             return
         able = [r for r in model.replicas if not r.off]
         there = next((r for r in able if device in r.placement.devices or _bound_for(r, device)), None)
-        spare = (r for r in able if r.state in (State.STOPPED, State.FAILED) and not r.demand)
+        spare = (r for r in able if r.state in GONE and not r.demand)
         r = there or next((r for r in spare if can_be_on(r.spec, device)), None)
         if r is None:
             asked = self._adding.setdefault((model.name, device), [])
@@ -114,7 +115,11 @@ class OperatorCommands:
 
     def sleep(self, e: SleepAsked) -> None:
         """3.2: put each of the named replicas to sleep; level 3 stops it, and so does any for one that is disabled."""
-        for r in self._core.named(e.model):
+        replicas, why = self._core.named(e.model), ""
+        if e.level in (1, 2) and all(r.state in GONE for r in replicas):
+            why = f"{e.model} cannot be put to sleep: it is not loaded ({replicas[0].state.value})"
+        self._core.engines.answer(e.ask, refused=why)
+        for r in replicas:
             if e.level not in (1, 2) or r.off:
                 self._stop(r, force=False)
                 continue
@@ -161,7 +166,6 @@ class OperatorCommands:
             model.disabled = e.message
         else:
             replicas[0].disabled = e.message
-        self._reckon_off(replicas[0].model)
         core.engines.record("disable", model or replicas[0], e.message)
         if model:
             self._admission.reject_queue(model, Refusal(RejectReason.DISABLED, e.message))
@@ -176,7 +180,6 @@ class OperatorCommands:
             model.disabled = ""
         for r in replicas:
             r.disabled = ""
-        self._reckon_off(replicas[0].model)
         core.engines.record("enable", model or replicas[0], "an operator gave it back")
         for r in replicas:
             if r.off:
@@ -186,11 +189,6 @@ class OperatorCommands:
                 self.preload[r] = None
                 self.preloading = False
             core.mark_news(r)
-
-    def _reckon_off(self, model: Model) -> None:
-        """What whoever comes is told, if no replica is to serve anybody."""
-        all_off = model.replicas and all(r.disabled for r in model.replicas)
-        model.off = model.disabled or (model.replicas[0].disabled if all_off else "")
 
     # -- pins and leases
 
@@ -307,7 +305,6 @@ class OperatorCommands:
         for r in known.values():
             self._retire(r)
         model.nominee = None if spec.balancing else replicas[0]
-        self._reckon_off(model)
         for r in replicas if self._adding else ():
             asked = self._adding.pop((model.name, r.spec.devices[0]), None) if len(r.spec.devices) == 1 else None
             if asked:
