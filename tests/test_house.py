@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,6 +191,52 @@ def test_docstrings_name_their_subject() -> None:
                 if re.match(r"(It|Its|They|Their|Them|Those|Who|Whom|Whoever|He|His)\b", told):
                     riddles.append(f"{path.relative_to(PACKAGE)} {node.name}: {told.splitlines()[0]}")
     assert riddles == []
+
+
+# What tests still do that they should not, by kind; each number goes down, none goes up.
+PRIVATE_IN_TESTS, SLEEPS_IN_TESTS = 122, 22
+NOT_TESTS = ("bench", "check", "rehearsal", "fake", "soak", "clients")  # below tests/, but what tests are held against
+
+
+def attributes_and_sleeps(path: Path) -> tuple[list[str], list[str]]:
+    """Uses of another object's private attributes, and sleeps of a fixed time outside a loop that waits."""
+    private, sleeps, todo = list[str](), list[str](), [(ast.parse(path.read_text(), str(path)), False)]
+    while todo:
+        node, waits = todo.pop()
+        waits = not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (waits or isinstance(node, ast.While))
+        todo += [(child, waits) for child in ast.iter_child_nodes(node)]
+        where = f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Attribute) and re.match("_(?!replace|fields|exit)[a-z]", node.attr):
+            private += [f"{where} {ast.unparse(node)}"] * (ast.unparse(node.value) not in ("self", "cls"))
+        elif isinstance(node, ast.Call) and re.fullmatch(r"(time|asyncio)\.sleep", ast.unparse(node.func)):
+            fixed = isinstance(node.args[0], ast.Constant) and node.args[0].value
+            sleeps += [f"{where} {ast.unparse(node)}"] * bool(fixed and not waits)
+    return private, sleeps
+
+
+def test_tests_use_what_users_use_and_wait_for_what_they_mean() -> None:
+    """A private attribute breaks with every change of the inside; a fixed sleep proves nothing on a busy machine.
+
+    A test that is listed here waits for an event, or goes by a public name. Where fewer are left, lower the number.
+    """
+    files = [path for path in (REPOSITORY / "tests").rglob("*.py") if not set(path.parts) & set(NOT_TESTS)]
+    found = [attributes_and_sleeps(path) for path in sorted(files)]
+    private, sleeps = [each for one, _ in found for each in one], [each for _, one in found for each in one]
+    assert len(private) <= PRIVATE_IN_TESTS, "\n".join(private)
+    assert len(sleeps) <= SLEEPS_IN_TESTS, "\n".join(sleeps)
+
+
+def test_nothing_is_defined_that_nobody_names() -> None:
+    """What neither the program nor a table of it names cannot be reached: a test alone does not keep it."""
+    words = Counter(word for path in PACKAGE.rglob("*.py") for word in re.findall(r"\w+", path.read_text()))
+    idle = [
+        f"{path.relative_to(PACKAGE)} {node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if words[node.name] == 1 and not node.name.startswith("__")
+    ]
+    assert idle == []
 
 
 def test_ruff_finds_nothing() -> None:

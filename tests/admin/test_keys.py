@@ -124,9 +124,9 @@ def test_scopes_do_not_include_each_other() -> None:
     """A client's key administers nothing, an administrator's is not one for chatting unless it says so."""
     both = keys(ALICE, BOSS)
     alice, boss = both.identify(request(("x-api-key", "a-secret"))), both.identify(request(("x-api-key", "b-secret")))
-    with pytest.raises(Forbidden, match="opens models, not admin"):
+    with pytest.raises(Forbidden, match="has the scope models; this needs the scope admin"):
         may(alice, "admin")
-    with pytest.raises(Forbidden, match="opens read and admin, not models"):
+    with pytest.raises(Forbidden, match="has the scopes read and admin; this needs the scope models"):
         may(boss, "models")
     assert may(boss, "admin") == may(boss, "read") == "boss"
 
@@ -136,7 +136,7 @@ def test_a_key_that_reads_changes_nothing() -> None:
     reader = keys(KeyConfig("r", digest("r-secret"), scopes=("read",))).identify(request(("x-api-key", "r-secret")))
     assert may(reader, "read", Reach.MACHINE) == may(reader, "metrics") == "r"
     for scope in ("models", "admin"):
-        with pytest.raises(Forbidden, match=f"opens read, not {scope}"):
+        with pytest.raises(Forbidden, match=f"has the scope read; this needs the scope {scope}"):
             may(reader, scope)
 
 

@@ -12,7 +12,10 @@ real file. That file's pages are dropped before each swap; with and without ``en
 come, and the same through vllmd from the client's request on, by turns, so that the load of the machine falls on both.
 ``--standby``: also with a standby that waits; what its imports took while nobody waited is told beside it.
 ``--cold`` drops the pages of vLLM's environment and of the model before each start. Beside the seconds stands the CPU
-time of all its processes, which hardly depends on who else is at work.
+time of all its processes, which hardly depends on who else is at work. That of vllmd's daemon and launcher is told:
+until the first token, and until vLLM's program runs.
+
+``make bench-cold COLD='"vllm --standby" "vllm --compiled --standby"' ROUNDS=2`` takes ten minutes on a machine at rest.
 
 Pages are dropped file by file (POSIX_FADV_DONTNEED): that troubles nobody else on the machine, as drop_caches would.
 """
@@ -29,6 +32,7 @@ import socket
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +42,7 @@ from typing import Any
 from tests.engines.installed import Site, daemon
 from tests.engines.test_real_standby import script
 from tests.engines.test_standbys import pid_of
+from tests.launcher.test_sessions import children
 from tests.machine import container
 
 LIMIT = 900.0  # seconds for a start
@@ -50,10 +55,17 @@ QUESTION = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds until the first token, and seconds of CPU time of all processes of the engine."""
+    """Seconds until the first token, and seconds of CPU time of all processes of the engine.
+
+    ``ours``: seconds of CPU time of vllmd's daemon and launcher; ``until``: until the engine's program ran, that is
+    after ``program`` seconds; 0 where it was not seen.
+    """
 
     wall: float
     cpu: float = 0.0
+    ours: float = 0.0
+    until: float = 0.0
+    program: float = 0.0
 
 
 def main() -> None:
@@ -139,24 +151,41 @@ def vllm(arguments: argparse.Namespace) -> None:
         home.mkdir()
         sites = {name: stack.enter_context(served(Path(folder) / f"s{number}", home, args, number == 1))
                  for number, name in enumerate(names[1:])}  # fmt: skip
-        if arguments.compiled:
-            alone(Path(folder), home, args, cold=False)  # compiles, and is not counted
+        if arguments.compiled:  # once uncounted, so that all of them find what was compiled
+            alone(Path(folder), home, args, cold=False)
+            if not arguments.standby:
+                through(sites[names[1]], cold=False, standby=False)
+        if arguments.standby:
+            waiting_standby(sites[STANDBY])
         for _ in range(arguments.rounds):
             took[names[0]].append(alone(Path(folder), home, args, cold=arguments.cold))
             for name, site in sites.items():
                 took[name].append(through(site, cold=arguments.cold, standby=name == STANDBY))
     what = "compiled, with a warm cache of it" if arguments.compiled else "--enforce-eager"
     cache = "none of its files in the page cache" if arguments.cold else "its files in the page cache"
-    print(
-        f"vLLM on the CPU, a model of 3.4 M parameters, {what}, {cache}; until the first token, "
-        f"median of {arguments.rounds} (all).\n\n"
-        "| | seconds | to alone | CPU seconds | to alone |\n|---|---|---|---|---|"
-    )
-    wall, cpu = (statistics.median(getattr(each, of) for each in took[names[0]]) for of in ("wall", "cpu"))
+    print(f"vLLM on the CPU, a model of 3.4 M parameters, {what}, {cache}; until the first token, median of "
+          f"{arguments.rounds} (all).\n")  # fmt: skip
+    table(took)
+
+
+def table(took: Mapping[str, Sequence[Took]]) -> None:
+    """Print it; the first row is what the others are compared with."""
+    print("| | seconds | to alone | CPU seconds | to alone | vllmd's own CPU seconds | both to alone |")
+    print("|---|---|---|---|---|---|---|")
+    first = next(iter(took.values()))
+    wall, cpu = (statistics.median(getattr(each, of) for each in first) for of in ("wall", "cpu"))
     for name, all_of_it in took.items():
         walls, cpus = [each.wall for each in all_of_it], [each.cpu for each in all_of_it]
+        ours = statistics.median(each.ours for each in all_of_it)
+        both = statistics.median(each.cpu + each.ours for each in all_of_it)
         print(f"| {name} | {statistics.median(walls):.1f} ({_all(walls)}) | {statistics.median(walls) / wall:.2f} | "
-              f"{statistics.median(cpus):.1f} ({_all(cpus)}) | {statistics.median(cpus) / cpu:.2f} |")  # fmt: skip
+              f"{statistics.median(cpus):.1f} ({_all(cpus)}) | {statistics.median(cpus) / cpu:.2f} | {ours:.2f} | "
+              f"{both / cpu:.3f} |")  # fmt: skip
+    seen = [each for each in took["vllmd"] if each.program]
+    if seen:
+        until, program = (statistics.median(getattr(each, of) for each in seen) for of in ("until", "program"))
+        print(f"\nFrom the request until vLLM's program runs, without a standby: {1000 * program:.0f} ms; meanwhile "
+              f"vllmd computes for {1000 * until:.0f} ms, {until / cpu:.4f} of what vLLM's start does.")  # fmt: skip
 
 
 def _environment(home: Path) -> dict[str, str]:
@@ -211,12 +240,62 @@ def through(site: Site, *, cold: bool, standby: bool) -> Took:
     before = waiting_standby(site) if standby else 0.0
     if cold:
         drop(files_below(container.cache() / "vllm", container.cache() / "tiny-model"))
-    began = time.monotonic()
-    reply = site.http.post("/v1/chat/completions", json={**QUESTION, "model": "m"})
-    assert reply.status_code == 200, reply.text
-    wall, pid = time.monotonic() - began, site.view("m")["pid"]
+    with Own(site) as own:
+        began = time.monotonic()
+        reply = site.http.post("/v1/chat/completions", json={**QUESTION, "model": "m"})
+        assert reply.status_code == 200, reply.text
+        wall = time.monotonic() - began
+    pid = site.view("m")["pid"]
     assert not standby or f"pid {pid} " in made_of_standbys(site)
-    return Took(wall, cpu_of(pid) - before)
+    return Took(wall, cpu_of(pid) - before, own.cpu, *((0.0, 0.0) if standby else (own.until, own.program)))
+
+
+class Own:
+    """What a daemon and its launcher compute meanwhile; and until the launcher has a child that is another program."""
+
+    def __init__(self, site: Site) -> None:
+        daemon = site.process.pid
+        (launcher,) = [pid for pid in children(daemon) if b"vllmd.launcher" in command(pid)]
+        self._pids, self._launcher = (daemon, launcher), launcher
+        self.cpu = self.until = self.program = 0.0
+
+    def __enter__(self) -> Own:
+        self._known = set(children(self._launcher))
+        self._cpu, self._began, self._over = self._spent(), time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.cpu = self._spent() - self._cpu
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.001):
+            for pid in set(children(self._launcher)) - self._known:
+                if b"vllmd.launcher" not in (said := command(pid)) and b"serve" in said:
+                    self.until, self.program = self._spent() - self._cpu, time.monotonic() - self._began
+                    return
+
+    def _spent(self) -> float:
+        """Seconds of CPU time, to the microsecond; of threads that have ended as well, where they are told."""
+        total = 0.0
+        for pid in self._pids:
+            fine = 0.0
+            for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+                with contextlib.suppress(OSError):  # one has just ended
+                    fine += int(path.read_text().split()[0]) / 1e9
+            ticks = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / TICKS
+            total += max(fine, ticks)
+        return total
+
+
+def command(pid: int) -> bytes:
+    """A process's command line; nothing of one that is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def waiting_standby(site: Site) -> float:

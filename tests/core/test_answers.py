@@ -192,3 +192,16 @@ def test_a_probe_of_one_that_has_left_is_refused() -> None:
     (told,) = answers(w.do(ProbeAsked("p", "m", "a")))
     assert told.refused == "m is falling_asleep, and a probe loads nothing"
     assert answers(w.do(ProbeAsked("q", "gone", "b")))[0].refused == "gone is gone, and a probe loads nothing"
+
+
+def test_what_is_not_loaded_cannot_be_put_to_sleep() -> None:
+    """Whoever asked for that is told so at that moment; a stop is never refused."""
+    w = World([model("a")], [GPU])
+    (refused,) = answers(w.do(SleepAsked("a", 1, "q1")))
+    assert refused.refused == "a cannot be put to sleep: it is not loaded (stopped)"
+    (stopped,) = answers(w.do(SleepAsked("a", 3, "q2")))
+    assert not stopped.refused
+    w.load("a")
+    told = w.do(SleepAsked("a", 1, "q3"))
+    assert answers(told) == [Answer("q3")]
+    assert told[-1] == SleepEngine("a", 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.core.helpers import GPU, model
+from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
 from vllmd.core.commands import Admit, ProveFreeze, SleepEngine, StopEngine, WakeEngine
 from vllmd.core.events import FreezeProved
@@ -72,3 +72,13 @@ def test_a_proof_that_failed_is_seen_by_the_policy_at_once() -> None:
     w.do(FreezeProved("m", survived=False))
     supply = w.scheduler._planner.look().supplies[0]
     assert supply.until > 400.0
+
+
+def test_the_proof_waits_for_those_who_wait() -> None:
+    """A replica that has come up is probed before it serves: its engine is idle meanwhile, and yet wanted."""
+    w = World(replicas(2, preempt=True), PAIR)
+    w.ask("r", "m")
+    name = next(iter(w.pending))
+    w.answer(name)
+    assert not any(isinstance(command, ProveFreeze) for command in w.pending.values())
+    assert w.probed(name) == [Admit("r", name)]

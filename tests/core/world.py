@@ -60,6 +60,7 @@ from vllmd.core.planner import RECENT
 from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Device, GiB, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
+from vllmd.core.views import _model
 
 
 def said(commands: Iterable[Command]) -> list[Command]:
@@ -133,6 +134,10 @@ def check_kept(scheduler: Scheduler) -> None:
         assert r.due <= scheduler._due_of(r), f"a timer of {r.id} is lost"
     for index, account in engines.ledger.accounts.items():
         assert account.promised == sum(engines.ledger.held(r).get(index, 0) for r in replicas), "what is promised"
+    assert engines.ledger.host_promised == sum(map(engines.ledger.host_held, replicas)), "what is promised of the host"
+    assert core.balanced == [model for model in core.models.values() if model.rules], "whose replicas share by rules"
+    for model in core.models.values():
+        assert model.unused_view in (None, _model(core, model, core.now, lambda r: "")), "how an unused model is shown"
 
 
 class World:

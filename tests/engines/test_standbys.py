@@ -1,4 +1,4 @@
-"""Standbys of vLLM: for which engines there can be one; and through the daemon, with the stand-in as vLLM."""
+"""Standbys: for which engines there can be one; and through the daemon, with the stand-in as vLLM."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.ports import PortPool
-from vllmd.engines import vllm_standby
+from vllmd.engines import transformers, vllm_standby
 from vllmd.engines.base import Place
 from vllmd.engines.standby import Standby
+from vllmd.engines.transformers_standby import CHECK
 
 SCRIPT = """#!{python}
 import sys
@@ -153,6 +154,24 @@ def test_rocm_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = vllm_standby.standby(model, launch, accelerator=True)
     assert found is not None
     assert (dict(found.adds), found.ours, found.then) == ({vllm_standby.METHOD: "fork"}, (), "")
+
+
+def test_transformers_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, whose imports ask NVML for GPUs; none on other makers' GPUs, nor for a script of somebody's own."""
+    path = program(tmp_path, "transformers")
+    told = {"engine": "transformers", "command": (str(path),), "model": "org/m"}
+    assert of(tmp_path, **told) is None
+    path.write_text(path.read_text().replace("vllm.entrypoints.cli.main", "transformers.cli.transformers"))
+    found = of(tmp_path, **told)
+    assert found is not None
+    assert (found.program, found.ours, found.adds, found.then) == (str(path), ((CHECK, "1"),), (), "")
+    assert found == of(tmp_path, **{**told, "model": "org/n", "options": {"cpu": True}})
+    given = of(tmp_path, **told, env={CHECK: "0"})
+    assert given is not None
+    assert given.ours == ()
+    monkeypatch.setattr(transformers, "has_accelerator", lambda: True)
+    monkeypatch.setattr(transformers, "NVIDIA", str(tmp_path / "none"))
+    assert of(tmp_path, **told) is None
 
 
 # ---- through the daemon

@@ -149,6 +149,20 @@ def test_what_others_serve_and_we_do_not_is_answered_with_where_to_go(path: str)
     assert "GET /v1/models lists the models" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [("/v1/chat/completion", "/v1/chat/completions"), ("/v1/embedings", "/v1/embeddings"), ("/v1/nothing", "")],
+)
+def test_a_misspelt_path_is_told_the_one_that_was_meant(path: str, meant: str) -> None:
+    """The commonest mistake by hand is one letter; operators' paths are suggested to nobody."""
+    with pytest.raises(NotFound) as caught:
+        ROUTER.begin(sent("POST", path))
+    assert (f"did you mean {meant}?" in caught.value.message) == bool(meant)
+    with pytest.raises(NotFound) as caught:
+        ROUTER.begin(sent("GET", "/admin/statu"))
+    assert "did you mean" not in caught.value.message
+
+
 def test_a_path_that_is_right_gets_no_header() -> None:
     """There is nothing to tell."""
     request = sent("POST", "/v1/chat/completions")

@@ -95,7 +95,7 @@ def test_a_session_that_only_reads_changes_nothing() -> None:
     caller = kept.identify(of(kept.open_by_link(kept.link(Caller("ops", frozenset({OPEN, HEALTH, METRICS, READ}))))))
     assert caller
     authorise(caller, READ, Reach.MACHINE)
-    with pytest.raises(Forbidden, match="the session of 'ops' opens read, not admin"):
+    with pytest.raises(Forbidden, match="the session of 'ops' has the scope read; this needs the scope admin"):
         authorise(caller, ADMIN, Reach.ONE)
 
 

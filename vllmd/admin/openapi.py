@@ -89,8 +89,9 @@ def _operation(route: Route) -> Schema:
     described = cast(list[Schema], own.pop("parameters", []))
     known = {each["name"] for each in described if each["in"] == "path"}
     parameters = [*(each for each in _path_parameters(route.pattern) if each["name"] not in known), *described]
+    words = re.findall(r"\w+", PARAMETER.sub(r"\1", route.pattern))
     operation: Schema = {
-        "operationId": _identifier(route),
+        "operationId": "_".join([route.method.lower(), *words]),
         "tags": [_tag(route)],
         "summary": route.summary,
         "description": about,
@@ -105,11 +106,6 @@ def _path_parameters(pattern: str) -> list[Schema]:
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name, _ in PARAMETER.findall(pattern)
     ]
-
-
-def _identifier(route: Route) -> str:
-    words = re.findall(r"\w+", PARAMETER.sub(r"\1", route.pattern))
-    return "_".join([route.method.lower(), *words])
 
 
 def _tag(route: Route) -> str:

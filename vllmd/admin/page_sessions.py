@@ -113,7 +113,7 @@ class PageSessions:
         if not token:
             return None
         session = self._sessions.get(_digest(cookie_of(request)))
-        if session is None or session.expires < self._clock() or not _same(session.token, _digest(token)):
+        if session is None or session.expires < self._clock() or not hmac.compare_digest(session.token, _digest(token)):
             raise Unauthorized("the session has ended; sign in again")
         models = None if session.models is None else frozenset(session.models)
         scopes = frozenset(session.scopes) | {OPEN}
@@ -159,10 +159,6 @@ def of_operator(caller: Caller, name: str) -> Caller:
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
-
-
-def _same(first: str, second: str) -> bool:
-    return hmac.compare_digest(first, second)
 
 
 def _keep_newest(kept: dict[str, T], most: int) -> None:

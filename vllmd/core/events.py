@@ -308,10 +308,14 @@ class ReplicaRefused(Event):
 
 @frozen
 class SleepAsked(Event):
-    """An operator wants it asleep at level 1 or 2; 3 stops it. Drained first."""
+    """An operator wants it asleep at level 1 or 2; 3 stops it. Drained first.
+
+    Refused: it is to sleep, and is not loaded.
+    """
 
     model: str
     level: int
+    ask: str = ""
 
 
 @frozen
@@ -396,7 +400,7 @@ class ModelsChanged(Event):
     ask: str = ""
 
 
-Asking = ProbeAsked | PoolAsked | LoadAsked | ModelsChanged  # what is answered, if it has a name
+Asking = ProbeAsked | PoolAsked | LoadAsked | SleepAsked | ModelsChanged  # what is answered, if it has a name
 
 
 @frozen

@@ -172,7 +172,6 @@ class Model:
     promised: list[float] = field(default_factory=list)  # when it was chosen for requests that are yet to come
     scale: Scale = field(default_factory=Scale)
     disabled: str = ""  # what clients are told of a model that an operator has disabled
-    off: str = ""  # the same, or of one whose replicas are all disabled the first one's: nobody is served
     unused_view: ModelView | None = None  # what is shown of one that was never used, until something changes (views.py)
 
     @property
@@ -181,9 +180,11 @@ class Model:
         return self.spec.name
 
     @property
-    def removed(self) -> bool:
-        """The configuration has it no more."""
-        return not self.replicas
+    def off(self) -> str:
+        """What whoever comes is told, if nobody is served: it is disabled, or all its replicas are; else ""."""
+        if self.disabled or not self.replicas or not self.replicas[0].disabled:
+            return self.disabled
+        return self.replicas[0].disabled if all(r.disabled for r in self.replicas) else ""
 
     @property
     def rules(self) -> ReplicaRules | None:
@@ -324,6 +325,16 @@ class Replica:
     def footprint(self) -> Footprint:
         """Measured before configured before estimated."""
         return self.costs.footprint or self.spec.footprint
+
+    @property
+    def drain_limit(self) -> float:
+        """Seconds of a drain after which its running requests are cut; infinite for never."""
+        return INFINITY if self.spec.drain_limit is None else self.spec.drain_limit
+
+    @property
+    def load_time(self) -> float:
+        """Seconds until it serves, as expected: by a wake where it sleeps, or by a start."""
+        return self.costs.wake(self.level if self.state is State.SLEEPING else 0)
 
     @property
     def booking(self) -> int:

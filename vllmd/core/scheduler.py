@@ -302,8 +302,8 @@ class Scheduler:
             engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self._core.now))
 
     def _proof_is_due(self, r: Replica) -> bool:
-        """5.4: whether its engine can sleep, is idle, and no other engine is being moved on its devices."""
-        if not r.spec.preempt or r.freezes is not None or r.running or not sleep_levels(r):
+        """5.4: whether its engine can sleep, nobody uses or wants it, and no other is being moved on its devices."""
+        if not r.spec.preempt or r.freezes is not None or r.running or r.demand or not sleep_levels(r):
             return False
         return self._core.engines.free_to_move(r)
 

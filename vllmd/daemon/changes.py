@@ -14,7 +14,7 @@ from vllmd.core import events
 from vllmd.core import types as core
 from vllmd.core.types import ReplicaView
 from vllmd.daemon.current import Current
-from vllmd.daemon.last_starts import Start, in_words
+from vllmd.daemon.last_starts import in_words
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.serializers import decision, state_of
 
@@ -89,16 +89,13 @@ class Changes:
         if self._watchers:
             now = _view(dispatcher, engine)
             what, why = f"{change} failed" if failed else change, getattr(event, "reason", "") or f"{change} done"
-            if (start := self._start_of(event)) is not None:
+            start = self._learnt.starts.get(engine) if isinstance(event, events.EngineReady) else None
+            if start is not None:
                 words = in_words(start.phases, start.loader)
                 why = f"start done in {start.seconds:.1f} s{f': {words}' if words else ''}"
             state = state_of(now) if now else ""
             numbers = {phase: round(seconds, 3) for phase, seconds in start.phases.items()} if start else {}
             self.tell(Decision(time.time(), what, engine, why, numbers, state=state))
-
-    def _start_of(self, event: events.Event) -> Start | None:
-        """The start that has come through."""
-        return self._learnt.starts.get(event.replica) if isinstance(event, events.EngineReady) else None
 
     def mark_changed(self) -> None:
         """Something changed: wake whoever follows."""

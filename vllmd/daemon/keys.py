@@ -67,7 +67,7 @@ class ApiKeyAuth:
             models = None if "names" in auth.public else frozenset[str]()
             self._anonymous = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
         else:
-            self._anonymous = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_key)
+            self._anonymous = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_operator)
 
     def of_key(self, digest: str) -> Caller | None:
         """What the key of that digest opens; None where there is none."""
@@ -222,8 +222,14 @@ def _no_key() -> VllmdError:
     return Unauthorized(f"no API key was given; {NEED}")
 
 
+def _no_operator() -> VllmdError:
+    """Models are open to everybody, so it is for what operators do that a key is missing."""
+    what = "no API key was given; administration needs one of the scope admin, or the admin socket, as vllmctl uses it"
+    return Unauthorized(what)
+
+
 def _wrong_key() -> VllmdError:
-    return Unauthorized("the API key is not valid")
+    return Unauthorized("the API key is not valid: this server knows none like it (vllmctl key list, on its machine)")
 
 
 def _too_many(wait: float) -> VllmdError:

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,7 +77,9 @@ class Learnt:
             runs = dict(told.get("runs", {})).items()
             self.runs = {name: [(str(run), float(at)) for run, at in ended] for name, ended in runs}
             made = dict(told.get("decisions", {})).items()
-            self.decisions = {name: [_decision(name, each) for each in kept] for name, kept in made}
+            self.decisions = {
+                name: [replace(parse(Decision, each), model=name) for each in kept] for name, kept in made
+            }
             self.earlier = {name: list(kept) for name, kept in self.decisions.items()}
             starts = dict(told.get("starts", {})).items()
             self.starts = Starts((name, Start.read(kept)) for name, kept in starts)
@@ -112,8 +113,3 @@ class Learnt:
             self._trouble.over()
         except OSError as error:
             self._trouble.say(logging.WARNING, "cannot keep learnt figures in %s: %s", self._path, error)
-
-
-def _decision(model: str, told: Mapping[str, object]) -> Decision:
-    """One that was read. Raises where it is none."""
-    return replace(parse(Decision, told), model=model)

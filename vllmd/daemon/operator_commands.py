@@ -12,10 +12,9 @@ from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.instances import Instances
 from vllmd.daemon.probing import probe
 from vllmd.daemon.processes import kill
-from vllmd.daemon.serializers import UNLOADED
 from vllmd.daemon.serializers import device as device_of
 from vllmd.daemon.suspension import Suspension
-from vllmd.errors import Conflict, NotFound
+from vllmd.errors import NotFound
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -57,11 +56,7 @@ class OperatorCommands:
 
     async def sleep(self, model: str, level: int) -> None:
         """Have it put to sleep, or stopped at 3. Raises Conflict for one that is not loaded and is to sleep."""
-        back = await self._back.wait()
-        views = back.replicas_of(model)
-        if level != 3 and views and all(view.state in UNLOADED for view in views):
-            raise Conflict(f"{model} cannot be put to sleep: it is not loaded ({views[0].state.value})")
-        back.perform(events.SleepAsked(model, level))
+        await (await self._back.wait()).asked(events.SleepAsked(model, level))
 
     async def disable(self, model: str, message: str | None) -> None:
         """Have clients told ``message``, and the engine stopped, until it is enabled. Raises Unavailable."""

@@ -161,7 +161,7 @@ class Daemon:
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        """Once a second, or as often as the idle exit wants: watchdog, status, idle exit; now and then a sample.
+        """Do the periodic chores: once a second, or as often as the idle exit wants.
 
         At rest only as often as the watchdog wants, and when something happens.
         """
@@ -170,23 +170,36 @@ class Daemon:
         while True:
             back = self.front.back.now
             seen = back.activity() if back else None
+            # 1. systemd: the loop still turns; and the status that people read.
             self._notify.watchdog()
-            self._send_status(seen)
+            if (status := self.status_line(seen)) != self._last_status:
+                self._last_status = status
+                self._notify.status(status)
+            # 2. The idle exit.
             if self._may_exit(seen) and not self._stopping.is_set():  # a second time it would wait for nobody
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             if back and seen:
-                self._count_sleep(back)
-                self._review_standbys(back, seen)
-            now = time.monotonic()
-            if back and seen and (news := failed(seen)) != bad:  # kept at once, whatever becomes of us
-                if bad is not None:
-                    self.side_task(back.keep_learnt())
-                bad = news
-            if back and seen and now >= looked + self._look_interval(back, seen):
-                keep, looked = now >= kept + SAMPLE_INTERVAL, now
-                kept = now if keep else kept
-                self.side_task(self._sample(back, keep=keep))
+                # 3. A sleep of the machine, during which the clock by which everything is measured stood still.
+                if seconds := self._slept_time.passed():
+                    log.info("the machine has slept for %.0f s", seconds)
+                    back.post(events.MachineSlept(seconds))
+                # 4. Standbys: started when nothing starts and no request waits, given up where models need the memory.
+                processes = back.engines.processes
+                busy = any(process.ready_after is None or process.task for process in processes.values())
+                busy = busy or any(view.waiting_for for view in seen.replicas)
+                over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
+                back.engines.standbys.review(busy=busy, running=processes, over=over)
+                # 5. What a later daemon must know: failures at once, everything else with a sample now and then.
+                if (news := failed(seen)) != bad:
+                    if bad is not None:
+                        self.side_task(back.keep_learnt())
+                    bad = news
+                now = time.monotonic()
+                if now >= looked + self._look_interval(back, seen):
+                    keep, looked = now >= kept + SAMPLE_INTERVAL, now
+                    kept = now if keep else kept
+                    self.side_task(self._sample(back, keep=keep))
             if back and seen and self._rests(back, seen):
                 await self.front.changes.changed(self._longest_rest())
             else:
@@ -208,20 +221,6 @@ class Daemon:
         if after is None or not self._runtime.activated:
             return longest
         return min(longest, max(self._idle_exit.left(time.monotonic(), after), SHORTEST_TICK))
-
-    def _review_standbys(self, back: BackEnd, seen: Snapshot) -> None:
-        """Start standbys when nothing starts and no request waits; give them up where models need their memory."""
-        processes = back.engines.processes
-        busy = any(process.ready_after is None or process.task for process in processes.values())
-        busy = busy or any(view.waiting_for for view in seen.replicas)
-        over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
-        back.engines.standbys.review(busy=busy, running=processes, over=over)
-
-    def _count_sleep(self, back: BackEnd) -> None:
-        """The clock by which everything is measured stood still while the machine slept."""
-        if seconds := self._slept_time.passed():
-            log.info("the machine has slept for %.0f s", seconds)
-            back.post(events.MachineSlept(seconds))
 
     async def _sample(self, back: BackEnd, *, keep: bool) -> None:
         """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog.
@@ -245,12 +244,6 @@ class Daemon:
         wedged = any(device.wedged for device in seen.devices)
         in_use = back.memory.trouble or back.engines.processes or self.front.gate.requests or wedged
         return SAMPLE_INTERVAL if in_use else math.inf
-
-    def _send_status(self, seen: Snapshot | None) -> None:
-        status = self.status_line(seen)
-        if status != self._last_status:
-            self._last_status = status
-            self._notify.status(status)
 
     def status_line(self, seen: Snapshot | None) -> str:
         """What ``systemctl status vllmd`` shows."""

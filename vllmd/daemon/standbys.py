@@ -129,6 +129,11 @@ class Standbys:
             self.make_room(needs + SPARE // 2)
         return found.instance if found else ""
 
+    def not_used(self, instance: str) -> None:
+        """One that was given away is not made an engine after all: it ends."""
+        if self._launcher:
+            self._spawn(self._kill(instance))
+
     def make_room(self, wanted: int) -> None:
         """Give up as many as it takes until ``wanted`` bytes are available."""
         short = wanted - self._spare() if self.kept else 0
@@ -192,15 +197,13 @@ class Standbys:
                 self._give_up(one, "it takes too long")
             else:
                 wanted.remove(one.standby)
+        calm = now >= self._busy_until and all(one.ready for one in self.kept.values())
         if self.kept and over > 0:
             self._give_up(next(iter(self.kept.values())), "its memory is promised to models")
         elif self.kept and self._spare() < self._reserve() // 2:
             self._give_up(next(iter(self.kept.values())), "the machine is short of memory")
-        elif wanted and not busy and self._is_calm(now) and over <= 0 and self._spare() >= EXPECTED + self._reserve():
+        elif wanted and not busy and calm and over <= 0 and self._spare() >= EXPECTED + self._reserve():
             self._begin(wanted[0])
-
-    def _is_calm(self, now: float) -> bool:
-        return now >= self._busy_until and all(one.ready for one in self.kept.values())
 
     def _reserve(self) -> int:
         return SPARE_AUTO if self._count is None else SPARE

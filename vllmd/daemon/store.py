@@ -191,7 +191,9 @@ class ModelStore:
             await self._end(download, wanted, add=True, requested=True)
         except VllmdError as failed:
             if not isinstance(failed, Conflict):  # which is that everybody left, and nobody is told of
-                self._refused = {key: value for key, value in self._refused.items() if _is_recent(value[0])}
+                self._refused = {
+                    key: value for key, value in self._refused.items() if time.monotonic() - value[0] < AGAIN
+                }
                 self._refused[name] = time.monotonic(), type(failed)(failed.message, retry_after=AGAIN)
             raise
 
@@ -252,7 +254,7 @@ class ModelStore:
             paths, kept = await asyncio.to_thread(self._files, config, name, known) if files else ((), "")
             if known is None and not paths:
                 raise UnknownModel(f"no model {name!r} is configured, or in the cache", param="model")
-            file = _added(config, known) if known is not None and not _is_discovered(known) else None
+            file = _added(config, known) if known is not None and not known.where.startswith("found in ") else None
             removed, size = tuple(map(str, paths)), await asyncio.to_thread(_sizes, paths)
             told = Removed(name, str(file or ""), removed, kept, size)
             if dry:
@@ -352,10 +354,6 @@ def _owners(wanted: Wanted) -> set[str]:
     return {source.owner for source in wanted.sources if isinstance(source, Hub)}
 
 
-def _is_recent(at: float) -> bool:
-    return time.monotonic() - at < AGAIN
-
-
 def _pulled(line: DownloadLine) -> Pulled:
     """The line of a download as one of the answer to who has it fetched."""
     return Pulled(line.model, line.phase, line.source, line.completed, line.total, line.rate, line.elapsed)
@@ -403,10 +401,6 @@ def is_source(text: str) -> bool:
     if text.startswith("/"):
         return "~" not in text and "://" not in text
     return _REPOSITORY.fullmatch(text) is not None
-
-
-def _is_discovered(model: ModelConfig) -> bool:
-    return model.where.startswith("found in ")
 
 
 def _added(config: Config, model: ModelConfig) -> Path:

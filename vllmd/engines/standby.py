@@ -19,6 +19,7 @@ from typing import Protocol, runtime_checkable
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Launch
 
+LARGEST = 2000  # bytes of the script of an entry point
 SCRIPT = Path(__file__).with_name("standby_main.py")
 
 
@@ -64,6 +65,19 @@ class CanStandBy(Protocol):
 
     def standby(self, model: ModelConfig, launch: Launch) -> Standby | None:
         """What a standby has to be, ``env`` left out; None where this engine is started as ever."""
+
+
+def is_script_of(program: str, line: str) -> bool:
+    """Whether a program is the script that pip and uv make of an entry point, which is imported by that line.
+
+    Any other is somebody's own: what it does before is not known.
+    """
+    try:
+        with open(program, "rb") as file:
+            text = file.read(LARGEST + 1).decode(errors="replace")
+    except OSError:
+        return False
+    return len(text) <= LARGEST and line in text.splitlines()
 
 
 def early(env: Mapping[str, str], late: frozenset[str]) -> tuple[tuple[str, str], ...]:

@@ -8,6 +8,7 @@ answers to; ``/reset`` drops the model and empties PyTorch's cache;
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -17,6 +18,8 @@ from vllmd.engines import environments
 from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, switch, text, unknown
 from vllmd.engines.plain import DETAIL, Plain, environment
+from vllmd.engines.standby import Standby
+from vllmd.engines.vllm_cpu import NVIDIA, has_accelerator
 
 # Phase -> what of its log shows that it has begun; it loads before it listens.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -81,6 +84,13 @@ class TransformersOf(Plain):
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """The only sleep there is: ``/reset`` unloads the model, whatever the level."""
         return (Call("POST", "/reset", timeout=120.0),)
+
+    def standby(self, model: ModelConfig, launch: Launch) -> Standby | None:
+        """See ``transformers_standby``; none on a GPU that is not of NVIDIA's."""
+        from vllmd.engines import transformers_standby  # not before the first start
+
+        foreign = has_accelerator() and not os.path.exists(NVIDIA)
+        return transformers_standby.standby(model, launch, foreign_gpu=foreign)
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""

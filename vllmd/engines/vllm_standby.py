@@ -22,13 +22,12 @@ from pathlib import Path
 from vllmd.config.types import ModelConfig
 from vllmd.engines import environments
 from vllmd.engines.base import Launch
-from vllmd.engines.standby import Standby
+from vllmd.engines.standby import Standby, is_script_of
 
 FORK = Path(__file__).with_name("vllm_standby_fork.py")
 NVIDIA = Path("/dev/nvidiactl")
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-MAIN = "from vllm.entrypoints.cli.main import main"  # in the script that pip and uv make; any other is the user's own
-LARGEST = 2000  # bytes of such a script
+MAIN = "from vllm.entrypoints.cli.main import main"
 SPAWNED = ("whisper", "torch_shm")  # what vLLM says of: its forks may hang, or are refused
 LATE = frozenset(
     {
@@ -82,7 +81,7 @@ def standby(model: ModelConfig, launch: Launch, *, accelerator: bool) -> Standby
         return None
     program = environments.in_path(model, launch.argv[0])
     python = environments.interpreter_of(program)
-    if not program or not python or not _is_vllms(program):
+    if not program or not python or not is_script_of(program, MAIN):
         return None
     env, ours, then = {**launch.env, **model.env}, dict[str, str](), ""
     if not accelerator:
@@ -90,16 +89,6 @@ def standby(model: ModelConfig, launch: Launch, *, accelerator: bool) -> Standby
         ours = {name: value for name, value in _of_cpu(Path(python)) if name not in env}
     imports = IMPORTS + WORKERS["cuda" if accelerator else "cpu"]
     return Standby(python, program, imports, LATE, ours=tuple(ours.items()), adds=((METHOD, "fork"),), then=then)
-
-
-def _is_vllms(program: str) -> bool:
-    """Whether it is vLLM's own script and nothing else."""
-    try:
-        with open(program, "rb") as file:
-            text = file.read(LARGEST + 1).decode(errors="replace")
-    except OSError:
-        return False
-    return len(text) <= LARGEST and MAIN in text.splitlines()
 
 
 def _of_cpu(python: Path) -> Iterator[tuple[str, str]]:

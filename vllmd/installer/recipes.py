@@ -20,7 +20,6 @@ from vllmd.engines.llama_cpp import OWN_SERVER
 from vllmd.errors import BadRequest
 
 GB = 10**9
-BUILDS = ("cpu", "cuda")
 TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
 XLLAMACPP = "https://xorbitsai.github.io/xllamacpp/whl"
 CUDA_13 = 580  # the driver from which on CUDA 13 runs

@@ -94,8 +94,9 @@ def authorise(caller: Caller, scope: str, reach: Reach) -> None:
             raise caller.refusal()
         if caller.page and scope == MODELS:
             raise Forbidden("a session of the page opens no models: send an API key of the scope models")
-        opens = " and ".join(name for name in (MODELS, READ, ADMIN) if name in caller.scopes) or "nothing"
+        opens = [name for name in (MODELS, READ, ADMIN) if name in caller.scopes]
+        scopes = f"the scope{'s' * (len(opens) > 1)} {' and '.join(opens)}" if opens else "no scope"
         whose = f"the session of {caller.name!r}" if caller.page else f"the key {caller.name!r}"
-        raise Forbidden(f"{whose} opens {opens}, not {scope}")
+        raise Forbidden(f"{whose} has {scopes}; this needs the scope {scope}")
     if reach is Reach.MACHINE and caller.models is not None:
         raise Forbidden(f"the key {caller.name!r} is for {', '.join(sorted(caller.models))} only; this concerns all")

@@ -14,7 +14,6 @@ import codecs
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from vllmd.errors import BadRequest, TooLarge
 from vllmd.proxy.peek import Turns
@@ -42,12 +41,6 @@ NULS: dict[
     (True, False, False, False): "utf-16-be",  # the second character is none of ASCII
     (False, True, False, False): "utf-16-le",
 }
-
-
-class Decoder(Protocol):
-    """Takes coded bytes, gives plain ones in pieces."""
-
-    def __call__(self, data: bytes) -> Iterator[bytes]: ...
 
 
 def decoded(body: bytes, coding: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:

@@ -38,7 +38,9 @@ KEPT = tuple(
 )  # fmt: skip
 # What vLLM or llama-server serve and vllmd does not, and what to do instead.
 REFERRED = {
-    **dict.fromkeys(("/", "/v1"), "the API begins at /v1, its description is at /docs"),
+    **dict.fromkeys(
+        ("/", "/v1"), "each path says more, such as /v1/models, which lists the models; GET /docs lists the paths"
+    ),
     "/upstream": "/upstream/NAME/ is the own API of a model's engine, for keys with the scope admin",
     **dict.fromkeys(("/v1/model/info", "/v1/model", "/key/info"), "GET /v1/models tells what there is to tell"),
     **dict.fromkeys(("/v1/usage", "/v1/organization/usage", "/v1/dashboard/billing/usage"), _USAGE),

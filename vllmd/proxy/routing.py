@@ -29,6 +29,8 @@ FOR_PAGES = frozenset({OPEN, HEALTH})
 OPERATORS = frozenset({READ, ADMIN})  # scopes whose streams end when the caller has lost them
 RECHECK = 1.0  # seconds after which an operator's stream asks whether its caller is still allowed
 LONGEST_TOLD = 200  # characters of a path that an error repeats
+LONGEST_MISSPELT, NEAR = 40, 0.8  # characters of a path that is compared with ours, and how alike two must be
+LISTED = "GET /v1/models lists the models, GET /docs the paths"
 LOCAL_BODY = 1 << 20  # bytes of a body for ourselves: settings of a model, an operator's order
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
@@ -150,8 +152,18 @@ class Router:
                 request.path = path
                 request.answer_fields = (*request.answer_fields, ("x-vllmd-path", quote(path)))
                 return methods
-        where = paths.referred(request.path) or "GET /v1/models lists the models, GET /docs the paths"
+        where = paths.referred(request.path) or self._near(request.path) or LISTED
         raise NotFound(f"there is no {request.path[:LONGEST_TOLD]} here: {where}")
+
+    def _near(self, path: str) -> str:
+        """The path of a client's that was probably meant, as a question; "" if none is much like it."""
+        if len(path) > LONGEST_MISSPELT:
+            return ""
+        import difflib  # for mistakes only
+
+        known = [fixed for fixed, methods in self._fixed.items() if any(r.scope == MODELS for r in methods.values())]
+        close = difflib.get_close_matches(path, known, n=1, cutoff=NEAR)
+        return f"did you mean {close[0]}? GET /docs lists the paths" if close else ""
 
     def _at(self, request: Request, path: str) -> dict[str, Route] | None:
         fixed = self._fixed.get(path)

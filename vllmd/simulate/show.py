@@ -10,7 +10,6 @@ from typing import Any
 from vllmd.simulate.report import Figures, Report
 from vllmd.text import shortened
 
-Cell = Callable[[Report], str]
 Column = Callable[[Figures], str]
 
 
