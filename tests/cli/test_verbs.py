@@ -591,6 +591,44 @@ def test_restart_stops_and_starts(daemon: FakeDaemon, capsys: pytest.CaptureFixt
     assert [what for what, _ in asked(daemon)] == [f"POST /admin/models/big/{v}?wait=true" for v in ("unload", "load")]
 
 
+def test_what_an_upgrade_has_left_to_compile_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models of that engine which are not loaded, and were last started in another version; one that fails is told."""
+    (tmp_path / "engines/vllm/0.33.0/bin").mkdir(parents=True)
+    (tmp_path / "engines/vllm/0.33.0/bin/python").touch()
+    monkeypatch.setenv("VLLMD_ENGINES", str(tmp_path / "engines"))
+    monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "admin.sock"))
+    other, told = {"engine": "llama.cpp"}, {"engine": "vllm"}
+    lines = [
+        model("new", "stopped", config=told),
+        model("warm", "stopped", config=told, version="0.33.0"),
+        model("busy", "running", config=told, version="0.32.0"),
+        model("bad", "stopped", config=told, version="0.32.0"),
+        model("gguf", "stopped", config=other),
+        model("off", "stopped", config=told, disabled="maintenance"),
+        model("old", "stopped", config=told, version="0.32.0"),
+    ]
+    came = {"load": "running", "unload": "stopped"}
+    answers: dict[str, tuple[int, Any]] = {}
+    for name in ("new", "old"):
+        for verb, state in came.items():
+            done = {"done": True, "state": state, "seconds": 2.0}
+            answers[f"POST /admin/models/{name}/{verb}?wait=true"] = (200, [json.dumps(done)])
+    failed = {"error": {"message": "no"}, "done": True}
+    answers["POST /admin/models/bad/load?wait=true"] = (200, [json.dumps(failed)])
+    with fake_daemon({"GET /admin/status": (200, status(*lines)), **answers}, tmp_path / "admin.sock") as daemon:
+        assert main(["engine", "warm", "vllm"]) == 69
+        tried = [(name, verb) for name in ("new", "bad", "old") for verb in came if (name, verb) != ("bad", "unload")]
+        assert [what for what, _ in asked(daemon)] == [f"POST /admin/models/{n}/{v}?wait=true" for n, v in tried]
+        said = capsys.readouterr()
+        assert (said.err, said.out.count(" is stopped after 2.0s\n")) == ("vllmctl: bad: no\n", 2)
+        daemon.answers["GET /admin/status"] = (200, status(lines[1]))
+        assert main(["engine", "warm", "vllm"]) == 0
+        assert "has been started in vllm 0.33.0" in capsys.readouterr().out
+        assert main(["engine", "warm", "sglang"]) == 64
+
+
 def test_help_of_a_verb_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     """As with --help."""
     with pytest.raises(SystemExit) as end:

@@ -141,8 +141,9 @@ def test_a_line_shows_the_start_under_way_before_the_last_one() -> None:
                                    listen=SimpleNamespace(uds="", host="h", port=1), started=0.0,
                                    loader="")  # fmt: skip
     assert list(line(view, settings, process, last_start=Start(9.0, {"weights": 1.0})).start_phases) == ["process"]
-    last = line(view, settings, None, last_start=Start(9.0, {"weights": 1.0}, "", "x"))
-    assert (last.start_phases, last.loader) == ({"weights": 1.0}, "x")
+    last = line(view, settings, None, last_start=Start(9.0, {"weights": 1.0}, "0f /e/vllm/0.33.0", "x"))
+    assert (last.start_phases, last.loader, last.version) == ({"weights": 1.0}, "x", "0.33.0")
+    assert Start(9.0, {}, "0f").version == Start(9.0).version == ""
 
 
 LINES = [

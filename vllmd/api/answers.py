@@ -143,6 +143,7 @@ class ModelLine(Answer):
     last_start_seconds: float | None = None
     start_phases: Phases = field(default_factory=dict)
     loader: Annotated[str, "what loads its weights; empty: its engine, as it does by itself"] = ""
+    version: Annotated[str, "of its engine at its last start, where that has an environment"] = ""
     power: Annotated[float | None, "watts, its share of its devices"] = None
     unused_energy: Annotated[float | None, "joules that it has drawn since its last request"] = None
     started_at: Annotated[float | None, "Unix time"] = None

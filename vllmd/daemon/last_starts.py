@@ -23,6 +23,11 @@ class Start:
     like: str = ""
     loader: str = ""
 
+    @property
+    def version(self) -> str:
+        """Of the engine; "" where it had no environment."""
+        return self.like.partition(" ")[2].rpartition("/")[2]
+
     @classmethod
     def read(cls, kept: ForeignJson) -> Start:
         """One that was written down. Raises where it is none."""

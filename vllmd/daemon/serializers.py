@@ -152,6 +152,7 @@ def line(
         last_start_seconds=last_start.seconds if last_start else None,
         start_phases=_phases(process if starting else None, last_start),
         loader=_loader(process if starting else None, last_start),
+        version=last_start.version if last_start else "",
         power=power,
         unused_energy=unused,
         started_at=time.time() - (time.monotonic() - process.started) if process else None,

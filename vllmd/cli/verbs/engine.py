@@ -3,7 +3,9 @@
 install makes an environment for llama.cpp, vllm, sglang or transformers, such
 as vllm==0.33.0, without a version for the newest; it is used once it has shown
 that it starts. list shows what is installed. use chooses another version,
-rollback the one before, remove deletes one. An engine that runs goes on as it
+rollback the one before, remove deletes one. warm starts each model of an engine that has
+not been started in the version in use, and stops it again: it compiles then,
+and not when somebody waits for it. An engine that runs goes on as it
 is: vllmctl reload moves models that are loaded over, once their requests have
 ended. On a machine with vllmd's units the engines are everybody's, installed by
 a service of its own, which root and the group vllmd-admin may ask; with --user,
@@ -18,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vllmd.cli import show
-from vllmd.cli.failures import EX_USAGE, Failure
+from vllmd.cli.failures import EX_UNAVAILABLE, EX_USAGE, Failure
 
 ALIASES = ("engines",)
-ACTIONS = ("install", "list", "use", "rollback", "remove", "serve")
+ACTIONS = ("install", "list", "use", "rollback", "remove", "warm", "serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Line:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", default="list", metavar="install|list|use|rollback|remove")
+    parser.add_argument("action", nargs="?", default="list", metavar="install|list|use|rollback|remove|warm")
     parser.add_argument("engine", nargs="?", default="", metavar="ENGINE[==VERSION]")
     parser.add_argument("version", nargs="?", default="", metavar="VERSION")
     parser.add_argument(
@@ -62,13 +64,19 @@ def run(arguments: argparse.Namespace) -> int:
             from vllmd.installer.service import serve
 
             return serve()
+        case "warm" if kind:
+            return warm(arguments, kind)
         case "install" | "rollback" if kind:
             return (install if arguments.action == "install" else changed)(arguments, kind, version)
         case "use" | "remove" if kind and version:
             return changed(arguments, kind, version)
-        case "install" | "rollback" | "use" | "remove" as action:
+        case "install" | "rollback" | "use" | "remove" | "warm" as action:
             words = (
-                "ENGINE" if action == "rollback" else "ENGINE[==VERSION]" if action == "install" else "ENGINE VERSION"
+                "ENGINE"
+                if action in ("rollback", "warm")
+                else "ENGINE[==VERSION]"
+                if action == "install"
+                else "ENGINE VERSION"
             )
             raise Failure(f"say which: vllmctl engine {action} {words}", EX_USAGE)
         case action:
@@ -127,6 +135,38 @@ def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
     return 0
 
 
+def warm(arguments: argparse.Namespace, kind: str) -> int:
+    """Have each model that is not loaded compile for the version in use, unless it has been started in that."""
+    from vllmd.api.verbs import verb
+    from vllmd.cli import models
+    from vllmd.cli.admin import Admin
+    from vllmd.config.engine_kinds import one_name
+    from vllmd.engines import environments
+    from vllmd.installer import folders
+
+    kind = folders.known_kind(kind)
+    used = environments.in_use(kind)
+    if used is None:
+        raise Failure(f"no {kind} is installed; vllmctl engine install {kind}", EX_USAGE)
+    admin, warmed, failed = Admin(arguments), list[str](), False
+    of_kind = [line for line in admin.status().models if one_name(line.config.engine or "") == kind]
+    for line in of_kind:
+        if line.state != "stopped" or line.disabled or line.version == used.version:
+            continue
+        try:
+            for each in ("load", "unload"):
+                models.change(admin, line.name, verb(each), {}, quiet=arguments.json)
+            warmed.append(line.name)
+        except Failure as failure:  # the others may be well
+            failed = True
+            show.say(f"vllmctl: {failure}", sys.stderr)
+    if arguments.json:
+        print(show.as_json(warmed))
+    elif not warmed and not failed:
+        show.say(f"every model of {kind} is loaded, or has been started in {kind} {used.version}")
+    return EX_UNAVAILABLE if failed else 0
+
+
 def _compiled_by(kind: str, version: str) -> list[Path]:
     """The homes in which a version that is to be removed may have left what it compiled."""
     from vllmd.engines import compile_caches, environments
@@ -150,6 +190,7 @@ def _say_use(kind: str, version: str, before: str) -> None:
         show.say(f"{kind} {version} is in use")
     else:
         show.say(f"{kind} {version} is in use, {before} was: vllmctl reload moves models over that are loaded, "
+                 f"vllmctl engine warm {kind} has the others compile now, "
                  f"vllmctl engine rollback {kind} goes back")  # fmt: skip
 
 

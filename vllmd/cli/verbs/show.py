@@ -56,7 +56,7 @@ def of_model(line: ModelLine, card: ForeignJson, cached: Sequence[CachedModel]) 
         "state": line.state,
         "note": ps.note(line),
         **_start(line),
-        "engine": config.engine or "",
+        "engine": f"{config.engine or ''} {line.version}".strip(),
         "source": config.model or line.name,
         **_files(cached),
         "aliases": ", ".join(config.aliases or ()),
