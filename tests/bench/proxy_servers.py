@@ -1,8 +1,8 @@
 """The servers that ``bench-proxy`` compares: how each is configured, started, awaited and stopped.
 
 One worker each, keep-alive to the upstream, no buffering and no log of accesses. ``vllmd`` is the whole daemon, its
-model a ``remote`` one; ``relay`` is its proxy alone, behind a gate that is always open
-(``python -m tests.bench.proxy_servers PORT UPSTREAM``).
+model a ``remote`` one, on the event loop that users get, and ``asyncio`` the same on Python's own; ``relay`` is its
+proxy alone, behind a gate that is always open (``python -m tests.bench.proxy_servers PORT UPSTREAM``).
 
 nginx, HAProxy and vllmd's dependencies are Debian's, as users get them; so is vllmd's Python (a Python that somebody
 built without profile-guided optimisation, such as pyenv's, is a fifth slower). vllm-router and LiteLLM are PyPI's, in
@@ -42,6 +42,7 @@ class Runner:
     pid: int
 
 
+ASYNCIO = "asyncio"  # vllmd without uvloop
 VLLMD = """
 server: {{listen: ["127.0.0.1:{port}"]}}
 log_level: error
@@ -117,7 +118,7 @@ def command(name: str, port: int, upstream: int, folder: Path, settings: str = "
     if name == "upstream":
         interpreter = VENV / "bin" / "python"
         return [str(interpreter) if interpreter.exists() else python(), "-m", "tests.bench.proxy_upstream", str(port)]
-    if name == "vllmd":
+    if name in ("vllmd", ASYNCIO):
         return [python(), "-m", "vllmd", "--config", configured(VLLMD + settings, "yaml")]
     if name == "relay":
         return [python(), "-m", "tests.bench.proxy_servers", str(port), str(upstream)]
@@ -149,6 +150,7 @@ def running(name: str, upstream: int, folder: Path, chat: bytes, settings: str =
         "XDG_RUNTIME_DIR": str(folder),
         "XDG_STATE_HOME": str(folder),
         "VLLMD_ENGINE_RUN_DIR": str(folder),
+        **({"VLLMD_SERVER_EVENT_LOOP": "asyncio"} if name == ASYNCIO else {}),
         "LITELLM_LOG": "ERROR",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
     }
@@ -220,4 +222,7 @@ async def serve_relay(port: int, upstream_port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve_relay(*map(int, sys.argv[1:])))
+    from vllmd.daemon.event_loop import new_loop
+
+    with asyncio.Runner(loop_factory=lambda: new_loop("auto")) as runner:
+        runner.run(serve_relay(*map(int, sys.argv[1:])))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -147,7 +148,11 @@ def connected(port: int) -> socket.socket:
 
 
 def count(port: int, upstream: int, flame: bool) -> None:
-    """Print the calls of one request, or with ``flame`` its instructions, as JSON."""
+    """Print the calls of one request, or with ``flame`` its instructions, as JSON.
+
+    On asyncio's own loop, whose functions are counted as well; uvloop's are not Python.
+    """
+    os.environ["VLLMD_SERVER_EVENT_LOOP"] = "asyncio"
     from vllmd.daemon.main import main
 
     found: list[Calls] = []

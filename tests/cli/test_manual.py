@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from vllmd.api.verbs import VERBS
 from vllmd.cli.arguments import build, verbs
 from vllmd.cli.completion import script, table
+from vllmd.config.engine_kinds import ENGINE_KINDS
 from vllmd.config.loader import load
 from vllmd.config.settings import leaves
 from vllmd.engines import BUILT_IN
@@ -55,6 +57,21 @@ def test_every_engine_kind_is_in_the_manual() -> None:
     """With its options."""
     template = (REPOSITORY / "man/vllmd.yaml.5.in").read_text()
     assert [name for name in BUILT_IN if not re.search(rf"^\.Ss .*\b{name}\b", template, re.M)] == []
+
+
+def test_every_engine_kind_is_told_how_it_is_reached() -> None:
+    """Who can connect to an engine is what a lab decides by; a kind that is left out looks as if nobody could."""
+    for page in ("SECURITY.md", "man/vllmd.8.in"):
+        text = (REPOSITORY / page).read_text()
+        kinds = [kind for kind in ENGINE_KINDS if kind != "remote" or page == "SECURITY.md"]
+        assert [kind for kind in kinds if not re.search(rf"(?<![\w.]){re.escape(kind)}\b", text)] == [], page
+
+
+def test_every_method_of_the_clients_is_in_the_manual() -> None:
+    """The one list of operators' verbs that is written by hand."""
+    template = (REPOSITORY / "man/vllmd-python.3.in").read_text()
+    listed = {name for line in re.findall(r"^\.It (.*)", template, re.M) for name in line.split(", ")}
+    assert [row.python.name for row in VERBS if row.python and row.python.name not in listed] == []
 
 
 def examples(page: str) -> list[str]:

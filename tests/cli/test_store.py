@@ -77,6 +77,18 @@ def test_a_download_that_fails_says_why(daemon: FakeDaemon, capsys: pytest.Captu
     assert "broke off; vllmctl pull org/x goes on where it was" in capsys.readouterr().err
 
 
+def test_list_has_the_size_of_a_file_that_lies_elsewhere(
+    tmp_path: Path, daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As vllmctl add serves one; it is in no cache, and lies on the same machine unless --url names another."""
+    (tmp_path / "m.gguf").write_bytes(bytes(5 << 20))
+    added = model("m", "stopped", config={"engine": "llama.cpp", "model": str(tmp_path / "m.gguf")})
+    daemon.answers["GET /admin/status"] = (200, status(added))
+    daemon.answers["GET /admin/store"] = (200, {"cached": []})
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["m", "stopped", "5MiB"]
+
+
 def test_list_has_what_is_configured_cached_and_under_way(
     daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
+from vllmd.api.verbs import VERBS
 from vllmd.core.commands import Admit, CutRequest, Reject, SleepEngine, StartEngine, StopEngine, WakeEngine
 from vllmd.core.events import (
     EngineStartFailed,
@@ -272,6 +273,8 @@ def test_an_operators_pin_outlives_a_reload_and_the_configurations_own_does_not(
     w.do(PinSet("m", True))
     w.do(ModelsChanged((model("m", 20), model("n", 20))))
     assert [m.pinned for m in w.seen.models] == [True, False]
+    said = [command.said for verb in VERBS if verb.name == "pin" for command in verb.commands]
+    assert said and not any("reload" in each for each in said)  # and what vllmctl says is what is so
 
 
 def test_what_is_stopped_on_a_device_is_decided_by_what_is_there() -> None:

@@ -65,6 +65,8 @@ class FakeEngine:
         self.connections.add(writer)
         try:
             await self._exchange(reader, writer)
+        except asyncio.IncompleteReadError:  # it was only looked whether anybody listens
+            pass
         finally:
             self.connections.discard(writer)
             writer.close()

@@ -15,7 +15,9 @@ from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
 from vllmd.core.types import GiB, Source
 from vllmd.daemon import engine_manager, launch_planner, memory, sleeps
+from vllmd.daemon.calls import nobody_listens
 from vllmd.daemon.ports import PortPool
+from vllmd.engines.base import Call, Listen
 from vllmd.engines.environments import Environment
 from vllmd.errors import Unavailable
 from vllmd.gpu import Sample
@@ -34,6 +36,45 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- starts -------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_asked_when_somebody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once at first; while the kernel refuses a connection no request is made for it, and then until it is ready."""
+    tried: list[bool] = []
+    asked: list[int] = []  # how often it had been tried
+
+    def refused(listen: Listen) -> bool:
+        tried.append(len(tried) < 3)
+        return tried[-1]
+
+    async def answers(listen: Listen, probe: Call) -> bool:
+        asked.append(len(tried))
+        return len(asked) == 4
+
+    monkeypatch.setattr(engine_manager, "READY_POLL", 0.0)
+    monkeypatch.setattr(engine_manager, "nobody_listens", refused)
+    monkeypatch.setattr(engine_manager, "answers", answers)
+
+    async def story(rig: Rig) -> None:
+        await rig.ready()
+        assert asked == [0, 4, 4, 4]
+
+    tell(story, tmp_path)
+
+
+def test_whether_somebody_listens_is_the_kernels_word(tmp_path: Path) -> None:
+    """vLLM binds its socket long before it listens."""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as unix, socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        places = [Listen(uds=path), Listen(port=port.getsockname()[1])]
+        assert nobody_listens(places[0])
+        unix.bind(path)
+        assert [nobody_listens(place) for place in places] == [True, True]
+        unix.listen()
+        port.listen()
+        assert [nobody_listens(place) for place in places] == [False, False]
+    assert [nobody_listens(Listen(host="::1", port=1)), nobody_listens(Listen(uds="/" + 200 * "x"))] == [False, False]
 
 
 def test_a_start_orders_waits_and_measures(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.rig import Rig, soon, tell
-from vllmd.core import events
+from vllmd.core import commands, events
 from vllmd.core.types import GiB
 from vllmd.daemon.engine_process import EngineProcess
 from vllmd.daemon.loaders import Loaders, Loading
@@ -145,10 +145,33 @@ def test_what_fails_without_it_as_well_is_not_its_fault(tmp_path: Path) -> None:
     tell(story, tmp_path)
 
 
-@pytest.mark.parametrize("why", ["not wanted", "unreadable", "none", "half of it is cached"])
+def test_a_stop_before_the_order_gives_up_the_standby(tmp_path: Path) -> None:
+    """It was given away already, and nobody would know of it any more."""
+
+    async def story(rig: Rig) -> None:
+        here, unused, looking = Here(rig), list[str](), asyncio.Event()
+        rig.engine_manager.standbys.claim = lambda standby, needs=0: "s-1"  # type: ignore[method-assign]
+        rig.engine_manager.standbys.not_used = unused.append  # type: ignore[method-assign]
+
+        async def choose(*_: object) -> object:
+            looking.set()
+            return await asyncio.Event().wait()
+
+        here.choose = choose  # type: ignore[method-assign,assignment]
+        await rig.start()
+        await soon(looking.wait())
+        rig.engine_manager.stop(commands.StopEngine("m", "an operator"))
+        assert isinstance(await rig.event(), events.EngineStopped)
+        assert (unused, rig.launcher.launch_planner) == (["s-1"], [])
+
+    tell(story, tmp_path)
+
+
+@pytest.mark.parametrize("why", ["a defect", "not wanted", "unreadable", "none", "half of it is cached"])
 def test_it_is_left_to_itself(tmp_path: Path, why: str) -> None:
     """Where the settings say so, or its files tell nothing."""
     found: dict[str, Files | Exception] = {
+        "a defect": RuntimeError("x"),
         "unreadable": Unreadable("its files could not be read within 0.5 s"),
         "none": Files(),
         "half of it is cached": Files(GiB, GiB, 0.5, "ext4 /dev/sda1"),

@@ -243,6 +243,17 @@ async def test_what_fails_is_not_tried_for_ever() -> None:
     assert not here.keeper.ended(ExitReport("somebody else's", 0))
 
 
+@story
+async def test_one_that_is_given_away_and_not_used_ends() -> None:
+    """It is in nobody's list any more."""
+    here = Place()
+    instance = await here.waiting()
+    assert here.keeper.claim(ONE) == instance
+    here.keeper.not_used(instance)
+    await asyncio.sleep(0)
+    assert here.launcher.killed == [instance]
+
+
 def test_what_is_available_is_the_kernels_word(tmp_path: Path) -> None:
     """Nothing, where it does not say."""
     (tmp_path / "proc").mkdir()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vllmd.errors import BadRequest, UnknownModel
 
@@ -35,6 +35,26 @@ PREFIXES = tuple(
 )
 
 
+class Meanings:
+    """Which models each of many names can mean; nearly always that is one, which has no set of its own."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str | set[str]] = {}
+
+    def note(self, name: str, model: str) -> None:
+        """``name`` can mean ``model`` as well."""
+        before = self._known.setdefault(name, model)
+        if isinstance(before, set):
+            before.add(model)
+        elif before != model:
+            self._known[name] = {before, model}
+
+    def of(self, name: str) -> set[str]:
+        """The models, none for a name that nobody noted."""
+        known = self._known.get(name, set())
+        return {known} if isinstance(known, str) else known
+
+
 class Names:
     """The names of all models, and of what else is offered (``offers``).
 
@@ -55,15 +75,13 @@ class Names:
         self._models = frozenset(self._exact.values())
         for name in offers:
             self._exact.setdefault(name, name)
-        self._folded: dict[str, set[str]] = {}
-        self._suffixes: dict[str, set[str]] = {}
-        self._folded_suffixes: dict[str, set[str]] = {}
+        self._folded, self._suffixes, self._folded_suffixes = Meanings(), Meanings(), Meanings()
         for name, model_name in self._exact.items():
             for kept in (name, name.removesuffix(LATEST)):
-                self._folded.setdefault(folded(kept), set()).add(model_name)
+                self._folded.note(folded(kept), model_name)
             for suffix in _suffixes(name):
-                self._suffixes.setdefault(suffix, set()).add(model_name)
-                self._folded_suffixes.setdefault(folded(suffix), set()).add(model_name)
+                self._suffixes.note(suffix, model_name)
+                self._folded_suffixes.note(folded(suffix), model_name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._exact
@@ -114,13 +132,13 @@ class Names:
         for tagged in (plain, plain + LATEST):
             if tagged in self._exact:
                 yield {self._exact[tagged]}
-        yield self._folded.get(folded(plain), set())
+        yield self._folded.of(folded(plain))
         lowered = plain.lower()
         for prefix in PREFIXES:
             if lowered.startswith(prefix):
-                yield self._folded.get(folded(plain[len(prefix) :]), set())
+                yield self._folded.of(folded(plain[len(prefix) :]))
         for known, wanted in _by_suffix(self._suffixes, self._folded_suffixes, plain):
-            yield known.get(wanted, set())
+            yield known.of(wanted)
 
     def _only(self, visible: Callable[[str], bool]) -> str:
         """The model of a request that names none, as llama.cpp's own clients do: the only one there is."""
@@ -139,7 +157,7 @@ class Names:
             lowered = {known: lowered[known] for known in itertools.islice(alike, MOST_COMPARED)}
         import difflib  # for mistakes only
 
-        close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.5)]
+        close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.6)]
         close += [known for known in seen if name and name.lower() in known.lower() and known not in close]
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"
@@ -163,9 +181,7 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
-def _by_suffix(
-    suffixes: Mapping[str, set[str]], folded_suffixes: Mapping[str, set[str]], name: str
-) -> Iterator[tuple[Mapping[str, set[str]], str]]:
+def _by_suffix(suffixes: Meanings, folded_suffixes: Meanings, name: str) -> Iterator[tuple[Meanings, str]]:
     """Where to look for a name that is the end of another one, also behind a provider's prefix."""
     lowered = name.lower()
     for asked in (name, *(name[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix))):

@@ -288,9 +288,10 @@ VERBS: tuple[Verb, ...] = (
     Verb("pin", "POST", f"{ON_MODEL}/pin", "Pin or unpin a model", ModelLine, (MODEL, PINNED), event="PinSet",
          python=Method("pin_model", "Keep it loaded once it is, or do so no more."),
          commands=(Command("pin", "Keep models loaded: they are never evicted and never sleep", fixed={"pinned": True},
-                           said="{model} is pinned, until the daemon restarts or reloads"),
+                           said="{model} is pinned until vllmctl unpin, or until the daemon restarts"),
                    Command("unpin", "Let models be evicted and sleep again", fixed={"pinned": False},
-                           said="{model} is pinned no more, until the daemon restarts or reloads"))),
+                           said="{model} is pinned no more; a restart of the daemon pins what the "
+                                "configuration pins"))),
     Verb("disable", "POST", f"{ON_MODEL}/disable", "Serve nobody by a model until it is enabled", ModelLine,
          (MODEL, MESSAGE), does="commands.disable", refuses=(503,),
          about="Requests for it get 503 with the code model_disabled and the message. Those that run come to their "

@@ -78,6 +78,7 @@ class EngineProcess:
     watch: float = 0.0  # Launch.watch
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     standby: Standby | None = None  # what a standby has to be to become it
+    given: str = ""  # the instance of the standby that its order names
     plain_order: PlainOrder | None = None  # writes its order once more, should its standby or its loader be at fault
     loading: Loading | None = None  # how its weights are read, where that is to be measured
     is_first_start: bool = False  # no start of such an engine is known that came through

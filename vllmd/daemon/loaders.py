@@ -73,6 +73,9 @@ class Loaders:
         except (OSError, Unreadable) as error:
             log.info("%s: its loader is not chosen: %s", model.name, error)
             return order, None
+        except Exception:  # a defect of ours; it loads as it would by itself
+            log.exception("%s: its loader is not chosen", model.name)
+            return order, None
         python = interpreter(model, order.argv)
         if not files.size or not (place := loaders.place(python, files)):
             return order, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cache
 
 from vllmd.config.types import ModelConfig, ReplicaConfig
 from vllmd.core.types import Balancing, Device, ModelSpec, ReplicaRules, ReplicaSpec
@@ -11,6 +12,12 @@ from vllmd.daemon.engine_process import fingerprint
 from vllmd.engines.base import Engine
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.start_times import start_time
+
+
+@cache
+def _one_of(levels: frozenset[int]) -> frozenset[int]:
+    """The first set that was equal: there are a handful, of 216 bytes, for any number of engines."""
+    return levels
 
 
 def model_spec(model: ModelConfig, replicas: Sequence[ReplicaSpec]) -> ModelSpec:
@@ -56,7 +63,7 @@ def _spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaSpec:
         settings=fingerprint(model),
         device_count=engine.device_count(model),
         devices=model.devices,
-        sleep_levels=engine.sleep_levels(model),
+        sleep_levels=_one_of(engine.sleep_levels(model)),
         idle=model.idle,
         pinned=model.pin,
         preload=model.preload,

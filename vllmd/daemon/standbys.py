@@ -129,6 +129,11 @@ class Standbys:
             self.make_room(needs + SPARE // 2)
         return found.instance if found else ""
 
+    def not_used(self, instance: str) -> None:
+        """One that was given away is not made an engine after all: it ends."""
+        if self._launcher:
+            self._spawn(self._kill(instance))
+
     def make_room(self, wanted: int) -> None:
         """Give up as many as it takes until ``wanted`` bytes are available."""
         short = wanted - self._spare() if self.kept else 0

@@ -74,6 +74,9 @@ class Estimate:
     context: int = 0
 
 
+ELSEWHERE = Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
+
+
 def estimate(model: ModelConfig, hub: Path, device_memory: int, host_memory: int = 0) -> Estimate:
     """What ``model`` will take on devices of ``device_memory`` bytes (0: there is none). Never raises.
 
@@ -81,7 +84,7 @@ def estimate(model: ModelConfig, hub: Path, device_memory: int, host_memory: int
     Reads the files of the model from a path or the cache under ``hub``; downloads nothing.
     """
     if model.engine == "remote":
-        return Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
+        return ELSEWHERE
     if model.engine == "sim":
         return _stand_in(model, device_memory)
     if not device_memory and model.engine == "vllm":

@@ -12,6 +12,7 @@ from vllmd.errors import ConfigError
 from vllmd.text import control_character
 
 RULE = re.compile(r"(GET|POST|PUT|DELETE) /\S*")
+NOTHING: frozenset[str] = frozenset()  # each new one takes 216 bytes
 UPSTREAM = (
     "what of its own API /upstream/NAME passes on beside its routes: a list of methods and paths such as GET /info, "
     "in which {x} stands for a segment and {x:path} for several"
@@ -98,7 +99,7 @@ def rules(model: ModelConfig, name: str) -> frozenset[str]:
     for number, rule in enumerate(found, 1):
         if not RULE.fullmatch(rule):
             raise wrong(model, name, f"entry {number} is no method with a path such as GET /info")
-    return frozenset(found)
+    return frozenset(found) or NOTHING
 
 
 def whole(model: ModelConfig, name: str) -> int | None:
