@@ -216,7 +216,7 @@ with ServerManager(args, auto_terminate="directly", verbose=True) as serve:
     with ServerManager(args("large-one", share=0.6), auto_terminate="directly") as first:
         second = script(code, {})
         assert second.stdout
-        assert second.stdout.readline() == "Qwen/large-two: waits for room beside Qwen/large-one (leased or pinned)\n"
+        assert second.stdout.readline() == "Qwen/large-two: waits for room beside Qwen/large-one (leased)\n"
         assert ask(first)
         assert here.state("Qwen/large-two") == "stopped"
     assert "my turn" in second.communicate(timeout=120)[0]
