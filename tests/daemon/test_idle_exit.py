@@ -65,19 +65,24 @@ class There(Idle):
         return True
 
 
+def only(front: Idle, *, activated: bool, born: float) -> Daemon:
+    """A daemon that is nothing but this front end, since ``born``."""
+    daemon = Daemon.__new__(Daemon)
+    daemon.front = front  # type: ignore[assignment]
+    daemon._runtime, daemon._idle_exit = RuntimeEnvironment(activated=activated), IdleExit(born)
+    return daemon
+
+
 @pytest.mark.parametrize(("connections", "requests", "exits"), [(0, 0, True), (1, 0, False), (0, 1, False)])
 def test_it_stays_while_somebody_is_connected(connections: int, requests: int, exits: bool) -> None:
     """A client that keeps its connection, or waits for an answer, would see it break."""
-    daemon = Daemon.__new__(Daemon)
     config = SimpleNamespace(server=SimpleNamespace(idle_exit=1.0))
-    daemon.front = Idle(  # type: ignore[assignment]
+    front = Idle(
         gate=SimpleNamespace(requests=requests),
         listeners=SimpleNamespace(connections=connections, accepted=0),
         current=SimpleNamespace(config=config),
     )
-    daemon._runtime = RuntimeEnvironment(activated=True)
-    daemon._idle_exit = IdleExit(time.monotonic() - 100.0)
-    assert daemon._may_exit(None) is exits
+    assert only(front, activated=True, born=time.monotonic() - 100.0)._may_exit(None) is exits
 
 
 class Ticking:
@@ -89,8 +94,7 @@ class Ticking:
         server = SimpleNamespace(idle_exit=idle_exit)
         standbys = SimpleNamespace(in_use=False, review=lambda **told: None)
         back = There(activity=self._look, engines=SimpleNamespace(processes={}, standbys=standbys))
-        self.daemon = daemon = Daemon.__new__(Daemon)
-        daemon.front = Idle(  # type: ignore[assignment]
+        front = Idle(
             back=SimpleNamespace(now=back),
             changes=self.changes,
             gate=SimpleNamespace(requests=0),
@@ -98,8 +102,8 @@ class Ticking:
             listeners=SimpleNamespace(connections=connections, accepted=0),
             current=SimpleNamespace(broken="", config=SimpleNamespace(server=server, models={})),
         )
+        self.daemon = daemon = only(front, activated=activated, born=0.0)
         daemon._notify = SimpleNamespace(watchdog=int, status=str, watchdog_interval=15.0)  # type: ignore[assignment]
-        daemon._runtime, daemon._idle_exit = RuntimeEnvironment(activated=activated), IdleExit(0.0)
         daemon._last_status, daemon._slept_time = "", SimpleNamespace(passed=float)  # type: ignore[assignment]
         daemon._stopping, daemon._second_signal = asyncio.Event(), asyncio.Event()
 
@@ -152,6 +156,4 @@ def test_it_exits_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         ticking.play(script)
     assert len(ticking.looks) == 3
-    assert ticking.daemon._stopping.is_set()
-    assert not ticking.daemon._second_signal.is_set()
-    assert len(caplog.messages) == 1
+    assert caplog.messages == ["nothing is loaded and nobody is connected: exiting until the next connection"]
