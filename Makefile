@@ -4,6 +4,9 @@ PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
 # Tests run so many files at a time, most of them waiting for something; 0: one after the other, in one process.
 WORKERS ?= 4
+# What bench-cold measures, and how often: COLD='"vllm --standby"' ROUNDS=2 is three minutes on a machine at rest.
+COLD   ?= "swap" "vllm --standby" "vllm --cold" "vllm --compiled --standby"
+ROUNDS ?= 3
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
 .PHONY: help check unit lint generate fast asyncio mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
@@ -62,7 +65,7 @@ vllm-tests: ## vLLM's own tests of LoRA, tokenizers and Anthropic's API, directl
 	@$(SETUP) venv vllm model vllm-tests && $(PYTHON) -m tests.clients.vllm_tests
 
 bench-cold: ## how long a model that is not loaded takes: swaps with and without reading ahead, vLLM alone, through vllmd and of a standby
-	@$(SETUP) host venv vllm model && for what in "swap" "vllm --standby" "vllm --cold" "vllm --compiled --standby"; do $(PYTHON) -m tests.bench.cold $$what || exit; done
+	@$(SETUP) host venv vllm model && for what in $(COLD); do $(PYTHON) -m tests.bench.cold $$what --rounds $(ROUNDS) || exit; done
 
 bench-check: ## does a request cost more than it did? in figures that hardly depend on who else is at work
 	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.check

@@ -84,6 +84,13 @@ def test_an_unknown_name_suggests_the_close_one(asked: str) -> None:
         NAMES.resolve(asked)
 
 
+def test_a_name_of_another_house_suggests_nothing() -> None:
+    """Programs ask for claude-3 or gpt-4o by default; what is hardly like it would only mislead."""
+    with pytest.raises(UnknownModel) as caught:
+        Names([("chat-32b", ())]).resolve("claude-3")
+    assert "did you mean" not in caught.value.message
+
+
 def visible(model: str) -> bool:
     """A key for one model."""
     return model == "meta/llama-3"

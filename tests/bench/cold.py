@@ -15,6 +15,8 @@ come, and the same through vllmd from the client's request on, by turns, so that
 time of all its processes, which hardly depends on who else is at work. That of vllmd's daemon and launcher is told:
 until the first token, and until vLLM's program runs.
 
+``make bench-cold COLD='"vllm --standby" "vllm --compiled --standby"' ROUNDS=2`` takes ten minutes on a machine at rest.
+
 Pages are dropped file by file (POSIX_FADV_DONTNEED): that troubles nobody else on the machine, as drop_caches would.
 """
 

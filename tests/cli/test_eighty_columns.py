@@ -21,9 +21,12 @@ import pytest
 
 from tests.cli.fake_daemon import FakeDaemon, GiB, fake_daemon, model, status
 from tests.engines.test_environments import environment
+from vllmd.api.answers import ModelLine
+from vllmd.api.codec import parse
 from vllmd.cli import main
 from vllmd.cli.arguments import verbs
 from vllmd.cli.terminal import StatusLine, Working, table
+from vllmd.cli.verbs.ps import CAUSE, note
 from vllmd.text import shortened, width
 
 WIDE = 80
@@ -55,6 +58,12 @@ def line(number: int) -> dict[str, Any]:
     }  # fmt: skip
     replicas = [model(f"{name}@{each}", "running", standing="serving", latency=0.1, power=3.0) for each in (1, 2)]
     return model(name, state, replicas=replicas if number % 7 == 0 else [], degraded=number % 14 == 0, **about)
+
+
+def test_an_engine_that_says_much_leaves_room_for_the_other_models() -> None:
+    """One failed model must not push the rest of ps off the screen; vllmctl why has all of it."""
+    failed = parse(ModelLine, model("m", "error", failure="error: " + "x " * 5000))
+    assert width(note(failed)) <= CAUSE
 
 
 MANY = status(

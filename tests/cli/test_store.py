@@ -72,9 +72,28 @@ def test_a_download_that_fails_says_why(daemon: FakeDaemon, capsys: pytest.Captu
     daemon.answers["POST /admin/store/pull"] = (200, [json.dumps(failed)])
     assert main(["pull", "org/x"]) == 65
     assert capsys.readouterr().err == "vllmctl: x cannot be had: no\n"
+    error = {
+        "message": "x cannot be had: https://hub.example cannot be reached, or broke off (no)",
+        "code": "unavailable",
+    }
+    daemon.answers["POST /admin/store/pull"] = (200, [json.dumps({"error": error, "done": True})])
+    assert main(["pull", "org/x"]) == 69
+    assert "Without a hub there are smollm2" in " ".join(capsys.readouterr().err.split())
     daemon.answers["POST /admin/store/pull"] = (200, [json.dumps(PULLING)])
     assert main(["pull", "org/x"]) == 69
     assert "broke off; vllmctl pull org/x goes on where it was" in capsys.readouterr().err
+
+
+def test_list_has_the_size_of_a_file_that_lies_elsewhere(
+    tmp_path: Path, daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As vllmctl add serves one; it is in no cache, and lies on the same machine unless --url names another."""
+    (tmp_path / "m.gguf").write_bytes(bytes(5 << 20))
+    added = model("m", "stopped", config={"engine": "llama.cpp", "model": str(tmp_path / "m.gguf")})
+    daemon.answers["GET /admin/status"] = (200, status(added))
+    daemon.answers["GET /admin/store"] = (200, {"cached": []})
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["m", "stopped", "5MiB"]
 
 
 def test_list_has_what_is_configured_cached_and_under_way(

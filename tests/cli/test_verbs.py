@@ -629,6 +629,13 @@ def test_what_an_upgrade_has_left_to_compile_is_compiled(
         assert main(["engine", "warm", "sglang"]) == 64
 
 
+def test_help_begins_nobody_with_fifty_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever has just installed it reads the end of the list, where the first steps are."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "vllmctl run smollm2" in "\n".join(capsys.readouterr().out.splitlines()[-8:])
+
+
 def test_help_of_a_verb_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     """As with --help."""
     with pytest.raises(SystemExit) as end:

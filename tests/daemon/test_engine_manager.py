@@ -74,6 +74,7 @@ def test_whether_somebody_listens_is_the_kernels_word(tmp_path: Path) -> None:
         unix.listen()
         port.listen()
         assert [nobody_listens(place) for place in places] == [False, False]
+    assert [nobody_listens(Listen(host="::1", port=1)), nobody_listens(Listen(uds="/" + 200 * "x"))] == [False, False]
 
 
 def test_a_start_orders_waits_and_measures(tmp_path: Path) -> None:

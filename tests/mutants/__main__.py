@@ -49,7 +49,7 @@ MUTATIONS = (
     Mutation(
         "Retry-After of one that does not",
         "core/admission.py",
-        "return max(1.0, r.costs.wake(r.level if r.state is State.SLEEPING else 0))",
+        "return max(1.0, r.load_time)",
         "return 1.0",
     ),
     Mutation(

@@ -157,7 +157,7 @@ class Names:
             lowered = {known: lowered[known] for known in itertools.islice(alike, MOST_COMPARED)}
         import difflib  # for mistakes only
 
-        close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.5)]
+        close = [lowered[hit] for hit in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.6)]
         close += [known for known in seen if name and name.lower() in known.lower() and known not in close]
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"

@@ -45,6 +45,15 @@ TRIED = {
     "journal": "vllmctl logs MODEL, or journalctl -u vllmd",
     "health": "vllmctl status, or vllmctl doctor",
 }
+FIRST_STEPS = """\
+first steps:
+  vllmctl run smollm2 "Hello"   fetch a small model, serve it and ask it
+  vllmctl status                how vllmd and its models are
+  vllmctl why MODEL             why one waits, or has failed
+  vllmctl doctor                what is wrong with this machine, what helps
+
+See vllmctl(1), vllmd.yaml(5) and vllmd(8).
+"""
 TRIED |= dict.fromkeys(("delete", "del", "uninstall"), "vllmctl rm removes a model")
 
 
@@ -178,7 +187,8 @@ def build(names: Sequence[str]) -> Parser:
     parser = Parser(
         "vllmctl",
         description="Look at and steer the models of vllmd.",
-        epilog="See vllmctl(1), vllmd.yaml(5) and vllmd(8).",
+        epilog=FIRST_STEPS,
+        formatter_class=Help,
         parents=[everywhere],
     )
     parser.add_argument("--version", action="version", version=f"vllmctl {vllmd.__version__}")

@@ -266,7 +266,7 @@ class Admission:
             return None
         s = self._planner.look()
         w = self._planner.builder.see_newcomer(r, since=-INFINITY)
-        if w.span and not w.devices:  # it waits for others to leave a device free
+        if w.held_back:
             return None
         idle = [each for each in s.residents if not each.running and not each.queued and each.model != r.id]
         if fits(s, w) is not None or cheapest(s, w, idle, lambda each, option: 1.0) is not None:
@@ -283,7 +283,7 @@ class Admission:
         outlook = self._planner.outlook(r)
         if outlook:
             return max(1.0, outlook.seconds)
-        return max(1.0, r.costs.wake(r.level if r.state is State.SLEEPING else 0))
+        return max(1.0, r.load_time)
 
 
 def _waiting(number: int) -> str:

@@ -190,4 +190,4 @@ def in_flight(r: Replica) -> int:
 
 def load_time(r: Replica) -> float:
     """Seconds until it serves; none for one that runs elsewhere."""
-    return r.costs.wake(r.level if r.state is State.SLEEPING else 0) if r.spec.device_count else 0.0
+    return r.load_time if r.spec.device_count else 0.0

@@ -9,8 +9,8 @@ from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
 from vllmd.core.idle import rules_due
 from vllmd.core.ledger import Ledger
-from vllmd.core.lifecycle import LifecycleError, Reason
-from vllmd.core.model import INFINITY, Model, Replica
+from vllmd.core.lifecycle import Kind, LifecycleError, Reason
+from vllmd.core.model import INFINITY, Job, Model, Replica
 from vllmd.core.policy import Policy
 from vllmd.core.swaps import Swaps
 from vllmd.core.timers import Timers
@@ -92,9 +92,10 @@ class Core:
         self.balanced = [model for model in self.models.values() if model.rules]
         self.for_upkeep.update(dict.fromkeys(self.balanced))
 
-    def cut_at(self, r: Replica) -> float:
-        """When requests still running in a drain that begins now are cut."""
-        return INFINITY if r.spec.drain_limit is None else self.now + r.spec.drain_limit
+    def send_away(self, r: Replica, reason: Reason, why: str, level: int = 0) -> None:
+        """Have it put to sleep at ``level``, or stopped (0), once it has drained or its drain limit has passed."""
+        kind, cut_at = Kind.SLEEP if level else Kind.STOP, self.now + r.drain_limit
+        self.engines.ask(r, Job(kind, reason, why, self.now, level, cut_at=cut_at))
 
     def stay(self, r: Replica) -> None:
         """It is to be kept: what would have made it leave, and can still be called off, is."""

@@ -43,16 +43,12 @@ class Devices:
         for index, runtime in was.items():
             now = ledger.accounts[index].device.runtime if index in ledger.accounts else runtime
             if now != runtime and CPU in (now, runtime):
-                self._replaced(index)
+                for r in self._on(index):  # the CPU has the number that a GPU had, or the other way round
+                    why = f"device {index} is another one now: {ledger.accounts[index].device.name}"
+                    core.send_away(r, Reason.DEVICE, why)
         if e.unknown != before:
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.news_for_all = True
-
-    def _replaced(self, index: int) -> None:
-        """A GPU has the number that the CPU had, or the other way round: what is there leaves, and starts anew."""
-        name = self._core.engines.ledger.accounts[index].device.name
-        for r in self._on(index):
-            self._leave(r, f"device {index} is another one now: {name}", at_once=False)
 
     def _put_off(self, r: Replica, why: str, *, told: bool) -> None:
         """It is not brought up now. Requests that wait for it go on waiting, or are told."""
@@ -72,7 +68,10 @@ class Devices:
             if why:
                 self._core.engines.record("avoid", None, f"device {index} is avoided: {why}", {"device": index})
             for r in self._on(index) if why else ():
-                self._leave(r, f"device {index}: {why}", at_once=index in e.lost)
+                if index in e.lost:
+                    self._lose(r, f"device {index}: {why}")
+                else:
+                    self._core.send_away(r, Reason.DEVICE, f"device {index}: {why}")
         self._core.news_for_all = True
 
     def drained(self, e: DeviceDrained) -> None:
@@ -86,19 +85,17 @@ class Devices:
         self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}: {whose}", numbers)
         for r in self._on(e.device) if e.drained else ():
             why = e.why or "it is drained for maintenance"
-            self._leave(r, f"device {e.device}: {why}", at_once=False)
+            self._core.send_away(r, Reason.DEVICE, f"device {e.device}: {why}")
         self._core.news_for_all = True
 
     def _on(self, index: int) -> list[Replica]:
         return [r for r in self._core.replicas.values() if index in r.placement.devices and r.loaded]
 
-    def _leave(self, r: Replica, why: str, *, at_once: bool) -> None:
-        core = self._core
-        if not at_once:
-            core.engines.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, cut_at=core.cut_at(r)))
-            return
+    def _lose(self, r: Replica, why: str) -> None:
+        """Its device is not there any more: it has failed, and is killed."""
+        engines = self._core.engines
         r.failure = why
-        core.engines.cut(r, why)
+        engines.cut(r, why)
         if r.state is not State.STOPPING:
-            core.engines.record("stop", r, why)
-        core.engines.ask(r, Job(Kind.STOP, Reason.DEVICE, why, core.now, force=True))
+            engines.record("stop", r, why)
+        engines.ask(r, Job(Kind.STOP, Reason.DEVICE, why, self._core.now, force=True))

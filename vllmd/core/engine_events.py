@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
+from vllmd.core import events as ev
 from vllmd.core.admission import Admission
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
-from vllmd.core.events import (
-    EngineAdopted,
-    EngineAsleep,
-    EngineAwake,
-    EngineExited,
-    EngineReady,
-    EngineSleepFailed,
-    EngineStartFailed,
-    EngineStopped,
-    EngineWakeFailed,
-    FailureRemembered,
-    FreezeProved,
-    MemorySampled,
-    StandbysHeld,
-    StartProgressed,
-)
 from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import Kind, LifecycleError, Reason, Step
 from vllmd.core.model import Job, Replica
@@ -40,7 +25,7 @@ class EngineEvents:
 
     # -- good news
 
-    def ready(self, e: EngineReady) -> None:
+    def ready(self, e: ev.EngineReady) -> None:
         """The engine's start succeeded: it serves."""
         r = self._answered(e.replica, State.STARTING, Step.READY)
         if r:
@@ -48,7 +33,7 @@ class EngineEvents:
                 r.learn(e.footprint, self._core.engines.most(r))
             self._serves(r)
 
-    def progressed(self, e: StartProgressed) -> None:
+    def progressed(self, e: ev.StartProgressed) -> None:
         """2.8: a first start goes on; until one was measured its pace is the better word for how long it takes."""
         r, now = self._core.replicas.get(e.replica), self._core.now
         if r is None or r.state is not State.STARTING or r.costs.learnt("start"):
@@ -61,20 +46,20 @@ class EngineEvents:
         r.start.ends = now + left
         self._core.changed[r] = None
 
-    def awake(self, e: EngineAwake) -> None:
+    def awake(self, e: ev.EngineAwake) -> None:
         """The engine's wake succeeded: it serves."""
         r = self._answered(e.replica, State.WAKING, Step.AWAKE)
         if r:
             self._serves(r)
 
-    def asleep(self, e: EngineAsleep) -> None:
+    def asleep(self, e: ev.EngineAsleep) -> None:
         """The engine sleeps, at the level and with the memory freed that the event says."""
         r = self._answered(e.replica, State.FALLING_ASLEEP, Step.ASLEEP)
         if r:
             self._core.engines.asleep(r, e.level, e.freed)
             self._settled(r)
 
-    def stopped(self, e: EngineStopped) -> None:
+    def stopped(self, e: ev.EngineStopped) -> None:
         """The stop is complete; memory that did not come back marks its device (2.6)."""
         core = self._core
         r = core.replica(e.replica)
@@ -87,7 +72,7 @@ class EngineEvents:
             core.engines.record("wedged", r, why, {"device": index, "missing": size})
         self._settled(r)
 
-    def adopted(self, e: EngineAdopted) -> None:
+    def adopted(self, e: ev.EngineAdopted) -> None:
         """An engine from before this daemon goes on as it was found."""
         core = self._core
         r = core.replica(e.replica)
@@ -100,13 +85,13 @@ class EngineEvents:
         core.engines.record("adopt", r, f"found {r.state.value}", {"level": r.level})
         self._settled(r)
 
-    def remembered(self, e: FailureRemembered) -> None:
+    def remembered(self, e: ev.FailureRemembered) -> None:
         """2.9: one that is adopted, or is about to be started anyway, has its failure behind it."""
         r = self._core.replica(e.replica)
         if r.state is State.STOPPED and r.job is None and not r.spec.preload:
             self._core.engines.remember_failure(r, e.reason, max(0.0, e.since))
 
-    def sampled(self, e: MemorySampled) -> None:
+    def sampled(self, e: ev.MemorySampled) -> None:
         """NVML's word corrects the ledger; a device that could not be read keeps its last figures."""
         core = self._core
         ledger, largest = core.engines.ledger, 0
@@ -127,13 +112,13 @@ class EngineEvents:
                 core.mark_for_review(r)
         core.news_for_all = core.news_for_all or bool(core.waiting)
 
-    def standbys(self, e: StandbysHeld) -> None:
+    def standbys(self, e: ev.StandbysHeld) -> None:
         """Booked, and shown; what is promised to models does not depend on it."""
         self._core.engines.ledger.standbys = max(0, e.size)
 
     # -- bad news
 
-    def start_failed(self, e: EngineStartFailed) -> None:
+    def start_failed(self, e: ev.EngineStartFailed) -> None:
         """For lack of memory it is tried once more with more room (2.3); else everybody is told (2.4)."""
         r = self._answered(e.replica, State.STARTING, Step.START_FAILED)
         if r:
@@ -144,15 +129,15 @@ class EngineEvents:
             else:
                 self._give_up(r, e.reason)
 
-    def sleep_failed(self, e: EngineSleepFailed) -> None:
+    def sleep_failed(self, e: ev.EngineSleepFailed) -> None:
         """The sleep failed, so nothing is known of the engine's state: it is stopped."""
         self._half_done(e.replica, State.FALLING_ASLEEP, Step.SLEEP_FAILED, f"falling asleep failed: {e.reason}")
 
-    def wake_failed(self, e: EngineWakeFailed) -> None:
+    def wake_failed(self, e: ev.EngineWakeFailed) -> None:
         """The wake failed, so nothing is known of the engine's state: it is stopped."""
         self._half_done(e.replica, State.WAKING, Step.WAKE_FAILED, f"waking failed: {e.reason}")
 
-    def proved(self, e: FreezeProved) -> None:
+    def proved(self, e: ev.FreezeProved) -> None:
         """Whether frozen requests survive in this engine; if not, its state is unknown as well."""
         step = Step.PROVED if e.survived else Step.DISPROVED
         r = self._answered(e.replica, State.FALLING_ASLEEP, step)
@@ -165,7 +150,7 @@ class EngineEvents:
         else:
             self._core.engines.broke(r, step, "a frozen request did not survive; it will only be drained")
 
-    def exited(self, e: EngineExited) -> None:
+    def exited(self, e: ev.EngineExited) -> None:
         """2.7: a death during the start is a failed start; during a stop, its end; else a crash."""
         r = self._core.replica(e.replica)
         before, stable = r.state, self._core.now - r.ready_at >= STABLE
@@ -201,7 +186,7 @@ class EngineEvents:
         self._core.swaps.left(r)
         self._core.mark_news(r)
 
-    def _more_room(self, r: Replica, e: EngineStartFailed) -> None:
+    def _more_room(self, r: Replica, e: ev.EngineStartFailed) -> None:
         """Learn that it needs more; whoever waits makes the policy find that room."""
         r.failure = e.reason
         largest = max((a.capacity for a in self._core.engines.ledger.accounts.values()), default=0)

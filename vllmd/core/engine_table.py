@@ -10,25 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from vllmd.core.commands import (
-    AddReplica,
-    Admit,
-    Answer,
-    Command,
-    CutRequest,
-    ProbeReplica,
-    ProveFreeze,
-    ReadAhead,
-    Record,
-    Reject,
-    RejectReason,
-    RenameReplica,
-    SleepEngine,
-    StartEngine,
-    StopEngine,
-    StopReadAhead,
-    WakeEngine,
-)
+from vllmd.core import commands as cmd
 from vllmd.core.jobs import merge, unwanted
 from vllmd.core.ledger import Ledger
 from vllmd.core.lifecycle import (
@@ -61,7 +43,7 @@ class EngineTable:
         self.ledger = ledger
         self.now = 0.0
         self.decisions: deque[Decision] = deque(maxlen=DECISIONS_KEPT)
-        self._out: list[Command] = []
+        self._out: list[cmd.Command] = []
         self.for_review: dict[Model, None] = {}  # changed; what follows from that is still to be found
         self.calibrations = 0  # how often a time that was learnt changed what is expected of other engines
         self._busy: dict[int, Replica] = {}  # device -> whose command runs there
@@ -71,7 +53,7 @@ class EngineTable:
 
     # -- what goes out
 
-    def collect(self) -> list[Command]:
+    def collect(self) -> list[cmd.Command]:
         """The commands since last asked, in order."""
         out, self._out = self._out, []
         return out
@@ -89,7 +71,7 @@ class EngineTable:
     def note(self, decision: Decision) -> None:
         """Keep a decision, and have it written down."""
         self.decisions.append(decision)
-        self._out.append(Record(decision))
+        self._out.append(cmd.Record(decision))
 
     def admit(self, r: Replica, request: str) -> None:
         """The engine may have this request. Only now it counts as demand: many who wait leave before."""
@@ -98,42 +80,34 @@ class EngineTable:
         r.costs.arrived(self.now)
         if r.health:
             r.health.unanswered[request] = self.now
-        self._out.append(Admit(request, r.id))
+        self._out.append(cmd.Admit(request, r.id))
 
     def answer(
-        self, ask: str, chosen: str = "", refused: str = "", error: RejectReason = RejectReason.CONFLICT
+        self, ask: str, chosen: str = "", refused: str = "", error: cmd.RejectReason = cmd.RejectReason.CONFLICT
     ) -> None:
         """What becomes of what was asked, if whoever asked wants to know."""
         if ask:
-            self._out.append(Answer(ask, "", refused, error) if refused else Answer(ask, chosen))
+            self._out.append(cmd.Answer(ask, "", refused, error) if refused else cmd.Answer(ask, chosen))
 
-    def add_replica(self, model: Model, device: int) -> None:
-        """Have the model given one more replica, on that device."""
-        self._out.append(AddReplica(model.name, device))
-
-    def read_ahead(self, r: Replica, host_memory: int) -> None:
-        """It is next in line: its files may be read while others make room."""
-        self._out.append(ReadAhead(r.id, host_memory))
-
-    def stop_read_ahead(self, r: Replica) -> None:
-        """It is not next in line any more."""
-        self._out.append(StopReadAhead(r.id))
+    def hint(self, command: cmd.AddReplica | cmd.ReadAhead | cmd.StopReadAhead) -> None:
+        """Have the daemon do what changes no engine."""
+        self._out.append(command)
 
     def rename(self, r: Replica, name: str) -> None:
         """It has another id from now on."""
-        self._out.append(RenameReplica(r.id, name))
+        self._out.append(cmd.RenameReplica(r.id, name))
         r.id = name
 
-    def reject(self, request: str, error: RejectReason, message: str, retry_after: float | None = None) -> None:
+    def reject(self, request: str, error: cmd.RejectReason, message: str, retry_after: float | None = None) -> None:
         """The request gets this error."""
-        self._out.append(Reject(request, error, message, retry_after))
+        self._out.append(cmd.Reject(request, error, message, retry_after))
 
     def cut(self, r: Replica, why: str, requests: Iterable[str] | None = None) -> None:
         """Break off all that runs in the engine, or only these ``requests``."""
         if requests is None and r.job:
             r.job.cut_at = INFINITY  # once is enough
             self.for_review[r.model] = None
-        self._out += [CutRequest(request, why) for request in (r.running if requests is None else requests)]
+        self._out += [cmd.CutRequest(request, why) for request in (r.running if requests is None else requests)]
 
     # -- devices
 
@@ -254,14 +228,14 @@ class EngineTable:
             r.granted(size)
         self.ledger.hold(r, dict.fromkeys(devices, r.booking if size is None else size))
         self.settle_host(r)
-        self._out.append(StartEngine(r.id, r.placement, r.told if size is None else size))
+        self._out.append(cmd.StartEngine(r.id, r.placement, r.told if size is None else size))
 
     def wake(self, r: Replica) -> None:
         """Wake it where it sleeps; it holds what it holds awake from now on."""
         self._begin(r, Kind.WAKE)
         self._move(r, Step.WAKE)
         self.ledger.hold(r, dict.fromkeys(r.placement.devices, r.footprint.awake))
-        self._out.append(WakeEngine(r.id, r.level))
+        self._out.append(cmd.WakeEngine(r.id, r.level))
 
     def _begin(self, r: Replica, kind: Kind) -> None:
         """It is brought up: for whoever wanted it, or to sleep deeper, else for the clients that wait."""
@@ -280,12 +254,12 @@ class EngineTable:
             self.ledger.hold_host(r, r.spec.host_running + r.footprint.host)
         for run in r.running.values():
             run.frozen += 1
-        self._out.append(SleepEngine(r.id, level, freeze))
+        self._out.append(cmd.SleepEngine(r.id, level, freeze))
 
     def prove(self, r: Replica) -> None:
         """Have it shown, with a request of the daemon's own, that freezing loses nothing."""
         self._move(r, Step.PROVE)
-        self._out.append(ProveFreeze(r.id))
+        self._out.append(cmd.ProveFreeze(r.id))
 
     def stop(self, r: Replica, why: str, kill: bool = False, job: Job | None = None) -> None:
         """Stop it, whatever it does; for its job, or for this one."""
@@ -293,7 +267,7 @@ class EngineTable:
         if r.job:
             r.job.kind = Kind.STOP
         self._move(r, Step.STOP)
-        self._out.append(StopEngine(r.id, why, kill))
+        self._out.append(cmd.StopEngine(r.id, why, kill))
 
     def forgive(self, r: Replica) -> None:
         """A failed one may be started again."""
@@ -304,7 +278,7 @@ class EngineTable:
     def probe(self, r: Replica, request: str, limit: float) -> None:
         """Ask it a question of the daemon's own, which runs in it as any other request does."""
         r.running[request] = Run(self.now)
-        self._out.append(ProbeReplica(request, r.id, limit))
+        self._out.append(cmd.ProbeReplica(request, r.id, limit))
 
     def remember_failure(self, r: Replica, reason: str, since: float) -> None:
         """It failed ``since`` seconds ago, before this daemon; it may be tried again whenever somebody asks."""
@@ -356,7 +330,7 @@ class EngineTable:
         target = r.job.target if r.job else None
         r.job = Job(Kind.STOP, Reason.FAILED, why, self.now, target=target, then=asked_start(r.job))
         self._move(r, step)
-        self._out.append(StopEngine(r.id, why, False))
+        self._out.append(cmd.StopEngine(r.id, why, False))
 
     def gone(self, r: Replica, step: Step) -> None:
         """Every process of it is gone, and so is everything it held."""

@@ -51,6 +51,12 @@ def freed_asleep(ledger: Ledger, r: Replica, rest: int) -> dict[int, int]:
     return {index: max(0, share - rest) for index, share in ledger.held(r).items()}
 
 
+def freed(ledger: Ledger, r: Replica, level: int) -> int:
+    """Bytes that come free on each of its devices if it sleeps at ``level``, or stops (0)."""
+    held = min(ledger.held(r).values(), default=0)
+    return max(0, held - r.footprint.asleep) if level else held
+
+
 def _free_ratio(a: Account, others: int) -> float:
     return (a.device.memory - others) / a.device.memory
 

@@ -327,6 +327,16 @@ class Replica:
         return self.costs.footprint or self.spec.footprint
 
     @property
+    def drain_limit(self) -> float:
+        """Seconds of a drain after which its running requests are cut; infinite for never."""
+        return INFINITY if self.spec.drain_limit is None else self.spec.drain_limit
+
+    @property
+    def load_time(self) -> float:
+        """Seconds until it serves, as expected: by a wake where it sleeps, or by a start."""
+        return self.costs.wake(self.level if self.state is State.SLEEPING else 0)
+
+    @property
     def booking(self) -> int:
         """Bytes per device that must be free for a start: it must survive both loading and serving."""
         f = self.footprint

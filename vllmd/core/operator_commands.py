@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
+from vllmd.core import events as ev
 from vllmd.core.admission import Admission, Refusal
 from vllmd.core.balancing import in_flight
-from vllmd.core.commands import RejectReason
+from vllmd.core.commands import AddReplica, RejectReason
 from vllmd.core.common import Core
 from vllmd.core.devices import Devices
-from vllmd.core.events import (
-    LeaseReleased,
-    LeaseTaken,
-    LoadAsked,
-    ModelDisabled,
-    ModelEnabled,
-    ModelsChanged,
-    PinSet,
-    ReplicaRefused,
-    SleepAsked,
-    StopAsked,
-)
 from vllmd.core.lifecycle import BY_HAND, OWN, Kind, Reason
 from vllmd.core.model import INFINITY, Health, HealthStatus, Job, Lease, Model, Replica
 from vllmd.core.policies import POLICIES
@@ -45,7 +34,7 @@ class OperatorCommands:
 
     # -- load, sleep, stop
 
-    def load(self, e: LoadAsked) -> None:
+    def load(self, e: ev.LoadAsked) -> None:
         """3.1: of several replicas one is wanted as by a request, the others where they fit beside what is there."""
         replicas = [r for r in self._core.named(e.model) if not r.off]
         if not replicas:
@@ -77,7 +66,7 @@ class OperatorCommands:
         if r is None:
             asked = self._adding.setdefault((model.name, device), [])
             if not asked:
-                engines.add_replica(model, device)
+                engines.hint(AddReplica(model.name, device))
             asked.append(ask)
             return
         if r is not there:
@@ -95,7 +84,7 @@ class OperatorCommands:
             return f"{spec.id} may use the GPUs {', '.join(map(str, spec.devices))} only"
         return "" if spec.device_count == 1 else f"{spec.id} takes {spec.device_count} GPUs and cannot be put on one"
 
-    def refused(self, e: ReplicaRefused) -> None:
+    def refused(self, e: ev.ReplicaRefused) -> None:
         """There is not to be one more."""
         for ask in self._adding.pop((e.model, e.device), ()):
             self._core.engines.answer(ask, refused=e.reason)
@@ -113,7 +102,7 @@ class OperatorCommands:
             return
         self._core.engines.ask(r, Job(Kind.START, Reason.OPERATOR, BY_OPERATOR, self._core.now))
 
-    def sleep(self, e: SleepAsked) -> None:
+    def sleep(self, e: ev.SleepAsked) -> None:
         """3.2: put each of the named replicas to sleep; level 3 stops it, and so does any for one that is disabled."""
         replicas, why = self._core.named(e.model), ""
         if e.level in (1, 2) and all(r.state in GONE for r in replicas):
@@ -124,11 +113,9 @@ class OperatorCommands:
                 self._stop(r, force=False)
                 continue
             self._scaling.halt(r)
-            cut_at = self._core.cut_at(r)
-            job = Job(Kind.SLEEP, Reason.OPERATOR, BY_OPERATOR, self._core.now, e.level, cut_at=cut_at)
-            self._core.engines.ask(r, job)
+            self._core.send_away(r, Reason.OPERATOR, BY_OPERATOR, e.level)
 
-    def stop(self, e: StopAsked) -> None:
+    def stop(self, e: ev.StopAsked) -> None:
         """3.3: who waits now is told; who comes later starts it anew. A failure is forgotten."""
         model, replicas = self._core.models.get(e.model), self._core.named(e.model)
         if e.device is not None:
@@ -148,15 +135,16 @@ class OperatorCommands:
         r.failures, r.failure, r.sleep_failures = 0, "", 0
         if r.state is State.FAILED:
             self._core.engines.forgive(r)
-        job = Job(Kind.STOP, Reason.OPERATOR, BY_OPERATOR, self._core.now, cut_at=self._core.cut_at(r))
-        if force:  # at once if it is the one that moves; else as soon as its devices are at rest
-            self._core.engines.cut(r, "the model was stopped by force")
-            job = Job(Kind.STOP, Reason.OPERATOR, "an operator forced it", self._core.now, force=True)
-        self._core.engines.ask(r, job)
+        if not force:
+            self._core.send_away(r, Reason.OPERATOR, BY_OPERATOR)
+            return
+        self._core.engines.cut(r, "the model was stopped by force")
+        # At once if it is the one that moves; else as soon as its devices are at rest.
+        self._core.engines.ask(r, Job(Kind.STOP, Reason.OPERATOR, "an operator forced it", self._core.now, force=True))
 
     # -- in use or not
 
-    def disable(self, e: ModelDisabled) -> None:
+    def disable(self, e: ev.ModelDisabled) -> None:
         """3.8: who waits and who comes is told the operator's words; what runs comes to its end, and it is stopped.
 
         Said again it is done again: a daemon that has just adopted its engines is told of the orders of an earlier one.
@@ -173,7 +161,7 @@ class OperatorCommands:
             self.preload.pop(r, None)
             self._stop(r, force=False)
 
-    def enable(self, e: ModelEnabled) -> None:
+    def enable(self, e: ev.ModelEnabled) -> None:
         """3.8: nothing is loaded by this but what is to be preloaded; a model's replicas are all given back with it."""
         core, model, replicas = self._core, self._core.models.get(e.model), self._core.named(e.model)
         if model:
@@ -192,14 +180,14 @@ class OperatorCommands:
 
     # -- pins and leases
 
-    def pin(self, e: PinSet) -> None:
+    def pin(self, e: ev.PinSet) -> None:
         """3.4: a pinned replica is no victim, and no idle rule touches it."""
         for r in self._core.named(e.model):
             r.pinned = e.pinned
             r.idle_since = max(r.idle_since, self._core.now)
             self._keep(r)
 
-    def lease(self, e: LeaseTaken) -> None:
+    def lease(self, e: ev.LeaseTaken) -> None:
         """3.5: kept until its deadline; of several replicas one that serves, else the first."""
         replicas = self._core.named(e.model)
         serving = [r for r in replicas if _serves(r)]
@@ -216,7 +204,7 @@ class OperatorCommands:
         if r.kept and any(job and job.leaves and job.reason in CALLED_OFF for job in jobs):
             self._core.stay(r)
 
-    def release(self, e: LeaseReleased) -> None:
+    def release(self, e: ev.LeaseReleased) -> None:
         """A lease is given back before its deadline."""
         for model in [model for model in self._core.models.values() if e.lease in model.leases]:
             self.end_lease(model, e.lease, e.stop)
@@ -227,12 +215,11 @@ class OperatorCommands:
         r.idle_since = max(r.idle_since, self._core.now)
         self._core.mark_news(r)
         if stop and not r.kept:
-            why, cut_at = f"its last lease, {lease!r}, ended", self._core.cut_at(r)
-            self._core.engines.ask(r, Job(Kind.STOP, Reason.LEASE, why, self._core.now, cut_at=cut_at))
+            self._core.send_away(r, Reason.LEASE, f"its last lease, {lease!r}, ended")
 
     # -- configuration
 
-    def changed(self, e: ModelsChanged) -> None:
+    def changed(self, e: ev.ModelsChanged) -> None:
         """3.6: new ones are added, changed ones know it, those gone drain, stop and are forgotten."""
         core, used = self._core, [why for name in sorted(e.unless_used) if (why := self._used(name))]
         core.engines.answer(e.ask, refused="; ".join(used))
@@ -335,7 +322,7 @@ class OperatorCommands:
         self._core.waiting.pop(r, None)  # it is looked at again whether it can fit
         self._core.mark_news(r)
         if restart:
-            self._leave(r, "its configuration changed")
+            self._core.send_away(r, Reason.CONFIG, "its configuration changed")
 
     def _retire(self, r: Replica) -> None:
         """The configuration has it no more: it leaves for good."""
@@ -346,10 +333,7 @@ class OperatorCommands:
             del r.model.leases[lease]
         self.preload.pop(r, None)
         self._admission.reject_waiters(r, RejectReason.UNKNOWN_MODEL, f"{r.id!r} was removed from the configuration")
-        self._leave(r, "it was removed from the configuration")
-
-    def _leave(self, r: Replica, why: str) -> None:
-        self._core.engines.ask(r, Job(Kind.STOP, Reason.CONFIG, why, self._core.now, cut_at=self._core.cut_at(r)))
+        self._core.send_away(r, Reason.CONFIG, "it was removed from the configuration")
 
 
 def can_be_on(spec: ReplicaSpec, device: int) -> bool:

@@ -145,10 +145,6 @@ class Planner:
         self.begin(Plan(r.id, devices, why=why))
         return True
 
-    def _waits_for_others(self, r: Replica) -> bool:
-        w = self.builder.see_newcomer(r, since=-INFINITY)
-        return bool(w.span) and not w.devices
-
     def preload(self, todo: dict[Replica, None]) -> Iterator[None]:
         """7.2: load, in order, what fits beside what is there; nobody leaves for it.
 
@@ -163,7 +159,7 @@ class Planner:
             elif self.bring(r, Reason.PRELOAD, PRELOADED, -INFINITY):
                 del todo[r]
                 yield
-            elif self._waits_for_others(r):
+            elif self.builder.see_newcomer(r, since=-INFINITY).held_back:
                 del todo[r]
                 core.engines.ask(r, Job(Kind.START, Reason.PRELOAD, PRELOADED, core.now))
                 yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 from vllmd.core.assignment import Item, assign
@@ -325,11 +325,6 @@ class _Turns:
 
         return sorted(self.s.waiting, key=turn) if len(self.s.waiting) > 1 else self.s.waiting
 
-    @cached_property
-    def spare(self) -> int:
-        """The most bytes that any device at rest has beside all that are being used there."""
-        return max([spare(self.s, supply.device) for supply in self.supplies.values() if not supply.until], default=0)
-
     def closed(self, w: Waiting) -> bool:
         """No room is large enough as it is, and none of its devices free to begin a swap on."""
         return w.move is None and w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
@@ -342,7 +337,7 @@ class _Turns:
             return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
         urgent = w.impatient or s.now - w.oldest > self.deadline
         there = w.move and w.move.there
-        place = elsewhere(s, w) if there and (there.needs or there.need <= self.spare) else None
+        place = elsewhere(s, w) if there and (there.needs or there.need <= self.roomiest) else None
         if not urgent and place is None and self.must_wait(w):
             if self.dear and self.begin.issuperset(w.devices):
                 self._hold(w.devices)
@@ -457,17 +452,12 @@ def _numbers(w: Waiting, offer: Offer, deadline: float) -> NUMBERS:
 
 def _offer(s: PolicyInput, prices: Prices, w: Waiting, eviction: EvictionSet, urgent: bool) -> Offer:
     """With the drain budget that suits these victims best."""
-    waited = waited_by(w, s.now)
+    waited = (w.waiters * s.now - w.arrived) * w.priority  # the rent paid
     offers = []
     for budget in budgets(s.knobs, eviction.members, urgent):
         price, cost = prices.together(w, eviction.members, budget)
         offers.append(Offer(eviction, budget, price, cost, waited))
     return min(offers, key=lambda offer: offer.price + w.waiters * w.priority * offer.cost)
-
-
-def waited_by(w: Waiting, now: float) -> float:
-    """The request-seconds that its queue has waited: the rent paid."""
-    return (w.waiters * now - w.arrived) * w.priority
 
 
 def _may_leave(s: PolicyInput, w: Waiting, residents: Iterable[Resident]) -> list[Resident]:

@@ -74,6 +74,11 @@ class Waiting(NamedTuple):
     urged: bool = False  # an operator asked for it: not even those that were just loaded are spared
     move: Move | None = None  # of a sleeper that may serve elsewhere as well
 
+    @property
+    def held_back(self) -> bool:
+        """It waits for others to leave devices free: there is none that it may use now."""
+        return self.span > 0 and not self.devices
+
     def need_on(self, device: int) -> int:
         """Bytes that it needs on this one of its devices."""
         return self.needs[self.devices.index(device)] if self.needs else self.need
@@ -118,16 +123,20 @@ class Tenants(NamedTuple):
     @classmethod
     def of(cls, residents: Collection[Resident]) -> Tenants:
         """What there is to say of these."""
-        awake = tuple([r for r in residents if not r.asleep])
-        asleep = tuple([r for r in residents if r.asleep])
-        frees, takes, pressed = 0, 0.0, False
-        for r in awake:
+        awake, asleep, frees, takes, pressed, quick = [], [], 0, 0.0, False, 0
+        for r in residents:
+            if r.asleep:
+                asleep.append(r)
+                if r.options[-1].back < LIGHT:
+                    quick += r.options[-1].frees
+                continue
+            awake.append(r)
             if not r.running and not r.queued:
                 frees += r.options[0].frees
                 takes += r.options[0].takes
             elif r.freezable or r.drain_limit < INFINITY:
                 pressed = True
-        return cls(awake, asleep, frees, takes, pressed, sum([r.options[-1].frees for r in asleep if light(r)]))
+        return cls(tuple(awake), tuple(asleep), frees, takes, pressed, quick)
 
     @property
     def all(self) -> tuple[Resident, ...]:

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from vllmd.core.costs import sleep_kind, wake_kind
 from vllmd.core.engine_table import EngineTable
-from vllmd.core.fit import Fit, freed_asleep
+from vllmd.core.fit import Fit, freed, freed_asleep
 from vllmd.core.lifecycle import AWAKE
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import (
@@ -114,8 +114,7 @@ class PolicyInputBuilder:
             self._tenants[index] = Tenants.of(self._here[index].values())
         self._astir.clear()
         seen = [self._waiting.get(r) or self._see_waiting(r) for r in waiting]
-        # Not those that wait for others to leave a device free.
-        asking = sorted([w for w in seen if w.devices or not w.span], key=_age)
+        asking = sorted([w for w in seen if not w.held_back], key=_age)
         return PolicyInput(engines.now, asking, dict(self._tenants), self._supplies(), KNOBS)
 
     def _see_waiting(self, r: Replica) -> Waiting:
@@ -189,7 +188,7 @@ def see_waiting(engines: EngineTable, r: Replica) -> Waiting:
         waiters=r.demand,
         arrived=(r.model.queue.arrived if r.queued else 0.0) + frozen * r.changed + sum(asked),
         oldest=waited_since(r, engines.now),
-        load=r.costs.wake(r.level if asleep else 0),
+        load=r.load_time,
         sleep=r.costs.sleep(max(r.spec.sleep_levels, default=0)),
         service=r.costs.seconds("service"),
         need=r.footprint.awake - held if asleep else r.booking,
@@ -214,15 +213,15 @@ def see_move(engines: EngineTable, r: Replica, here: Waiting) -> Move | None:
     devices = elsewhere(engines, r)
     if not devices:
         return None
-    c, held = r.costs, engines.ledger.held(r)
-    stop = OffloadOption(0, min(held.values(), default=0), c.sleep(0), c.wake(0), c.learnt("stop"))
-    needs = tuple(r.booking - held.get(index, 0) for index in devices)
+    c, held, booking = r.costs, engines.ledger.held(r), r.booking
+    stop = option(engines, r, 0)
+    needs = tuple([booking - held.get(index, 0) for index in devices]) if held.keys() & set(devices) else ()
     there = here._replace(
         load=stop.takes + stop.back,
         learnt=c.learnt("stop") + c.learnt("start") if c.learnt("start") else 0.0,
-        need=min(needs),
+        need=min(needs, default=booking),
         devices=devices,
-        needs=needs if held.keys() & set(devices) else (),
+        needs=needs,
     )
     return Move(stop, there)
 
@@ -261,7 +260,7 @@ def see_resident(engines: EngineTable, r: Replica, options: tuple[OffloadOption,
         freezable=r.freezable,
         refrozen=r.spec.preempt and any(run.frozen > 1 for run in r.running.values()),
         priority=r.model.spec.priority,
-        drain_limit=INFINITY if r.spec.drain_limit is None else r.spec.drain_limit,
+        drain_limit=r.drain_limit,
         began=min([run.began for run in r.running.values()], default=INFINITY),
         need=r.booking,
         allowed=() if r.spec.when_free or r.removed else r.devices or tuple(engines.ledger.accounts),
@@ -272,14 +271,16 @@ def see_resident(engines: EngineTable, r: Replica, options: tuple[OffloadOption,
 
 def options(engines: EngineTable, r: Replica, deep: frozenset[str]) -> tuple[OffloadOption, ...]:
     """How it can leave its devices, the preferred way first, stopping last."""
-    held = min(engines.ledger.held(r).values(), default=0)
-    stop = OffloadOption(0, held, r.costs.sleep(0), r.costs.wake(0), r.costs.learnt("stop"))
-    if r.state is State.SLEEPING:
-        return (stop,)
-    rest = max(0, held - r.footprint.asleep)
+    usable = [] if r.state is State.SLEEPING else levels(engines, r, deep)
+    return tuple([option(engines, r, level) for level in (*usable, 0)])
+
+
+def option(engines: EngineTable, r: Replica, level: int) -> OffloadOption:
+    """How it leaves by sleeping at ``level``, or by stopping (0)."""
     c = r.costs
-    naps = [OffloadOption(n, rest, c.sleep(n), c.wake(n), c.learnt(sleep_kind(n))) for n in levels(engines, r, deep)]
-    return (*naps, stop)
+    return OffloadOption(
+        level, freed(engines.ledger, r, level), c.sleep(level), c.wake(level), c.learnt(sleep_kind(level))
+    )
 
 
 def levels(engines: EngineTable, r: Replica, deep: frozenset[str]) -> list[int]:

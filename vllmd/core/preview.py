@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vllmd.core.balancing import in_flight
 from vllmd.core.common import Core
+from vllmd.core.fit import freed
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy_input import remaining
@@ -67,9 +68,9 @@ def load(core: Core, planner: Planner, name: str) -> Loading:
 
 def _placed(core: Core, planner: Planner, r: Replica) -> Loading:
     """Where the policy would put it, and after whom."""
-    seconds = r.costs.wake(r.level if r.state is State.SLEEPING else 0)
+    seconds = r.load_time
     seen = planner.builder.see_newcomer(r, since=-INFINITY)
-    if seen.span and not seen.devices:
+    if seen.held_back:
         return Loading(r.id, r.state, seconds=seconds, waits="others to leave a device free")
     wanted = seen._replace(waiters=max(1, seen.waiters), oldest=min(seen.oldest, core.now), impatient=True, urged=True)
     view = planner.sight()._replace(waiting=[wanted])
@@ -97,13 +98,12 @@ def drained(core: Core, planner: Planner, device: int) -> tuple[Leaving, ...]:
 def leaving(core: Core, planner: Planner, r: Replica, level: int) -> Leaving:
     """How it would leave at that sleep level, or the one that it can use instead."""
     level = planner.level(r, level)
-    held = min(core.engines.ledger.held(r).values(), default=0)
     return Leaving(
         replica=r.id,
         state=r.state,
         level=level,
         devices=r.placement.devices,
-        frees=max(0, held - r.footprint.asleep) if level else held,
+        frees=freed(core.engines.ledger, r, level),
         running=in_flight(r),
         cut_after=r.spec.drain_limit,
         back=r.costs.wake(level),

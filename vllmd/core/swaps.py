@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vllmd.core.commands import ReadAhead, StopReadAhead
 from vllmd.core.engine_table import EngineTable
 from vllmd.core.fit import Fit
 from vllmd.core.lifecycle import AWAKE, Kind, Reason
@@ -67,7 +68,7 @@ class Swaps:
             target.moved = now
         if (victims or self.engines.holder(plan.devices)) and (target.state is not State.SLEEPING or target.level == 2):
             sleepers = [r for r, option in victims.items() if option.level == 1 and r.level != 1]
-            self.engines.read_ahead(target, sum([r.footprint.host for r in sleepers]))
+            self.engines.hint(ReadAhead(target.id, sum([r.footprint.host for r in sleepers])))
         for r, option in victims.items():
             self.engines.ask(r, _job(r, target, option, plan, now))
 
@@ -80,7 +81,7 @@ class Swaps:
         """Nobody wants ``target`` any more: victims that have not left yet stay."""
         swap = self._by_target.pop(target, None)
         if swap:
-            self.engines.stop_read_ahead(target)
+            self.engines.hint(StopReadAhead(target.id))
             for r in swap.victims:
                 self.engines.release(r)
 
@@ -105,7 +106,7 @@ class Swaps:
                 self.bring(r, swap.devices)
             else:
                 self.engines.record("replan", r, f"after the swap {self._fit.shortage(r, swap.devices)}")
-                self.engines.stop_read_ahead(r)
+                self.engines.hint(StopReadAhead(r.id))
         return moved
 
     def bring(self, r: Replica, devices: tuple[int, ...]) -> None:
@@ -155,10 +156,9 @@ class Swaps:
 
 def _job(r: Replica, target: Replica, option: OffloadOption, plan: Plan, now: float) -> Job:
     freeze_at = now + plan.drain if option.level else INFINITY
-    cut_at = now + r.spec.drain_limit if r.spec.drain_limit is not None else INFINITY
     goal = "to start on another device" if r.id == plan.target else f"to make room for {plan.target}"
     kind, why = Kind.SLEEP if option.level else Kind.STOP, f"{goal}: {plan.why}"
-    return Job(kind, Reason.SWAP, why, now, option.level, freeze_at, cut_at, target=target)
+    return Job(kind, Reason.SWAP, why, now, option.level, freeze_at, now + r.drain_limit, target=target)
 
 
 def _wanted(r: Replica, swap: Swap) -> bool:

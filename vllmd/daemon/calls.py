@@ -46,12 +46,15 @@ async def answers(listen: Listen, probe: Call) -> bool:
 def nobody_listens(listen: Listen) -> bool:
     """Whether a connection is refused at once: the kernel says so, for a small part of what asking costs.
 
-    Not for servers on other machines, which are not refused so fast.
+    Not for servers on other machines, which are not refused so fast. Where it cannot be said: False.
     """
     address = listen.uds or (listen.host, listen.port)
     family = socket.AF_UNIX if listen.uds else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as trial:
-        error = trial.connect_ex(address)
+        try:
+            error = trial.connect_ex(address)
+        except OSError:  # no address of this family, or a path that is too long: whoever asks is told
+            return False
         if error == errno.EINPROGRESS:
             error = trial.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return error in (errno.ECONNREFUSED, errno.ENOENT)
@@ -100,7 +103,7 @@ async def _unless_it_exits(process: EngineProcess, step: Call) -> tuple[int, byt
         gone.cancel()
 
 
-async def asked(process: EngineProcess, limit: float) -> tuple[float | None, str]:
+async def timed_probe(process: EngineProcess, limit: float) -> tuple[float | None, str]:
     """Ask a replica its probe: the seconds that it took, or None and why it failed.
 
     It is answered also where the engine says that it does not serve such questions: it lives, and is as fast. Not

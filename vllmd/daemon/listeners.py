@@ -212,7 +212,7 @@ class Listeners:
             self._control.counters.recorded(entry)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
-        _log(exchange)
+        log_ended(exchange)
 
 
 def anybody_can_connect(listener: socket.socket) -> bool:
@@ -224,9 +224,10 @@ def anybody_can_connect(listener: socket.socket) -> bool:
         return True
 
 
-def _log(exchange: Exchange) -> None:
-    """One record per request, for whoever looks for a request id."""
-    level = logging.INFO if exchange.status >= 500 else logging.DEBUG
+def log_ended(exchange: Exchange) -> None:
+    """One record per request, for whoever looks for a request id; what the client did not get is told in any case."""
+    broken_off = exchange.status < 400 and exchange.error not in ("", "ClientGone")
+    level = logging.INFO if exchange.status >= 500 or broken_off else logging.DEBUG
     if not log.isEnabledFor(level):
         return
     request = exchange.request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from vllmd.api.answers import Cached, CachedModel, ModelLine
 from vllmd.api.verbs import verb
@@ -21,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     status, cached = admin.status(), admin.told(verb("cached"), Cached, {}).cached
-    rows = [_row(line, cached) for line in status.models]
+    rows = [_row(line, cached, here=not admin.url) for line in status.models]
     rows += [_cached(one) for one in cached if not one.models]
     if arguments.json:
         keys = [name.lower() for name in HEAD]
@@ -39,13 +40,21 @@ def size_of(line: ModelLine, cached: Sequence[CachedModel]) -> int:
     return sum(one.size for one in cached if line.name in one.models)
 
 
-def _row(line: ModelLine, cached: Sequence[CachedModel]) -> tuple[str, ...]:
+def own_size(source: str) -> int:
+    """Bytes of a file of this machine that is no cache's; 0 where it is none, or nobody may look."""
+    try:
+        return Path(source).stat().st_size if source.startswith("/") and Path(source).is_file() else 0
+    except OSError:
+        return 0
+
+
+def _row(line: ModelLine, cached: Sequence[CachedModel], *, here: bool) -> tuple[str, ...]:
     config = line.config
     source = config.model or line.name
     return (
         line.name,
         "disabled" if line.disabled else show.state(line.state),
-        show.size(size_of(line, cached)),
+        show.size(size_of(line, cached) or (own_size(source) if here else 0)),
         config.engine or show.EMPTY,
         "(its name)" if source == line.name else source,
     )

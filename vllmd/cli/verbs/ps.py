@@ -9,8 +9,10 @@ from dataclasses import replace
 from vllmd.api.answers import ModelLine, Status
 from vllmd.cli import downloads, nothing, show
 from vllmd.cli.admin import Admin
+from vllmd.text import shortened
 
 HEAD = ("MODEL", "STATE", "DEVICES", "MEMORY", "ACTIVE", "QUEUED", "IDLE", "NOTE")
+CAUSE = 240  # columns of a failure that are shown; vllmctl why has all of it
 RIGHT = ("MEMORY", "ACTIVE", "QUEUED", "IDLE")
 
 
@@ -127,5 +129,5 @@ def note(line: ModelLine) -> str:
     parts.append("pinned" if line.pinned else "")
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
-    parts.append("" if line.replicas else show.first_line(line.failure))  # its replicas' lines have it
+    parts.append("" if line.replicas else shortened(show.first_line(line.failure), CAUSE))  # else its replicas have it
     return "; ".join(part for part in parts if part)
