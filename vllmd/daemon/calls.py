@@ -103,7 +103,7 @@ async def _unless_it_exits(process: EngineProcess, step: Call) -> tuple[int, byt
         gone.cancel()
 
 
-async def asked(process: EngineProcess, limit: float) -> tuple[float | None, str]:
+async def timed_probe(process: EngineProcess, limit: float) -> tuple[float | None, str]:
     """Ask a replica its probe: the seconds that it took, or None and why it failed.
 
     It is answered also where the engine says that it does not serve such questions: it lives, and is as fast. Not

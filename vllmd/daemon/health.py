@@ -22,7 +22,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from vllmd.daemon.calls import Liveness, asked, check_liveness
+from vllmd.daemon.calls import Liveness, check_liveness, timed_probe
 from vllmd.daemon.engine_process import ERRORS, EngineProcess
 
 log = logging.getLogger("vllmd.health")
@@ -71,7 +71,7 @@ async def _look(process: EngineProcess) -> tuple[str, float]:
     if found is Liveness.WRONG:
         return why, WRONG
     if process.health.errors >= ERRORS:
-        seconds, failure = await asked(process, PATIENCE)
+        seconds, failure = await timed_probe(process, PATIENCE)
         if seconds is None:
             return failure, WRONG
     process.health.errors = 0
