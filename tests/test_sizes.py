@@ -18,6 +18,8 @@ from vllmd.sizes import GiB, in_words, parse
         ("GiB", None),
         ("-1GiB", None),
         ("1Gi iB", None),
+        ("9" * 400 + "GiB", None),  # more than a number can be
+        ("9" * 305 + "TiB", None),
     ],
 )
 def test_sizes_are_read(text: str, size: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -18,7 +19,8 @@ def parse(text: str) -> int | None:
         return None
     number, prefix, binary, byte = match.groups()
     base = 1000 if byte and not binary else 1024  # G alone is systemd's
-    return int(float(number) * base ** _POWERS[prefix.lower()])
+    amount = float(number) * base ** _POWERS[prefix.lower()]
+    return int(amount) if amount < math.inf else None
 
 
 def in_words(amount: float, *, gap: str = " ", digits: str = ".2f") -> str:

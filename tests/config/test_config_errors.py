@@ -385,6 +385,24 @@ def test_message(tmp_path: Path, text: str, message: str) -> None:
     assert caught.value.message == f"{tmp_path}/" + message.replace("{dir}", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"models: {{m: {{gpu_memory: {'9' * 400}GiB}}}}",
+        f"models: {{m: {{max_model_len: {'9' * 400}}}}}",
+        f"models: {{m: {{engine: sim, options: {{max_num_seqs: 0x{'f' * 6000}}}}}}}",
+        f"server: {{listen: 'localhost:{'9' * 5000}'}}",
+        "server: {listen: 'localhost:\u00b2'}",  # a digit, and no number
+    ],
+    ids=["size", "number", "hexadecimal", "port", "superscript"],
+)
+def test_a_number_that_is_none_is_a_problem_with_its_line(tmp_path: Path, text: str) -> None:
+    """Larger than Python converts, or a digit only by name: a mistake like any other, and no traceback."""
+    (tmp_path / "vllmd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"vllmd.yaml:1: "):
+        load(tmp_path / "vllmd.yaml", env={})
+
+
 def test_all_problems_of_a_file_are_reported_in_order(tmp_path: Path) -> None:
     """Nobody should have to start the daemon once per mistake."""
     file = tmp_path / "vllmd.yaml"

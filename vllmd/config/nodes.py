@@ -206,6 +206,7 @@ class _Composer:
         if tag != STRING:
             try:
                 value = self.loader.construct_object(yaml.ScalarNode(tag, text, event.start_mark, event.end_mark))
+                str(value)  # raises ValueError for a number of thousands of digits, as hexadecimal ones can be
             except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # PyYAML's own trust what a tag says
                 self.complain(where, f"this cannot be read as {TAGS.get(tag, 'what its tag says')}")
                 return text, None

@@ -104,6 +104,8 @@ def parse_number(node: Node) -> float:
         number = float(node.value)
     except (TypeError, ValueError):
         raise wrong(node, "a number") from None
+    except OverflowError:  # a whole number of more than 308 digits
+        number = float("inf")
     if number != number or abs(number) == float("inf"):
         raise wrong(node, "a finite number")
     return number
@@ -146,7 +148,7 @@ def parse_energy(node: Node) -> float:
     """Joules; ``5Wh`` are 18000 of them. A unit is asked for: nobody thinks in joules."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", node.text.strip(), re.I)
     scale = ENERGIES.get(match[2].lower()) if match and not isinstance(node.value, bool | dict | list) else None
-    if match is None or scale is None or not float(match[1]):
+    if match is None or scale is None or not 0 < float(match[1]) * scale < float("inf"):
         raise wrong(node, "an energy above 0 with its unit, such as 5Wh")
     return float(match[1]) * scale
 
@@ -317,7 +319,7 @@ def parse_listen(node: Node) -> str:
     if text.startswith(("/", "unix:/")):
         return text.removeprefix("unix:")
     host, colon, port = text.rpartition(":")
-    if not port.isdigit() or not 0 <= int(port) <= 65535:
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise wrong(node, "an address with a port from 0 to 65535")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise Wrong(f"{text!r}: an IPv6 address is written in brackets", accepted=f"[{host}]:{port}")
