@@ -226,12 +226,22 @@ GOLDEN = [
     (
         "models: {' ': {}}",
         "vllmd.yaml:1: models. : a model's name has 1 to 200 printable characters without spaces at its ends, "
-        "the first of them not '-'",
+        "the first of them not '-', without backslash, and '.' or '..' is no part between slashes",
+    ),
+    (
+        "models: {org/../m: {}}",  # which could be asked, and be unloaded by nobody: no path may have it
+        "vllmd.yaml:1: models.org/../m: a model's name has 1 to 200 printable characters without spaces at its ends, "
+        "the first of them not '-', without backslash, and '.' or '..' is no part between slashes",
+    ),
+    (
+        'models: {"a\\\\b": {}}',
+        "vllmd.yaml:1: models.a\\b: a model's name has 1 to 200 printable characters without spaces at its ends, "
+        "the first of them not '-', without backslash, and '.' or '..' is no part between slashes",
     ),
     (
         "models: {a: {aliases: [--trust-remote-code]}}",
         "vllmd.yaml:1: models.a.aliases: an alias has 1 to 200 printable characters without spaces at its ends, "
-        "the first of them not '-'",
+        "the first of them not '-', without backslash, and '.' or '..' is no part between slashes",
     ),
     (
         "models: {a: {model: --trust-remote-code}}",

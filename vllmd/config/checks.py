@@ -67,7 +67,10 @@ def without_otlp() -> str:
     return f"needs {package}, which the Python that runs vllmd does not have: no spans are sent"
 
 
-GOOD_NAME = "1 to 200 printable characters without spaces at its ends, the first of them not '-'"
+GOOD_NAME = (
+    "1 to 200 printable characters without spaces at its ends, the first of them not '-', without backslash, "
+    "and '.' or '..' is no part between slashes"
+)
 
 
 def _flags(config: Config) -> Iterator[Finding]:
@@ -88,7 +91,10 @@ def _version(model: ModelConfig) -> Iterator[Finding]:
 
 def good_name(name: str) -> bool:
     """Whether it can name a model wherever it comes from, a file or a folder's name: it becomes a word of a
-    command line, a value in records and answers, and what people type. ``GOOD_NAME`` says it in words."""
+    command line, a value in records and answers, a part of the admin API's paths, where dot segments and backslashes
+    are refused, and what people type. ``GOOD_NAME`` says it in words."""
+    if "\\" in name or not {".", ".."}.isdisjoint(name.split("/")):
+        return False
     return 0 < len(name) <= 200 and name.isprintable() and name == name.strip() and not name.startswith("-")
 
 
