@@ -23,6 +23,7 @@ PURE = (
     "daemon/test_learnt.py",
     "api/test_names.py",
     "daemon/test_preflight.py",
+    "daemon/test_request_log.py",
     "engines/test_command.py",
     "engines/test_kinds.py",
     "engines/test_known_failures.py",

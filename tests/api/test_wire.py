@@ -60,7 +60,7 @@ def process(name: str, listen: Listen) -> Any:
     running = SimpleNamespace(pid=77, unit=f"vllmd-model-{name}.scope")
     phases = SimpleNamespace(whole=True, spent=lambda at: {"imports": 8.0})
     return SimpleNamespace(instance=f"{name}#1", started=1.0, listen=listen, phase=phase, running=running,
-                           told="weights", phases=phases, loader="")  # fmt: skip
+                           phase_text="weights", phases=phases, loader="")  # fmt: skip
 
 
 def status_input(**over: Any) -> status.StatusInput:

@@ -72,6 +72,13 @@ def test_a_download_that_fails_says_why(daemon: FakeDaemon, capsys: pytest.Captu
     daemon.answers["POST /admin/store/pull"] = (200, [json.dumps(failed)])
     assert main(["pull", "org/x"]) == 65
     assert capsys.readouterr().err == "vllmctl: x cannot be had: no\n"
+    error = {
+        "message": "x cannot be had: https://hub.example cannot be reached, or broke off (no)",
+        "code": "unavailable",
+    }
+    daemon.answers["POST /admin/store/pull"] = (200, [json.dumps({"error": error, "done": True})])
+    assert main(["pull", "org/x"]) == 69
+    assert "Without a hub there are smollm2" in " ".join(capsys.readouterr().err.split())
     daemon.answers["POST /admin/store/pull"] = (200, [json.dumps(PULLING)])
     assert main(["pull", "org/x"]) == 69
     assert "broke off; vllmctl pull org/x goes on where it was" in capsys.readouterr().err

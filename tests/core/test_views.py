@@ -7,7 +7,7 @@ import pytest
 from tests.core.helpers import GPU, model
 from tests.core.world import World
 from vllmd.core.commands import Reject
-from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, LoadAsked, SleepAsked, StopAsked
+from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, LoadAsked, PinSet, SleepAsked, StopAsked
 from vllmd.core.types import GiB, ModelView, State
 from vllmd.core.views import _model, _so_far
 
@@ -59,7 +59,9 @@ def test_who_keeps_the_room_is_named() -> None:
     w.load("m")
     w.do(LeaseTaken("ada-17", "m"))
     w.ask("r", "other")
-    assert view(w, "other").waiting_for == "room beside m (leased or pinned)"
+    assert view(w, "other").waiting_for == "room beside m (leased)"
+    w.do(PinSet("m", True))
+    assert view(w, "other").waiting_for == "room beside m (pinned)"
 
 
 def test_a_sleepers_row() -> None:

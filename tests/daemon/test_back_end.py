@@ -28,7 +28,7 @@ def test_a_waiting_clients_progress_is_told_without_looking_at_every_model(monke
     async def play() -> None:
         scheduler = Scheduler([model("m"), model("idle")], [GPU])
         dispatcher = Dispatcher(scheduler, {})
-        process = SimpleNamespace(phase=Progress("weights"), told="weights")
+        process = SimpleNamespace(phase=Progress("weights"), phase_text="weights")
         engines: Any = SimpleNamespace(processes={})
         nothing: Any = None
         back = BackEnd("", nothing, dispatcher, engines, nothing, nothing, nothing, nothing)

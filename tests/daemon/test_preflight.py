@@ -76,7 +76,7 @@ def test_the_log_has_the_arithmetic(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_core_is_told_sizes_and_settings() -> None:
     """What was measured under other settings will not be taken for these."""
     (a, b) = prospects(sim("a"), sim("a", max_model_len=100))
-    first, second = replica_spec(a.model, a.engine, a.told), replica_spec(b.model, b.engine, b.told)
+    first, second = replica_spec(a.model, a.engine, a.estimate), replica_spec(b.model, b.engine, b.estimate)
     assert first.footprint == second.footprint
     assert first.settings != second.settings
 

@@ -17,15 +17,15 @@ def test_of_many_requests_a_watcher_is_told_the_newest() -> None:
     every, failures = watcher(), watcher(failed=True)
     failed = SERVED._replace(number=0, status=502, error="UpstreamFailed")
     for each in (failed, *(SERVED._replace(number=number) for number in range(1, 10 * MOST_AT_ONCE))):
-        every.hear(each)
-        failures.hear(each)
-    assert [entry.number for entry in every.taken()] == list(range(9 * MOST_AT_ONCE, 10 * MOST_AT_ONCE))
-    assert [entry.number for entry in failures.taken()] == [0]
-    assert every.taken() == []
+        every.offer(each)
+        failures.offer(each)
+    assert [entry.number for entry in every.take_all()] == list(range(9 * MOST_AT_ONCE, 10 * MOST_AT_ONCE))
+    assert [entry.number for entry in failures.take_all()] == [0]
+    assert every.take_all() == []
 
 
 def test_a_watcher_hears_of_nothing_that_it_may_not_see() -> None:
     """A key sees its own requests only."""
     stranger = watcher(Caller("bob"))
-    stranger.hear(SERVED)
-    assert stranger.taken() == [] and not stranger.woken.is_set()
+    stranger.offer(SERVED)
+    assert stranger.take_all() == [] and not stranger.has_entries.is_set()

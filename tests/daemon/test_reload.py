@@ -340,7 +340,7 @@ def test_a_reload_does_with_a_setting_what_its_column_says(leaf: Leaf, tmp_path:
 
     async def reload(living: Living) -> None:
         await look(living)
-        answers.append(await living.daemon.take(await for_this_host(after, living.front.runtime)))
+        answers.append(await living.daemon.apply_configuration(await for_this_host(after, living.front.runtime)))
         await look(living)
 
     lives(before, tmp_path, reload)
@@ -366,7 +366,7 @@ def reloaded(before: dict[str, Any], after: dict[str, Any], folder: Path, *, act
     answers: list[Reloaded] = []
 
     async def reload(living: Living) -> None:
-        answers.append(await living.daemon.take(two))
+        answers.append(await living.daemon.apply_configuration(two))
 
     lives(one, folder, reload, activated=activated)
     return answers[0]
@@ -385,11 +385,11 @@ def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: 
 
     async def reload(living: Living) -> None:
         for _ in range(2):
-            answer = await living.daemon.take(after)
+            answer = await living.daemon.apply_configuration(after)
             assert answer.later == {"server.listen": LATER}
             assert living.config.server.listen == before.server.listen
             assert living.front.status.status().policy == "lru"
-        assert (await living.daemon.take(before)).later == {}
+        assert (await living.daemon.apply_configuration(before)).later == {}
 
     lives(before, tmp_path, reload)
     assert [each.getMessage() for each in caplog.records].count(f"server.listen {LATER}") == 2
@@ -405,7 +405,7 @@ def test_nothing_more_is_put_on_a_device_than_a_reload_says_that_it_has(tmp_path
     one, two = read(tmp_path, bare), read(tmp_path, full)
 
     async def reload(living: Living) -> None:
-        await living.daemon.take(two)
+        await living.daemon.apply_configuration(two)
         living.back.post(events.TimePassed())
         states = {view.name: view.state for view in living.front.status.status_input().snapshot.models}  # type: ignore[union-attr]
         assert states == {"a": State.STARTING, "b": State.STOPPED}
@@ -420,7 +420,7 @@ def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Pa
 
     async def reload(living: Living) -> None:
         living.back.post(events.EngineAdopted("m", Placement((1,)), State.READY))
-        await living.daemon.take(two)
+        await living.daemon.apply_configuration(two)
         status = living.front.status.status()
         assert [(line.name, line.state, line.devices) for line in status.models] == [("m", "running", (1,))]
         assert [(each.index, each.wedged) for each in status.devices] == [

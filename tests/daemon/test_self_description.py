@@ -100,7 +100,7 @@ def test_what_a_model_sees_and_hears_is_its_engine_s_word() -> None:
     """llama-server has the route for speech whatever its model is."""
     routes, blind = [*ROUTES, "/v1/audio/transcriptions"], {"modalities": {"vision": False, "audio": False}}
     for props, able in ((blind, set()), ({"modalities": {"vision": True, "audio": True}}, {"vision", "transcription"})):
-        said = SelfDescription(sees=modality(props, "vision"), hears=modality(props, "audio"))
+        said = SelfDescription(takes_images=modality(props, "vision"), takes_audio=modality(props, "audio"))
         found = card(ModelConfig("m", engine="llama.cpp"), routes, None, "", said)
         assert {"vision", "transcription"} & set(found.capabilities) == able
     assert modality({}, "audio") is modality(None, "audio") is None

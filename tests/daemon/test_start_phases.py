@@ -85,7 +85,7 @@ async def _told_while_compiling(rig: Rig) -> str:
     await soon(rig.launcher.started.wait())
     (process,) = rig.engine_manager.processes.values()
     rig.engine_manager.on_log(rig.instance, [f"{CORE}Starting to load model x", f"{CORE}Starting torch.compile"])
-    told = process.told
+    told = process.phase_text
     rig.engine.answers.clear()
     assert isinstance(await rig.event(), events.EngineReady)
     return told
@@ -137,8 +137,8 @@ def test_an_event_tells_where_the_time_went() -> None:
 def test_a_line_shows_the_start_under_way_before_the_last_one() -> None:
     """While it starts, nobody asks how it went yesterday."""
     view, settings = replica("m", State.STARTING), NO_SETTINGS
-    process: Any = SimpleNamespace(phases=StartPhases(), phase=Progress("x"), told="x", running=None, instance="i",
-                                   listen=SimpleNamespace(uds="", host="h", port=1), started=0.0,
+    process: Any = SimpleNamespace(phases=StartPhases(), phase=Progress("x"), phase_text="x", running=None,
+                                   instance="i", listen=SimpleNamespace(uds="", host="h", port=1), started=0.0,
                                    loader="")  # fmt: skip
     assert list(line(view, settings, process, last_start=Start(9.0, {"weights": 1.0})).start_phases) == ["process"]
     last = line(view, settings, None, last_start=Start(9.0, {"weights": 1.0}, "0f /e/vllm/0.33.0", "x"))

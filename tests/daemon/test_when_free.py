@@ -54,7 +54,7 @@ class Site:
         self._gate = AdmissionGate(EngineResolver(), Quotas([]), Counters())
         self._gate.configure({"m": model}, {"m": model})
         (found,) = look([model], machine, EngineResolver())
-        core = Scheduler([model_spec(model, [replica_spec(model, found.engine, found.told)])], machine.devices)
+        core = Scheduler([model_spec(model, [replica_spec(model, found.engine, found.estimate)])], machine.devices)
         self.dispatcher = Dispatcher(
             core, executors(self._fleet, self._gate, lambda command: None, ReadAhead(lambda replica: []))
         )

@@ -18,7 +18,7 @@ from vllmd.daemon import engine_manager
 from vllmd.daemon.adoption import examine
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_resolver import EngineResolver
-from vllmd.daemon.launch_planner import noted
+from vllmd.daemon.launch_planner import without_key
 from vllmd.engines.base import Listen
 from vllmd.launcher.client import Running, StartOrder
 
@@ -75,8 +75,8 @@ def test_an_engine_whose_socket_is_a_link_is_not_taken_over(tmp_path: Path) -> N
 def test_notes_tell_that_there_is_a_key_but_not_which() -> None:
     """They are extended attributes, which everybody may read."""
     listen = Listen(port=33300, key="of-this-start", owner=1)
-    assert "of-this-start" not in json.dumps(noted(listen))
-    assert Listen(**noted(listen)).key
+    assert "of-this-start" not in json.dumps(without_key(listen))
+    assert Listen(**without_key(listen)).key
     assert "of-this-start" not in repr(listen)
 
 
@@ -93,7 +93,7 @@ def test_a_found_engine_has_its_key_again(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         server = await asyncio.start_server(answer, "127.0.0.1", 0, family=socket.AF_INET)
         listen = Listen(port=server.sockets[0].getsockname()[1], key="x")
-        told = {**notes(rig.model, tmp_path / "x"), "listen": json.dumps(noted(listen))}
+        told = {**notes(rig.model, tmp_path / "x"), "listen": json.dumps(without_key(listen))}
         running = Running("m-000001", 1, "vllmd-model-m-000001.scope", metadata=told, uid=os.geteuid())
         key = EngineKeys(tmp_path).of("m-000001")
         await soon(examine(running, {"m": rig.model}, EngineResolver(), EngineKeys(tmp_path).of))

@@ -49,10 +49,19 @@ def follow(admin: Admin, model: str, *, add: bool, quiet: bool) -> Pulled:
     finally:
         shown.clear()
     if last.error:
-        raise Failure(last.error.message, STATUSES.get(str(last.error.code), EX_UNAVAILABLE))
+        raise Failure(_with_advice(last.error.message), STATUSES.get(str(last.error.code), EX_UNAVAILABLE))
     if not last.done:
         raise Failure(f"the download of {model} broke off; vllmctl pull {model} goes on where it was", EX_UNAVAILABLE)
     return last
+
+
+def _with_advice(message: str) -> str:
+    """What fails without a hub, and what does not need one."""
+    if "cannot be reached" not in message:
+        return message
+    from vllmd.cli.verbs.search import without_hub
+
+    return f"{message}. {without_hub()}"
 
 
 def _render(model: str, told: Pulled) -> Callable[[float], str]:

@@ -179,6 +179,7 @@ def _waiting_for_room(core: Core, r: Replica, now: float, outlook: Ask) -> str:
     accounts = engines.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
     taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
-    kept = [other.id for other in core.replicas.values() if other.kept and other.loaded and other is not r]
-    room = f"room beside {', '.join(kept)} (leased or pinned)" if kept else "room"
+    kept = [other for other in core.replicas.values() if other.kept and other.loaded and other is not r]
+    beside = [f"{other.id} ({'pinned' if other.pinned else 'leased'})" for other in kept]
+    room = f"room beside {', '.join(beside)}" if beside else "room"
     return "; ".join([room, *wedged, *taken])

@@ -17,7 +17,7 @@ from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_manager import EngineManager
-from vllmd.daemon.failures import noted
+from vllmd.daemon.failures import failures_to_keep
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
 from vllmd.engines.base import Call, Listen
@@ -105,7 +105,7 @@ class BackEnd:
         if state is not State.STARTING:
             return ""
         process = self.engines.processes.get(replica)
-        return str((process.told if process else "") or state.value)
+        return str((process.phase_text if process else "") or state.value)
 
     async def note_idle(self) -> None:
         """Leave each engine's idle clock beside its cgroup, for the next daemon."""
@@ -119,7 +119,7 @@ class BackEnd:
         async with self.keeping:
             self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
             if known := self.engines.configured:  # with a broken configuration nothing is known of them
-                self.learnt.failures = noted(self.snapshot(), known, self.learnt.failures, time.time())
+                self.learnt.failures = failures_to_keep(self.snapshot(), known, self.learnt.failures, time.time())
             await asyncio.to_thread(self.learnt.save)
 
     async def close(self) -> None:

@@ -42,7 +42,7 @@ def check(config: Config, environment: Mapping[str, str]) -> int:
     print(f"valid: {len(config.models)} models ({', '.join(config.models) or 'none'}), read from {files}")
     for each in prospects:
         if machine.devices:
-            print(f"{each.model.name}: {size(each.told.footprint.awake)} per device: {each.told.why}")
+            print(f"{each.model.name}: {size(each.estimate.footprint.awake)} per device: {each.estimate.why}")
     return 0
 
 

@@ -52,7 +52,7 @@ class Current:
         self.config = config
         self._take_engines(config)
 
-    def take(self, config: Config) -> None:
+    def apply(self, config: Config) -> None:
         """This configuration is in force from now on."""
         self.config, self.broken, self.refused = config, "", ""
         self._take_engines(config)

@@ -103,7 +103,7 @@ class Download:
         since, had = self._first
         return max(0, self.done - had) / max(0.1, time.monotonic() - since)
 
-    def take(self, told: Mapping[str, object]) -> bool:
+    def update(self, told: Mapping[str, object]) -> bool:
         """What its file says; whether that is new. Nothing of it is believed to have a type."""
         before = (self.phase, self.done, self.total, self.source)
         self.phase = _word(told, "phase") or self.phase
@@ -276,7 +276,7 @@ class Downloads:
         try:
             while not download.exited.is_set():
                 told = await asyncio.to_thread(_read, folder)
-                if told and download.take(told):
+                if told and download.update(told):
                     download.mark_changed()
                     self._mark_changed()
                 if told and download.phase in ("done", "failed"):

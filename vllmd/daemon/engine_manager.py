@@ -25,15 +25,15 @@ from vllmd.daemon.boot_clock import moments
 from vllmd.daemon.calls import (
     Liveness,
     answers,
-    asked,
     call,
     check_liveness,
     complete,
     next_line,
     nobody_listens,
+    timed_probe,
     within,
 )
-from vllmd.daemon.engine_process import Anew, EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, PlainOrder, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.last_starts import Start, Starts, in_words
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -157,9 +157,9 @@ class EngineManager:
         self.processes[command.replica] = process
         if order and (standby := self.standbys.claim(process.standby, self._launch_planner.needs(process.model))):
             order, process.given = replace(order, standby=standby), standby
-        process.anew = lambda: self._launch_planner.prepare(command)
+        process.plain_order = lambda: self._launch_planner.prepare(command)
         known = self._starts.get(process.name)
-        process.first = known is None or known.like != process.like
+        process.is_first_start = known is None or known.like != process.compiled_with
         work = self._load_and_start(process, order, command.memory) if order else self._reach(process)
         self._run(process, work, lambda why: events.EngineStartFailed(process.name, why))
 
@@ -269,7 +269,7 @@ class EngineManager:
             if self.processes.get(process.name) is not process:
                 return
             found, failure = await check_liveness(process, limit)
-            if not failure:
+            if not failure or found is Liveness.UNKNOWN:
                 looks = 0
                 continue
             looks, silent_since = looks + 1, silent_since if looks else time.monotonic()
@@ -282,7 +282,7 @@ class EngineManager:
             self._post(events.EngineExited(process.name, f"it is gone: {failure}"))
 
     async def _probe(self, process: EngineProcess, command: commands.ProbeReplica) -> None:
-        seconds, why = await asked(process, command.limit)
+        seconds, why = await timed_probe(process, command.limit)
         self._post(events.ReplicaProbed(command.request, seconds, why))
 
     async def await_ready(self, process: EngineProcess) -> events.Event:
@@ -313,7 +313,7 @@ class EngineManager:
         process.ready_after, spent = time.monotonic() - process.started, process.phases.end()
         process.phases.now = READY
         loader = process.loader
-        self._starts.note(process.name, Start(process.ready_after, spent, process.like, loader))
+        self._starts.note(process.name, Start(process.ready_after, spent, process.compiled_with, loader))
         self._loaders.came_up(process.loading, spent)
         if process.running and process.running.standby and process.standby:
             self.standbys.note_outcome(process.standby, good=True)
@@ -332,10 +332,10 @@ class EngineManager:
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
         lines = process.all_lines()
         failure = process.engine.failure(lines)
-        if process.anew and process.is_special and (process.loader or not failure.memory):
+        if process.plain_order and process.is_special and (process.loader or not failure.memory):
             made = f"with its weights loaded by {process.loader}" if process.loader else "made of a standby"
             log.warning("%s: %s, it failed: %s", process.name, made, failure.reason, extra=of(process))
-            return await self._start_anew(process, process.anew)
+            return await self._start_plainly(process, process.plain_order)
         if process.phase.detail and "phase" not in what:
             what = f"{what} in its phase {process.phase.phase!r}"
         reason = with_last_lines(with_root(what, failure) if lines else what, lines, failure.reason)
@@ -353,10 +353,10 @@ class EngineManager:
     def _longest_start(self, process: EngineProcess) -> float:
         """The limit of a start, in seconds; shorter where the engine could be started again in a plainer way."""
         longest, usual = process.model.start_timeout, self._usual(process.name, "start")
-        special = process.is_special and process.anew
+        special = process.is_special and process.plain_order
         return min(longest, max(SHORTEST_PATIENCE, PATIENCE * usual)) if special and usual else longest
 
-    async def _start_anew(self, process: EngineProcess, anew: Anew) -> events.Event:
+    async def _start_plainly(self, process: EngineProcess, plain_order: PlainOrder) -> events.Event:
         """Start the engine again without standby and fast loader, either of which may have been at fault.
 
         Of the two the loader is suspected: the standby has already run.
@@ -368,13 +368,13 @@ class EngineManager:
             self.standbys.note_outcome(process.standby, good=False)
         self._discard(process)
         try:
-            fresh, order = anew()
+            fresh, order = plain_order()
         except VllmdError as error:
             fresh, order, why = process, None, error.message
         if order is None:
             self._forget(process)
             return events.EngineStartFailed(process.name, why)
-        process.become(fresh)
+        process.restart_as(fresh)
         event = await self._start(process, order)
         if isinstance(event, events.EngineStartFailed):  # it was not their fault
             if loading:
@@ -577,7 +577,7 @@ class EngineManager:
     def answered(self, model: str, status: int, *, failed: bool) -> None:
         """A request to the model's engine was answered with ``status``, or ``failed`` on its way."""
         if process := self.processes.get(model):
-            process.health.told(status, failed)
+            process.health.note(status, failed)
 
     def has_ended(self, instance: str) -> bool:
         """Whether the end of an engine that is not taken in (yet) has been reported."""

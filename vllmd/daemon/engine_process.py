@@ -29,7 +29,7 @@ from vllmd.launcher.client import ExitReport, Running, StartOrder
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
-Anew = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
+PlainOrder = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Health:
     errors: int = 0  # answers with 5xx since then
     doubt: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def told(self, status: int, failed: bool) -> None:
+    def note(self, status: int, failed: bool) -> None:
         """A request was answered with ``status`` by the engine, or ``failed`` on the way to it or back."""
         if failed:
             self.doubt.set()
@@ -79,9 +79,9 @@ class EngineProcess:
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     standby: Standby | None = None  # what a standby has to be to become it
     given: str = ""  # the instance of the standby that its order names
-    anew: Anew | None = None  # writes its order once more, should its standby or its loader be at fault
+    plain_order: PlainOrder | None = None  # writes its order once more, should its standby or its loader be at fault
     loading: Loading | None = None  # how its weights are read, where that is to be measured
-    first: bool = False  # no start of such an engine is known that came through
+    is_first_start: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it was told to go
     asleep: bool = False
     health: Health = field(default_factory=Health)
@@ -96,9 +96,9 @@ class EngineProcess:
         return self.phases.now
 
     @property
-    def told(self) -> str:
+    def phase_text(self) -> str:
         """The same in words, as whoever waits is told it."""
-        return f"{self.phase.phase}, first time only" if self.phase.once and self.first else self.phase.phase
+        return f"{self.phase.phase}, first time only" if self.phase.once and self.is_first_start else self.phase.phase
 
     @property
     def loader(self) -> str:
@@ -111,7 +111,7 @@ class EngineProcess:
         return bool(self.running and (self.running.standby or self.loader))
 
     @property
-    def like(self) -> str:
+    def compiled_with(self) -> str:
         """What another start must have in common with this one to find what this one has compiled."""
         return f"{self.fingerprint} {self.environment or ''}".rstrip()
 
@@ -120,11 +120,11 @@ class EngineProcess:
         """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
         return self.model.name
 
-    def become(self, other: EngineProcess) -> None:
-        """Be that attempt instead, the one before being gone. The time that it took counts in this start."""
+    def restart_as(self, other: EngineProcess) -> None:
+        """Go on as another attempt at this start, once the one before has exited; the time of both counts."""
         for name in ("model", "instance", "listen", "fingerprint", "environment", "stop", "stop_signal"):
             setattr(self, name, getattr(other, name))
-        self.running = self.ordered = self.report = self.watcher = self.file = self.anew = self.loading = None
+        self.running = self.ordered = self.report = self.watcher = self.file = self.plain_order = self.loading = None
         self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
         self.lines.clear()
 

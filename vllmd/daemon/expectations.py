@@ -52,8 +52,8 @@ async def expect(
         estimates: dict[str, Estimate] = {}
         for each in prospects:
             name = each.model.replica_of or each.model.name
-            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.told, cpu))
-            estimates[each.model.name] = each.told
+            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.estimate, cpu))
+            estimates[each.model.name] = each.estimate
         specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
         return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
 

@@ -36,7 +36,7 @@ def failed(seen: Snapshot) -> frozenset[tuple[str, str]]:
     return frozenset((each.id, each.failure) for each in seen.replicas if each.state is State.FAILED)
 
 
-def noted(
+def failures_to_keep(
     seen: Snapshot, engines: Mapping[str, ModelConfig], before: Mapping[str, Failure], now: float
 ) -> dict[str, Failure]:
     """What is to be kept. ``before``: what was; it keeps the times of those that fail for the same reason still."""

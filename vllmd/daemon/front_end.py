@@ -80,7 +80,7 @@ class FrontEnd:
     def accept(self, config: Config) -> None:
         """Serve by this configuration from now on."""
         logging.getLogger().setLevel(config.log_level.upper())
-        self.current.take(config)
+        self.current.apply(config)
         self.gate.refusal = None
         self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
         self.records.configure(config.records)

@@ -39,7 +39,7 @@ class Paths:
     homes: Homes = field(default_factory=Homes)
 
 
-def noted(listen: Listen) -> dict[str, object]:
+def without_key(listen: Listen) -> dict[str, object]:
     """Where an engine listens, as others may read it: instead of its key only whether it has one."""
     return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
 
@@ -190,7 +190,7 @@ class LaunchPlanner:
             node=(devices[0].node or 0) if near else -1,
             metadata={
                 "model": process.model.name,
-                "listen": json.dumps(noted(process.listen)),
+                "listen": json.dumps(without_key(process.listen)),
                 "devices": json.dumps(process.placement.devices),
                 "fingerprint": process.fingerprint,
                 "environment": process.environment or "",

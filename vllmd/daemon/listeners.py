@@ -36,7 +36,7 @@ from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Authenticator
 from vllmd.proxy.hosts import Hosts
-from vllmd.proxy.limits import Limits
+from vllmd.proxy.limits import Limits, clients_files
 from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.peers import are_ours
 from vllmd.proxy.routing import Router
@@ -101,7 +101,8 @@ class Listeners:
         if operators:
             anybody = any(map(anybody_can_connect, operators))
             operator = PeerCredentialAuth(anybody_can_connect=anybody, read_only=name == READ)
-            self._operators.append(self._server(self._router(operator, public=False), operators))
+            router = self._router(operator, public=False)
+            self._operators.append(Server(router, self._limits, operators, self._note, self._memory))
             yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
         addresses = {sock.fileno(): address for sock in clients if (address := public_address(sock))}
@@ -133,7 +134,7 @@ class Listeners:
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
-        return Server(router, self._limits, sockets, self._note, self._memory)
+        return Server(router, self._limits, sockets, self._note, self._memory, clients_files())
 
     @property
     def connections(self) -> int:
@@ -212,7 +213,7 @@ class Listeners:
             self._control.counters.recorded(entry)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
-        _log(exchange)
+        log_ended(exchange)
 
 
 def anybody_can_connect(listener: socket.socket) -> bool:
@@ -224,9 +225,10 @@ def anybody_can_connect(listener: socket.socket) -> bool:
         return True
 
 
-def _log(exchange: Exchange) -> None:
-    """One record per request, for whoever looks for a request id."""
-    level = logging.INFO if exchange.status >= 500 else logging.DEBUG
+def log_ended(exchange: Exchange) -> None:
+    """One record per request, for whoever looks for a request id; what the client did not get is told in any case."""
+    broken_off = exchange.status < 400 and exchange.error not in ("", "ClientGone")
+    level = logging.INFO if exchange.status >= 500 or broken_off else logging.DEBUG
     if not log.isEnabledFor(level):
         return
     request = exchange.request

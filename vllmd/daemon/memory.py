@@ -45,9 +45,9 @@ class Memory:
         self._began = 0.0
         self._silent = ""  # why no device at all could be read, the last times
         self._failures = 0  # of whole readings, in a row
-        self.take(devices)
+        self.use_devices(devices)
 
-    def take(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
+    def use_devices(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
         """Go on with these devices."""
         self._devices = devices
         self._files = self._files if files is None else files

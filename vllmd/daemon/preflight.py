@@ -29,13 +29,13 @@ log = logging.getLogger("vllmd")
 class ModelCheck:
     """A model, its engine and what it is expected to take.
 
-    ``wrong``: why it can never run; "" if it can. ``kind``: what its files are for, see ``fitness``.
+    ``problem``: why it can never run; "" if it can. ``kind``: what its files are for, see ``fitness``.
     """
 
     model: ModelConfig
     engine: Engine
-    told: Estimate
-    wrong: str
+    estimate: Estimate
+    problem: str
     kind: str = ""
 
 
@@ -91,22 +91,22 @@ def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:
 
 def wrong(prospects: Iterable[ModelCheck]) -> list[str]:
     """Everything that can never work, one sentence each."""
-    return [each.wrong for each in prospects if each.wrong]
+    return [each.problem for each in prospects if each.problem]
 
 
 def doubtful(prospects: Sequence[ModelCheck], machine: Machine) -> list[str]:
     """What works, but hardly as meant."""
-    pinned = [(each.model, each.told) for each in prospects if each.model.pin]
+    pinned = [(each.model, each.estimate) for each in prospects if each.model.pin]
     overfull = overfull_pins(pinned, machine.gpus)
-    notes = [f"{each.model.name}: {note}" for each in prospects for note in each.told.notes]
+    notes = [f"{each.model.name}: {note}" for each in prospects for note in each.estimate.notes]
     return [*notes, *([overfull] if overfull else [])]
 
 
 def say(prospects: Sequence[ModelCheck], machine: Machine) -> None:
     """Into the log: the arithmetic of every model, then what is doubtful, then what is wrong."""
     for each in prospects:
-        log.info("%s: expected to take %s per device: %s", each.model.name, size(each.told.footprint.awake),
-                 each.told.why, extra={"journal": {"MODEL": each.model.replica_of or each.model.name}})  # fmt: skip
+        log.info("%s: expected to take %s per device: %s", each.model.name, size(each.estimate.footprint.awake),
+                 each.estimate.why, extra={"journal": {"MODEL": each.model.replica_of or each.model.name}})  # fmt: skip
     for doubt in doubtful(prospects, machine):
         log.warning("%s", doubt)
     for mistake in wrong(prospects):

@@ -12,7 +12,7 @@ from vllmd.api.answers import Probed, ProbedReplica
 from vllmd.config.types import ReplicaConfig
 from vllmd.core import events
 from vllmd.core.types import State
-from vllmd.daemon.calls import asked
+from vllmd.daemon.calls import timed_probe
 from vllmd.daemon.serializers import state_of
 from vllmd.errors import Conflict
 
@@ -70,7 +70,7 @@ async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Outcome:
         return Outcome(None, refusal.message)
     seconds, why = None, "abandoned"
     try:
-        seconds, why = await asked(process, limit)
+        seconds, why = await timed_probe(process, limit)
     finally:
         back.post(events.ReplicaProbed(request, seconds, why))
     return Outcome(seconds, why)

@@ -61,16 +61,16 @@ class Watcher:
     def __init__(self, wanted: Filter, caller: Caller) -> None:
         self._wanted, self._caller = wanted, caller
         self._waiting: deque[Entry] = deque(maxlen=MOST_AT_ONCE)
-        self.woken = asyncio.Event()
+        self.has_entries = asyncio.Event()
 
-    def hear(self, entry: Entry) -> None:
+    def offer(self, entry: Entry) -> None:
         """A request has ended: keep it until it is told, if it is one of those that are wanted."""
         if self._wanted.takes(entry) and ring.may_see(self._caller, entry):
             self._waiting.append(entry)
-            if not self.woken.is_set():
-                self.woken.set()
+            if not self.has_entries.is_set():
+                self.has_entries.set()
 
-    def taken(self) -> list[Entry]:
+    def take_all(self) -> list[Entry]:
         """What is to be told now."""
         waiting = list(self._waiting)
         self._waiting.clear()
@@ -161,7 +161,7 @@ class Records:
         if config.access_log:
             self._log(entry, config.access_log)
         for watcher in self._watchers:
-            watcher.hear(entry)
+            watcher.offer(entry)
         return entry
 
     def _schedule(self) -> None:
@@ -222,7 +222,7 @@ class Records:
     # -- the access log
 
     def _log(self, entry: Entry, where: str) -> None:
-        told = ring.told(entry)
+        told = ring.as_answer(entry)
         if where == "journal":
             tokens = told.tokens
             fields = {
@@ -335,7 +335,7 @@ class Records:
         shown = (each for each in self._ring.newest() if wanted.takes(each) and ring.may_see(caller, each))
         live = sorted(_unfinished(exchange) for exchange in self.live())
         under_way = (each for each in live if wanted.takes(each) and ring.may_see(caller, each))
-        return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.told, under_way)))
+        return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.as_answer, under_way)))
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
         """One request with its head, and with recorded bodies, if the caller may change things. Raises NotFound.
@@ -350,7 +350,7 @@ class Records:
                 f"no request {request_id[:100]!r} is under way or among the last {self._config.requests} that ended"
             )
         kept = self._bodies.of(entry.number) if ADMIN in caller.scopes else None
-        recorded = None if kept is None else bodies.told(kept)
+        recorded = None if kept is None else bodies.as_answer(kept)
         return RequestInFull(**vars(self._told(entry)), headers=ring.headers(entry), recorded=recorded)
 
     def cancel(self, request_id: str, caller: Caller) -> Cancelled:
@@ -361,7 +361,7 @@ class Records:
             raise NotFound(f"no request {request_id[:100]!r} is under way; vllmctl requests shows those that are")
         for exchange, _ in found:
             exchange.cancel(RequestCancelled("an administrator has cancelled the request"))
-        return Cancelled(tuple(ring.told(entry) for _, entry in found))
+        return Cancelled(tuple(ring.as_answer(entry) for _, entry in found))
 
     async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops.
@@ -372,9 +372,9 @@ class Records:
         self._watchers.add(watcher)
         try:
             while True:
-                await watcher.woken.wait()
-                watcher.woken.clear()
-                for entry in watcher.taken():
+                await watcher.has_entries.wait()
+                watcher.has_entries.clear()
+                for entry in watcher.take_all():
                     yield self._told(entry)
                 await asyncio.sleep(WATCH_PAUSE)
         finally:
@@ -414,7 +414,7 @@ class Records:
             self._bodies.keep(number, found)
 
     def _told(self, entry: Entry) -> RequestEntry:
-        return ring.told(entry, bodies=self._bodies.of(entry.number) is not None)
+        return ring.as_answer(entry, bodies=self._bodies.of(entry.number) is not None)
 
     # -- what is asked: use
 

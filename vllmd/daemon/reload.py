@@ -26,7 +26,9 @@ from vllmd.gpu import Devices
 log = logging.getLogger("vllmd")
 
 
-async def take(front: FrontEnd, back: BackEnd, read: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
+async def apply_configuration(
+    front: FrontEnd, back: BackEnd, read: Config, unless_used: frozenset[str] = frozenset()
+) -> Reloaded:
     """Go on with another configuration; engines are stopped only where their own settings changed.
 
     ``unless_used``: models, or replicas by their id. Raises Conflict, nothing changed, if the core finds one of them in
@@ -61,7 +63,7 @@ async def take(front: FrontEnd, back: BackEnd, read: Config, unless_used: frozen
         front.gate.learn_kinds(expected.kinds)
         if devices:
             old = back.memory.devices
-            back.memory.take(devices, files_of(config))
+            back.memory.use_devices(devices, files_of(config))
             old.close()
             log_devices(back.memory)
 

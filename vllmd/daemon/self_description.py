@@ -25,15 +25,15 @@ CONTEXT = ("max_model_len", "context_length", "context_window", "n_ctx")
 class SelfDescription:
     """``context`` in tokens, None if it was not told; ``routes``: the paths that it has, empty if that was not told.
 
-    ``tools``: whether its model's chat template takes tools, None if that was not told; so are ``sees`` and ``hears``:
-    whether its model takes pictures and sounds.
+    ``tools``: whether its model's chat template takes tools, None if that was not told; so are
+    ``takes_images`` and ``takes_audio``: whether its model takes pictures and sounds.
     """
 
     context: int | None = None
     routes: frozenset[str] = frozenset()
     tools: bool | None = None
-    sees: bool | None = None
-    hears: bool | None = None
+    takes_images: bool | None = None
+    takes_audio: bool | None = None
 
 
 async def describe_itself(process: EngineProcess) -> SelfDescription:

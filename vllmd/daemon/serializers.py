@@ -69,9 +69,9 @@ def card(
         able &= served
     elif kind:
         able &= BY_KIND[kind]
-    if not model.capabilities and said and said.hears is False:
+    if not model.capabilities and said and said.takes_audio is False:
         able -= {"transcription", "translation"}
-    if not model.capabilities and said and said.sees and "chat" in able:
+    if not model.capabilities and said and said.takes_images and "chat" in able:
         able.add("vision")
     if not model.capabilities and "chat" in able and calls_tools(model, said):
         able.add("tools")
@@ -147,7 +147,7 @@ def line(
         unit=running.unit if running else "",
         socket=(process.listen.uds or f"{process.listen.host}:{process.listen.port}") if process else "",
         instance=process.instance if process else "",
-        phase=process.told if process and starting else "",
+        phase=process.phase_text if process and starting else "",
         detail=starting.detail if starting else "",
         last_start_seconds=last_start.seconds if last_start else None,
         start_phases=_phases(process if starting else None, last_start),

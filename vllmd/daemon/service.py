@@ -72,7 +72,7 @@ class Daemon:
         broken: str = "",
     ) -> None:
         """``config`` is ``for_this_host``. ``read`` reads the files anew; ``broken``: why they cannot be used."""
-        self.front = front_end(config, broken, runtime, sockets, self.take, self.reload)
+        self.front = front_end(config, broken, runtime, sockets, self.apply_configuration, self.reload)
         self.failed = False
         self._read = read
         self._runtime = runtime
@@ -176,7 +176,7 @@ class Daemon:
                 self._last_status = status
                 self._notify.status(status)
             # 2. The idle exit.
-            if self._may_exit(seen):
+            if self._may_exit(seen) and not self._stopping.is_set():  # a second time it would wait for nobody
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             if back and seen:
@@ -346,7 +346,7 @@ class Daemon:
             with collector.paused():
                 config = await for_this_host(await asyncio.to_thread(self._read), self._runtime)
                 async with self.front.changing:
-                    answer = await self.take(self.front.runtime_models.added_to(config))
+                    answer = await self.apply_configuration(self.front.runtime_models.added_to(config))
                 if len(config.models) >= collector.MANY:
                     collector.exempt_existing()
                 return answer
@@ -357,11 +357,11 @@ class Daemon:
         finally:
             self._notify.ready()
 
-    async def take(self, config: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
+    async def apply_configuration(self, config: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
         """Implements ``daemon.current.ApplyConfiguration``. The caller holds ``front.changing``."""
-        from vllmd.daemon.reload import take  # most daemons are never told to
+        from vllmd.daemon.reload import apply_configuration  # most daemons are never told to
 
-        return await take(self.front, await self.front.back.wait(), config, unless_used)
+        return await apply_configuration(self.front, await self.front.back.wait(), config, unless_used)
 
     def side_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -27,7 +27,7 @@ from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.place import host_memory, memory_of_machine
-from vllmd.sizes import GiB
+from vllmd.sizes import GiB, in_words
 
 log = logging.getLogger("vllmd.standby")
 
@@ -160,7 +160,7 @@ class Standbys:
         if one := self.kept.get(instance):
             one.ready, one.memory = True, memory or EXPECTED
             seconds = time.monotonic() - one.since
-            log.info("%s waits, after %.1f s, with %d MiB", instance, seconds, one.memory >> 20)
+            log.info("the standby %s is ready after %.1f s, with %s", instance, seconds, in_words(one.memory))
             self._report_held()
 
     def ended(self, report: ExitReport) -> bool:
@@ -172,7 +172,7 @@ class Standbys:
             self._report_held()
             return True
         why = report.log_tail[-1] if report.log_tail else "it said nothing"
-        self._failed(one, f"it ended by itself: {why}")
+        self._failed(one, f"the process ended by itself: {why}")
         return True
 
     # -- chores
@@ -191,7 +191,7 @@ class Standbys:
         wanted = self._wanted(frozenset(running), now)
         for one in list(self.kept.values()):
             if one.standby not in wanted:
-                self._give_up(one, "nothing could be made of it any more")
+                self._give_up(one, "no model could use it any more")
             elif not one.ready and now > one.since + IMPORT_LIMIT:
                 self._failed(one, f"it has not imported everything in {IMPORT_LIMIT:g} s")
                 self._give_up(one, "it takes too long")
@@ -263,7 +263,7 @@ class Standbys:
 
     def _give_up(self, one: StandbyProcess, why: str) -> None:
         del self.kept[one.instance]
-        log.info("%s is given up: %s", one.instance, why)
+        log.info("the standby %s is ended: %s", one.instance, why)
         self._report_held()
         self._spawn(self._kill(one.instance))
 

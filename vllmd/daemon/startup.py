@@ -152,7 +152,7 @@ async def apply_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> Non
         if devices is not back.devices.current:  # it has taken others meanwhile
             return
         config = front.current.config
-        back.memory.take(devices, files_of(config))
+        back.memory.use_devices(devices, files_of(config))
         log_devices(back.memory)
         if not devices.trouble:
             expected = await expect(config, front.runtime, devices.inventory(), front.resolver)

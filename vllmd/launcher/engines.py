@@ -382,7 +382,9 @@ class Supervisor:
             self._loop.unwatch(fd)
         self._loop.watch(process.fd, self._guarded(engine, lambda: self._on_main_exit(engine)))
         self._loop.watch(link.fd, self._guarded(engine, lambda: self._on_handover_reply(engine)))
-        engine.timer = self._loop.later(LIMIT, lambda: self._fail(engine, Failed(f"nothing came of it in {LIMIT:g} s")))
+        engine.timer = self._loop.later(
+            LIMIT, lambda: self._fail(engine, Failed(f"the standby did not take the order in {LIMIT:g} s"))
+        )
         self._guarded(engine, lambda: self._prepare(engine, order, user))()
 
     def _prepare(self, engine: Engine, order: StartOrder, user: User) -> None:
@@ -417,7 +419,7 @@ class Supervisor:
             finally:
                 os.close(output)
         except OSError as error:
-            self._fail(engine, Failed(f"it cannot be told: {error.strerror or error}"))
+            self._fail(engine, Failed(f"the order cannot be sent to the standby: {error.strerror or error}"))
 
     def _on_handover_reply(self, engine: Engine) -> None:
         handover = engine.handover
@@ -438,7 +440,8 @@ class Supervisor:
 
     def _restart_without_standby(self, engine: Engine, handover: HandOver, why: Failed) -> None:
         """The standby was of no use: when it is gone the order is carried out without it, under the same name."""
-        log.warning("%s: not made of %s, but started anew: %s", engine.instance, handover.standby, why.message)
+        log.warning("%s: not made of the standby %s, but started without one: %s", engine.instance, handover.standby,
+                    why.message)  # fmt: skip
         self._end_handover(engine)
         self._release_standby(handover.standby)
         if engine.answer:
@@ -455,7 +458,7 @@ class Supervisor:
         if engine.successor:
             _, answer = engine.successor
             engine.successor = None
-            answer(Failed("it was ended before it was started"))
+            answer(Failed("the engine was ended before it was started"))
 
     def _release_standby(self, instance: str) -> None:
         """Forget a standby whose process has become an engine, or is about to be killed; its other processes end."""
@@ -476,11 +479,11 @@ class Supervisor:
             return
         if said == READY and not link.ready:
             link.ready = True
-            log.info("%s waits", engine.instance)
+            log.info("the standby %s is ready", engine.instance)
             self._waiting(engine.instance, memory_of(engine.process.pid) if engine.process else 0)
             return
         if said:
-            log.warning("%s cannot be used: it said %r", engine.instance, said)
+            log.warning("the standby %s cannot be used: it said %r", engine.instance, said)
         self._loop.unwatch(link.fd)
         link.ready = False
         if engine.process:
@@ -604,7 +607,7 @@ class Supervisor:
     def _finish(self, engine: Engine, log_tail: tuple[str, ...]) -> None:
         del self._engines[engine.instance]
         if engine.answer:
-            _answer(engine, engine.failure or Failed("it ended before it was started"))
+            _answer(engine, engine.failure or Failed("the engine ended before it was started"))
         else:
             self._report_exit(engine, log_tail)
         self._release(engine)

@@ -84,4 +84,4 @@ def without_standby(order: StartOrder) -> StartOrder:
 
 def refusal(said: str) -> str:
     """Why a hand-over came to nothing, by what the standby said."""
-    return f"it said {said!r}" if said else "it is gone"
+    return f"the standby said {said!r}" if said else "the standby has exited"

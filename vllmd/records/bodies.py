@@ -161,7 +161,7 @@ def of(account: Account | None, received: int) -> Bodies | None:
     return Bodies(cleaned(account.request)[: tap.most], cleaned(_payload(tap)), received, cut)
 
 
-def told(bodies: Bodies) -> RecordedBodies:
+def as_answer(bodies: Bodies) -> RecordedBodies:
     """Both as text; what is no UTF-8 in them is replaced."""
     return RecordedBodies(
         request=bodies.request.decode("utf-8", "replace"),

@@ -176,7 +176,7 @@ def may_see(caller: Caller, entry: Entry) -> bool:
     return caller.may_see_key(entry.key) and (caller.models is None or caller.may_use(entry.model))
 
 
-def told(entry: Entry, *, bodies: bool = False) -> RequestEntry:
+def as_answer(entry: Entry, *, bodies: bool = False) -> RequestEntry:
     """The request in words, without head and bodies. ``bodies``: whether they are kept."""
     took, waited = entry.tokens, entry.waited
     tokens = None if took is None else RequestTokens(took.prompt, took.cached, took.answer, took.estimated)

@@ -71,7 +71,7 @@ function Troubles({ status }) {
   const failed = status.models.filter((line) => line.state === "error");
   const more = failed.length - MOST_TROUBLES;
   if (failed.length === 0 && !status.configuration.refused) return null;
-  return html`<div class="problem" role="status" aria-label="what is wrong">
+  return html`<div class="problem troubles" role="status" aria-label="what is wrong">
     ${status.configuration.refused && html`<p>The configuration files are not in force, a restart would serve no model: ${status.configuration.refused}</p>`}
     ${failed.slice(0, MOST_TROUBLES).map((line) => html`<p key=${line.name}><strong>${line.name}</strong> has failed: ${firstLine(line.failure)}</p>`)}
     ${more > 0 && html`<p>and ${plural(more, "more model")}</p>`}</div>`;
