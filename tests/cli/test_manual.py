@@ -59,6 +59,12 @@ def test_every_engine_kind_is_in_the_manual() -> None:
     assert [name for name in BUILT_IN if not re.search(rf"^\.Ss .*\b{name}\b", template, re.M)] == []
 
 
+@pytest.mark.skipif(not shutil.which("mandoc"), reason="needs mandoc")
+def test_values_are_spelt_as_they_are_written() -> None:
+    """Whoever copies True or Auto out of the manual gets an error."""
+    assert re.findall(r"^ +(?:True|False|Auto|Cls|Bnb-\S+)(?:[:,]| \(| or ).*", rendered("vllmd.yaml.5"), re.M) == []
+
+
 def test_every_engine_kind_is_told_how_it_is_reached() -> None:
     """Who can connect to an engine is what a lab decides by; a kind that is left out looks as if nobody could."""
     for page in ("SECURITY.md", "man/vllmd.8.in"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tests.daemon.rig import Rig, tell
 from vllmd.core import events
 from vllmd.daemon import health
+from vllmd.proxy import upstream
 
 BROKEN = (500, b'{"error": {"message": "CUDA error: an illegal memory access was encountered"}}')
 
@@ -37,6 +40,29 @@ def test_nobody_listens_any_more(tmp_path: Path) -> None:
         engine.close()
         rig.engine_manager.answered("m", 0, failed=True)
         assert "was killed" in await crash(rig)
+
+    tell(story, tmp_path)
+
+
+def test_where_we_cannot_ask_it_is_not_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of file descriptors, of which clients' connections may have taken all: no engine is killed for that."""
+    looked = list[float]()
+
+    async def full(*_: object) -> socket.socket:
+        looked.append(1.0)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def story(rig: Rig) -> None:
+        await rig.ready()
+        with monkeypatch.context() as out_of_files:
+            out_of_files.setattr(upstream, "connected", full)
+            for _ in range(5):
+                seen = len(looked)
+                rig.engine_manager.answered("m", 0, failed=True)
+                while len(looked) == seen:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(health.REFUSED)
+        assert rig.launcher.signals == []
 
     tell(story, tmp_path)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 
 import pytest
@@ -63,19 +65,63 @@ class There(Idle):
         return True
 
 
+def only(front: Idle, *, activated: bool, born: float) -> Daemon:
+    """A daemon that is nothing but this front end, since ``born``."""
+    daemon = Daemon.__new__(Daemon)
+    daemon.front = front  # type: ignore[assignment]
+    daemon._runtime, daemon._idle_exit = RuntimeEnvironment(activated=activated), IdleExit(born)
+    return daemon
+
+
 @pytest.mark.parametrize(("connections", "requests", "exits"), [(0, 0, True), (1, 0, False), (0, 1, False)])
 def test_it_stays_while_somebody_is_connected(connections: int, requests: int, exits: bool) -> None:
     """A client that keeps its connection, or waits for an answer, would see it break."""
-    daemon = Daemon.__new__(Daemon)
     config = SimpleNamespace(server=SimpleNamespace(idle_exit=1.0))
-    daemon.front = Idle(  # type: ignore[assignment]
+    front = Idle(
         gate=SimpleNamespace(requests=requests),
         listeners=SimpleNamespace(connections=connections, accepted=0),
         current=SimpleNamespace(config=config),
     )
-    daemon._runtime = RuntimeEnvironment(activated=True)
-    daemon._idle_exit = IdleExit(time.monotonic() - 100.0)
-    assert daemon._may_exit(None) is exits
+    assert only(front, activated=True, born=time.monotonic() - 100.0)._may_exit(None) is exits
+
+
+class Ticking:
+    """A daemon's ticks, on a clock that stands still; nothing is loaded."""
+
+    def __init__(self, *, idle_exit: float | None = None, connections: int = 0, activated: bool = False) -> None:
+        self.loop, self.looks = StillLoop(), list[float]()
+        self.changes = Changes(*[Idle()] * 4)
+        server = SimpleNamespace(idle_exit=idle_exit)
+        standbys = SimpleNamespace(in_use=False, review=lambda **told: None)
+        back = There(activity=self._look, engines=SimpleNamespace(processes={}, standbys=standbys))
+        front = Idle(
+            back=SimpleNamespace(now=back),
+            changes=self.changes,
+            gate=SimpleNamespace(requests=0),
+            store=SimpleNamespace(active=False),
+            listeners=SimpleNamespace(connections=connections, accepted=0),
+            current=SimpleNamespace(broken="", config=SimpleNamespace(server=server, models={})),
+        )
+        self.daemon = daemon = only(front, activated=activated, born=0.0)
+        daemon._notify = SimpleNamespace(watchdog=int, status=str, watchdog_interval=15.0)  # type: ignore[assignment]
+        daemon._last_status, daemon._slept_time = "", SimpleNamespace(passed=float)  # type: ignore[assignment]
+        daemon._stopping, daemon._second_signal = asyncio.Event(), asyncio.Event()
+
+    def _look(self) -> SimpleNamespace:
+        self.looks.append(self.loop.time())
+        return SimpleNamespace(replicas=(), devices=(), host_standbys=0)
+
+    def play(self, script: Callable[[], Awaitable[None]]) -> None:
+        """Run it beside the ticks."""
+
+        async def all_of_it() -> None:
+            ticks = asyncio.ensure_future(self.daemon._tick())
+            await script()
+            assert not ticks.done()
+            ticks.cancel()
+
+        self.loop.run_until_complete(all_of_it())
+        self.loop.close()
 
 
 @pytest.mark.parametrize(("connections", "looks"), [(0, [1, 1, 2, 3]), (1, [1, 2, 3, 4])], ids=["at rest", "in use"])
@@ -83,40 +129,31 @@ def test_at_rest_it_looks_only_when_the_watchdog_wants_it_or_something_happens(
     connections: int, looks: list[int]
 ) -> None:
     """Ten wake-ups a minute, not sixty; with somebody connected there is something to see each second."""
-    loop = StillLoop()
-    seen: list[None] = []
+    ticking, counts = Ticking(connections=connections), list[int]()
 
-    async def play() -> list[int]:
-        changes = Changes(*[Idle()] * 4)
-        server = SimpleNamespace(idle_exit=None)
-        standbys = SimpleNamespace(in_use=False, review=lambda **told: None)
-        back = There(
-            activity=lambda: seen.append(None) or SimpleNamespace(replicas=(), devices=(), host_standbys=0),
-            engines=SimpleNamespace(processes={}, standbys=standbys),
-        )
-        daemon = Daemon.__new__(Daemon)
-        daemon.front = Idle(  # type: ignore[assignment]
-            back=SimpleNamespace(now=back),
-            changes=changes,
-            gate=SimpleNamespace(requests=0),
-            listeners=SimpleNamespace(connections=connections, accepted=0),
-            current=SimpleNamespace(broken="", config=SimpleNamespace(server=server, models={})),
-        )
-        daemon._notify = SimpleNamespace(watchdog=int, status=str, watchdog_interval=15.0)  # type: ignore[assignment]
-        daemon._runtime, daemon._idle_exit = RuntimeEnvironment(activated=False), IdleExit(0.0)
-        daemon._last_status, daemon._slept_time = "", SimpleNamespace(passed=float)  # type: ignore[assignment]
-        task, counts = asyncio.ensure_future(daemon._tick()), []
+    async def script() -> None:
         for clock in (100.0, 101.0):
-            await loop.until(clock)
-            counts.append(len(seen))
-        changes.mark_changed()
-        await loop.until(102.0)
-        counts.append(len(seen))
-        await loop.until(117.0)
-        counts.append(len(seen))
-        assert not task.done()
-        task.cancel()
-        return counts
+            await ticking.loop.until(clock)
+            counts.append(len(ticking.looks))
+        ticking.changes.mark_changed()
+        await ticking.loop.until(102.0)
+        counts.append(len(ticking.looks))
+        await ticking.loop.until(117.0)
+        counts.append(len(ticking.looks))
 
-    assert loop.run_until_complete(play()) == looks
-    loop.close()
+    ticking.play(script)
+    assert counts == looks
+
+
+def test_it_exits_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Told to stop a second time it would break off whoever connects while it ends: a client of the next daemon's."""
+    ticking = Ticking(idle_exit=1.0, activated=True)
+
+    async def script() -> None:
+        for clock in (100.0, 101.0, 102.0):
+            await ticking.loop.until(clock)
+
+    with caplog.at_level(logging.INFO):
+        ticking.play(script)
+    assert len(ticking.looks) == 3
+    assert caplog.messages == ["nothing is loaded and nobody is connected: exiting until the next connection"]

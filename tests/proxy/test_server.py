@@ -111,6 +111,32 @@ def test_too_many_connections_are_told_so() -> None:
     asyncio.run(play())
 
 
+def test_clients_leave_file_descriptors_to_others() -> None:
+    """Without any no engine could be asked, started or looked at; who connects then is told to come back."""
+
+    async def play() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            router = Router()
+            router.add("GET", "/hello", hello)
+            free = [os.open(os.devnull, os.O_RDONLY) for _ in range(9)]
+            for number in free:
+                os.close(number)
+            server = Server(router, Limits(ServerConfig()), [listener], files=free[-1])
+            server.start()
+            clients = [Client(*await soon(asyncio.open_connection(*listener.getsockname()))) for _ in range(8)]
+            answers = []
+            for client in clients:
+                client.send(get("/hello"))
+                answers.append((await client.answer()).status)
+            assert set(answers) == {200, 503}
+            assert server.connections < 8
+            for client in clients:
+                client.close()
+            await server.close(1.0)
+
+    asyncio.run(play())
+
+
 def test_one_address_cannot_take_all_connections() -> None:
     """429 beyond its share."""
 

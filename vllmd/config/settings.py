@@ -770,7 +770,11 @@ SERVER = Group(
             "How long an idle connection to an engine is kept; less than the engine keeps it, which is 5 s with vLLM.",
         ),
         Setting("keepalive_timeout", k.DURATION_KIND, "How long an idle connection is kept."),
-        Setting("max_connections", k.count(1), "Connections in all."),
+        Setting(
+            "max_connections",
+            k.count(1),
+            "Connections in all; fewer where the daemon may open few files (LimitNOFILE=): clients get two fifths.",
+        ),
         Setting("max_connections_per_address", k.count(1, 2**31, "unlimited"), "Connections from one address."),
         Setting("drain_timeout", k.PAUSE, "Time running requests have to end at shutdown."),
         Setting(

@@ -308,8 +308,7 @@ class EngineTable:
         self._learn_time(r)
         self._move(r, Step.ASLEEP)
         job, r.job = r.job, None
-        r.displaced = job is not None and job.reason is Reason.SWAP
-        if r.displaced:
+        if job is not None and job.reason is Reason.SWAP:
             self.displaced[r] = None
         r.level = level
         if r.health:

@@ -212,7 +212,6 @@ class Replica:
     idle_since: float = 0.0
     drawn: tuple[float, float] = (0.0, 0.0)  # the ``idle_since`` that is meant, and joules that it drew unused since
     job: Job | None = None  # what is to happen to it next, or happens: only engine_table.py changes it
-    displaced: bool = False  # it sleeps because another one needed its place
     moved: float = -INFINITY  # when it was last moved to another device
     start: Start = field(default_factory=Start)  # what is known of the one under way
     pinned: bool = False

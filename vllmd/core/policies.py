@@ -135,7 +135,7 @@ def tidy(s: PolicyInput) -> Plan | None:
     once: then there are no more swaps among them.
     """
     used = [r for r in s.residents if r.allowed and s.now - r.used < s.knobs.used]
-    if not any(r.asleep and r.displaced for r in used):
+    if not any(r.displaced for r in used):
         return None
     sizes = {index: supply.free for index, supply in s.supplies.items()}
     inside = {r.model for r in used}

@@ -264,7 +264,7 @@ def see_resident(engines: EngineTable, r: Replica, options: tuple[OffloadOption,
         began=min([run.began for run in r.running.values()], default=INFINITY),
         need=r.booking,
         allowed=() if r.spec.when_free or r.removed else r.devices or tuple(engines.ledger.accounts),
-        displaced=r.displaced,
+        displaced=r in engines.displaced,
         moved=r.moved,
     )
 

@@ -19,7 +19,7 @@ from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import VllmdError
 from vllmd.proxy.peers import Impostor
-from vllmd.proxy.upstream import Unreached, request
+from vllmd.proxy.upstream import OutOfFiles, Unreached, request
 
 log = logging.getLogger("vllmd.engines")
 
@@ -158,6 +158,7 @@ class Liveness(enum.Enum):
     WRONG = "it answers otherwise"
     SILENT = "it does not answer"
     REFUSED = "nobody listens"
+    UNKNOWN = "it could not be asked"
 
 
 async def check_liveness(process: EngineProcess, limit: float) -> tuple[Liveness, str]:
@@ -167,6 +168,8 @@ async def check_liveness(process: EngineProcess, limit: float) -> tuple[Liveness
         status, _, _ = await ask(process.listen, question)
     except Unreached as error:
         return Liveness.REFUSED, error.message
+    except OutOfFiles as error:
+        return Liveness.UNKNOWN, error.message
     except (OSError, VllmdError) as error:
         return Liveness.SILENT, str(error) or type(error).__name__
     if status == question.expect:

@@ -269,7 +269,7 @@ class EngineManager:
             if self.processes.get(process.name) is not process:
                 return
             found, failure = await check_liveness(process, limit)
-            if not failure:
+            if not failure or found is Liveness.UNKNOWN:
                 looks = 0
                 continue
             looks, silent_since = looks + 1, silent_since if looks else time.monotonic()

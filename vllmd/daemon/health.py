@@ -5,7 +5,7 @@ server that answers, it was stopped by a signal, it answers everything with 500.
 exit would be told; this nobody tells. So a request that failed brings a look at
 once, and one that nothing is heard of is looked at every ``LOOK`` seconds. What
 stays wrong for as long as its kind of failure deserves is killed, and the core
-hears of a crash.
+hears of a crash. Where we have no file descriptor to ask it with, it is not at fault.
 
 An engine that does its work is busy, not dead: a look that it does not answer in
 time counts only together with others over half a minute, and not at all if a
@@ -66,7 +66,7 @@ async def _look(process: EngineProcess) -> tuple[str, float]:
     found, why = await check_liveness(process, PATIENCE)
     if found in (Liveness.REFUSED, Liveness.SILENT):
         return why, REFUSED if found is Liveness.REFUSED else SILENT
-    if process.asleep:  # what it answers then is its own affair
+    if found is Liveness.UNKNOWN or process.asleep:  # what it answers then is its own affair
         return "", 0.0
     if found is Liveness.WRONG:
         return why, WRONG

@@ -36,7 +36,7 @@ from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Authenticator
 from vllmd.proxy.hosts import Hosts
-from vllmd.proxy.limits import Limits
+from vllmd.proxy.limits import Limits, clients_files
 from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.peers import are_ours
 from vllmd.proxy.routing import Router
@@ -101,7 +101,8 @@ class Listeners:
         if operators:
             anybody = any(map(anybody_can_connect, operators))
             operator = PeerCredentialAuth(anybody_can_connect=anybody, read_only=name == READ)
-            self._operators.append(self._server(self._router(operator, public=False), operators))
+            router = self._router(operator, public=False)
+            self._operators.append(Server(router, self._limits, operators, self._note, self._memory))
             yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
         addresses = {sock.fileno(): address for sock in clients if (address := public_address(sock))}
@@ -133,7 +134,7 @@ class Listeners:
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
-        return Server(router, self._limits, sockets, self._note, self._memory)
+        return Server(router, self._limits, sockets, self._note, self._memory, clients_files())
 
     @property
     def connections(self) -> int:

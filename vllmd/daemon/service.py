@@ -176,7 +176,7 @@ class Daemon:
                 self._last_status = status
                 self._notify.status(status)
             # 2. The idle exit.
-            if self._may_exit(seen):
+            if self._may_exit(seen) and not self._stopping.is_set():  # a second time it would wait for nobody
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             if back and seen:

@@ -45,7 +45,7 @@ class Sim(Vllm):
     """The stand-in engine, which speaks vLLM's protocol: another program, the same calls."""
 
     kind = "sim"
-    OPTIONS = dict.fromkeys((*FLAGS, *LISTS, *SWITCHES, "fail", "device_dir"), "see python -m vllmd.simengine --help")
+    OPTIONS = dict.fromkeys((*FLAGS, *LISTS, *SWITCHES, "fail", "device_dir"), "see python3 -m vllmd.simengine --help")
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
         """Both levels, unless ``sleep_mode`` is false."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import resource
 import socket
 
 from vllmd.config.types import ServerConfig
@@ -36,6 +38,20 @@ def read_small(transport: asyncio.BaseTransport) -> None:
     """Have ``transport`` ask for ``RECEIVE`` bytes at a time, if it is one that can be told."""
     if hasattr(transport, "max_size"):
         transport.max_size = RECEIVE
+
+
+# What the kernel says where this process, or the machine, can open no more files and sockets.
+OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def clients_files() -> int:
+    """The number of a file descriptor up to which clients' connections may take them.
+
+    A request takes another one, to its engine; and engines are started and looked at, and operators connect, however
+    many clients there are. The kernel gives the lowest number that is free, so the number tells how many are taken.
+    """
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 2**31 if soft == resource.RLIM_INFINITY else soft * 2 // 5
 
 
 class Limits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 import ssl
@@ -17,13 +16,12 @@ from vllmd.proxy.departures import SWEEP
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
 from vllmd.proxy.http import error_response
-from vllmd.proxy.limits import Limits, keep_alive
+from vllmd.proxy.limits import OUT_OF_FILES, Limits, keep_alive
 from vllmd.proxy.routing import Router
 
 log = logging.getLogger(__name__)
 
 ACCEPTS = 64  # connections taken per turn of the loop, so that those being served get theirs
-OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 BREATH = 0.5  # seconds without accepting after that
 HANDSHAKE_LIMIT = 10.0  # seconds for TLS; a client that connects and says nothing holds a place no longer
 
@@ -33,6 +31,7 @@ class Server:
 
     It never closes or unlinks a listener, so what it does not accept waits for the next one who does.
     ``on_exchange`` hears of every request that ended. ``memory`` is for request bodies; several servers may share it.
+    Connections whose file descriptor has the number ``files`` or a higher one are refused (``limits.clients_files``).
     """
 
     def __init__(
@@ -42,9 +41,11 @@ class Server:
         listeners: Iterable[socket.socket],
         on_exchange: Callable[[Exchange], None] = lambda exchange: None,
         memory: BodyMemory | None = None,
+        files: int = 2**31,
     ) -> None:
         self.limits = limits
         self.memory = memory or BodyMemory(limits.now.max_buffered)
+        self._files = files
         self.draining = self.closing = False
         self.accepted = 0  # connections so far
         self.begin = router.begin
@@ -106,7 +107,7 @@ class Server:
 
     def _take(self, sock: socket.socket, address: object) -> None:
         self.accepted += 1
-        refusal = self._too_many(address)
+        refusal = self._too_many(sock, address)
         if refusal is not None:
             _turn_away(sock, refusal)
             return
@@ -118,8 +119,8 @@ class Server:
         self._opening.add(opening)
         opening.add_done_callback(self._opened)
 
-    def _too_many(self, address: object) -> VllmdError | None:
-        if self.connections >= self.limits.now.max_connections:
+    def _too_many(self, sock: socket.socket, address: object) -> VllmdError | None:
+        if self.connections >= self.limits.now.max_connections or sock.fileno() >= self._files:
             return Unavailable("too many connections; come back later", retry_after=5)
         most = self.limits.now.max_connections_per_address
         if most is not None and isinstance(address, tuple) and self._by_address[address[0]] >= most:

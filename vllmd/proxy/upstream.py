@@ -22,7 +22,7 @@ from vllmd.errors import UpstreamFailed
 from vllmd.proxy.framing import BadFraming, Framing
 from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
-from vllmd.proxy.limits import UNACKNOWLEDGED, Limits, keep_alive, read_small
+from vllmd.proxy.limits import OUT_OF_FILES, UNACKNOWLEDGED, Limits, keep_alive, read_small
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.peers import Impostor, connected
 from vllmd.proxy.response_heads import HeadCollector
@@ -34,6 +34,12 @@ WRITE_LIMIT = 256 << 10  # the transport says stop when it holds more than this
 
 class Unreached(UpstreamFailed):
     """No process listens there: the engine never saw the request, so it may be sent anew."""
+
+
+class OutOfFiles(UpstreamFailed):
+    """This process can open no more connections; of the engine that says nothing."""
+
+    status = 503
 
 
 class Sink(Protocol):
@@ -333,7 +339,8 @@ P = TypeVar("P", bound=asyncio.BaseProtocol)
 async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> P:
     """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not.
 
-    Unreached if nobody listens, Impostor if somebody does who is not ``address.owner``.
+    Unreached if nobody listens, Impostor if somebody does who is not ``address.owner``, OutOfFiles if we have no file
+    descriptor for it.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -355,6 +362,9 @@ async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> 
         why = getattr(error, "verify_message", "") or error.reason or error
         raise UpstreamFailed(f"no connection to {_for_clients(address)}: TLS: {why}") from None
     except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            why = f"vllmd cannot connect to the engine: {os.strerror(error.errno)}"
+            raise OutOfFiles(why, retry_after=5) from None
         raise Unreached(f"no connection to {_for_clients(address)}: {_told(error)}") from None
 
 
