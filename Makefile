@@ -17,7 +17,7 @@ check: ## install what is missing (outside this folder), then run every test
 	@$(SETUP) all && $(PYTHON) -m pytest -n $(WORKERS) --durations=15
 
 unit: ## the pure tests: no process, no socket, no root; half a minute
-	@$(SETUP) venv && $(PYTHON) -m pytest -n 2 -m pure
+	@$(SETUP) venv && $(PYTHON) -m pytest -n 2 -m pure $$($(PYTHON) -m tests.pure)
 
 lint: ## style, types, and what is generated
 	@$(SETUP) venv && $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy --strict vllmd && $(PYTHON) -m pytest -q -n 0 tests/test_house.py tests/cli/test_manual.py tests/client/test_sync_client.py

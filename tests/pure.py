@@ -48,7 +48,7 @@ PURE = (
     "simulate/test_trace.py",
 )
 # Pure as well, but they try thousands of cases and take longer than one wants to wait at each save.
-SLOW = ("core/test_random.py", "proxy/test_peek.py")
+SLOW = ("core/test_moves.py", "core/test_random.py", "proxy/test_peek.py")
 FORBIDDEN = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "socket.bind", "socket.connect"})
 
 _TESTS = Path(__file__).parent
@@ -73,3 +73,13 @@ def _watch(event: str, _: object) -> None:
 
 
 sys.addaudithook(_watch)
+
+
+def main() -> None:
+    """Print the pure files, for ``make unit``: collecting all others takes longer than running these."""
+    found = sorted(path for path in _TESTS.rglob("test_*.py") if is_pure(path))
+    print(*(path.relative_to(_TESTS.parent) for path in found))
+
+
+if __name__ == "__main__":
+    main()

@@ -278,6 +278,7 @@ def test_a_locked_store_costs_no_request(site: Site) -> None:
     chat(site, ALICE, "while-locked")
     until(lambda: "requests are served all the same" in site.log)
     assert "locked" in site.ask("GET", "/admin/usage", key=BOSS).json["trouble"]
+    assert "locked" in site.ask("GET", "/admin/status", key=BOSS).json["unwritten"]  # which vllmctl status shows
     assert "vllmd_usage_written 0.0" in site.ask("GET", "/metrics").text
     other.execute("ROLLBACK")
     other.close()

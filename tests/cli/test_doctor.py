@@ -321,10 +321,11 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     file = tmp_path / "vllmd.yaml"
     file.write_text("polcy: lru")
     monkeypatch.setenv("VLLMD_CONFIG", str(file))
-    with fake_daemon({"GET /admin/status": (200, status())}, tmp_path / "s"):
+    told = {**status(), "event_loop": "asyncio"}
+    with fake_daemon({"GET /admin/status": (200, told)}, tmp_path / "s"):
         assert main(["doctor", "--socket", str(tmp_path / "s")]) == 69
         lines = capsys.readouterr().out.splitlines()
-        assert lines[-1] == "ok       the daemon answers; engines are run by systemd"
+        assert lines[-1] == "ok       the daemon answers; engines are run by systemd; its event loop is asyncio"
         assert any(line.startswith(f"bad      {file}:1: polcy: there is no such setting") for line in lines)
         main(["doctor", "--json", "--socket", str(tmp_path / "s")])
         assert json.loads(capsys.readouterr().out)[-1]["verdict"] == "ok"

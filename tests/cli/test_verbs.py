@@ -629,6 +629,16 @@ def test_what_an_upgrade_has_left_to_compile_is_compiled(
         assert main(["engine", "warm", "sglang"]) == 64
 
 
+def test_status_tells_what_of_vllmds_own_is_not_well(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is where one looks first in the morning: a full disk, and files that are not in force."""
+    wrong = {"files": ["a.yaml"], "error": "", "refused": "a.yaml:3: x"}
+    daemon.answers["GET /admin/status"] = (200, status(model("m"), configuration=wrong, unwritten="the disk is full"))
+    assert main(["status"]) == 0
+    told = capsys.readouterr().out
+    assert "not written" in told and "the disk is full" in told
+    assert "not in force" in told and "a.yaml:3: x" in told
+
+
 def test_help_begins_nobody_with_fifty_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever has just installed it reads the end of the list, where the first steps are."""
     with pytest.raises(SystemExit):

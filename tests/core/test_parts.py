@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vllmd.core
 from tests.core.helpers import GPU, PAIR, model
 from vllmd.core import events
 from vllmd.core.costs import CostBook, Costs
@@ -156,3 +159,11 @@ def test_every_event_has_a_handler() -> None:
     told = {each for each in vars(events).values() if isinstance(each, type) and issubclass(each, events.Event)}
     handled = Scheduler([], [], Settings())._handlers_by_event()
     assert told - {events.Event} == set(handled)
+
+
+def test_the_tutorial_names_each_file() -> None:
+    """A stranger finds every room of the core in design.md, and none that is not there."""
+    here = Path(vllmd.core.__file__).parent
+    _, _, rest = (here / "design.md").read_text().partition("## The files")
+    named = re.findall(r"\b(\w+\.py)\b", rest.partition("# Reference")[0].replace("simulate/baselines.py", ""))
+    assert sorted(named) == sorted(file.name for file in here.glob("*.py") if file.name != "__init__.py")

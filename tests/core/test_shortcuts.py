@@ -29,8 +29,9 @@ NOW = 1000.0
 
 def resident(rng: random.Random, name: str, devices: int) -> Resident:
     """Asleep, idle or busy; some can be frozen, or have a drain limit."""
-    asleep, size = rng.random() < 0.3, rng.choice((5, 10, 20, 40))
-    stop = OffloadOption(0, 1 if asleep else size, 3.0, rng.choice((2.0, 40.0)), rng.choice((0.0, 3.0)))
+    asleep, size = rng.random() < 0.4, rng.choice((5, 10, 20, 40))
+    takes, back = rng.choice(((0.1, 0.3), (3.0, 2.0), (3.0, 40.0)))
+    stop = OffloadOption(0, rng.choice((1, 9)) if asleep else size, takes, back, rng.choice((0.0, takes)))
     nap = OffloadOption(1, size - 1, rng.choice((0.1, 1.0)), 1.0, rng.choice((0.0, 1.0)))
     busy = not asleep and rng.random() < 0.6
     return Resident(
@@ -101,7 +102,7 @@ def plain(s: PolicyInput) -> Plan | None:
     """The same policy with every search made in full."""
 
     def everybody(self: _Turns, w: Waiting) -> Iterable[Resident]:
-        return [r for r in self.s.residents if not set(r.devices).isdisjoint(w.devices)]
+        return self.s.on(w.devices)
 
     with (
         patch.object(_Turns, "must_wait", lambda self, w: False),
@@ -114,13 +115,15 @@ def plain(s: PolicyInput) -> Plan | None:
 @pytest.mark.parametrize("block", range(4))
 def test_no_shortcut_changes_a_decision(block: int) -> None:
     """Two thousand situations in all; most have a plan, and many have none."""
-    rng, plans = random.Random(block), 0
+    rng, plans, rested = random.Random(block), 0, 0
     for _ in range(500):
         s = situation(rng)
         expected = plain(s)
         assert Adaptive().choose(s) == expected, s
         plans += expected is not None
+        rested += expected is not None and expected.why.startswith("those that sleep there")
     assert 150 < plans < 450
+    assert rested > 1
 
 
 class Counting(Adaptive):

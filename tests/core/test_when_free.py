@@ -248,7 +248,7 @@ def test_one_to_be_preloaded_waits_as_well() -> None:
     w = World([model("m", preload=True, when_free=WhenFree())], [GPU])
     w.do(external(23))
     assert w.do(TimePassed()) == []
-    w.pass_time(3600.0)
+    w.pass_time(600.0)
     assert w.do(external(0)) == [StartEngine("m", ON_0, 64 * GiB)]
 
 

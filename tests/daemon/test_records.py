@@ -1,11 +1,19 @@
-"""Who watches requests end: a bounded number of them, whatever the rate."""
+"""Who watches requests end: a bounded number of them, whatever the rate; and what of use cannot be told."""
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
+import pytest
+
 from tests.daemon.test_spans import SERVED
-from vllmd.daemon.records import MOST_AT_ONCE, Watcher
+from vllmd.config.types import RecordsConfig
+from vllmd.daemon.records import MOST_AT_ONCE, Records, Watcher
+from vllmd.errors import Unavailable
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter
+from vllmd.records.store import Store, StoreError
 
 
 def watcher(caller: Caller = ANYBODY, *, failed: bool = False) -> Watcher:
@@ -29,3 +37,22 @@ def test_a_watcher_hears_of_nothing_that_it_may_not_see() -> None:
     stranger = watcher(Caller("bob"))
     stranger.offer(SERVED)
     assert stranger.take_all() == [] and not stranger.has_entries.is_set()
+
+
+def test_use_that_a_full_disk_hides_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that could not be laid out lacks a table; that the disk is full is what somebody can mend."""
+
+    def lacking(*question: object) -> None:
+        raise StoreError("the record of use cannot be used now: no such table: days")
+
+    monkeypatch.setattr(Store, "ask", lacking)
+
+    async def asked() -> None:
+        records = Records(RecordsConfig(), tmp_path / "usage.db")
+        with pytest.raises(Unavailable, match="no such table"):
+            await records.usage("key", 0.0, 1.0, "", "")
+        records.trouble = "the record of use cannot be used now: database or disk is full"
+        with pytest.raises(Unavailable, match="disk is full"):
+            await records.usage("key", 0.0, 1.0, "", "")
+
+    asyncio.run(asked())

@@ -181,6 +181,13 @@ MUTATIONS = (
         "core/test_views.py",
     ),
     Mutation(
+        "sleepers that may stop are looked at",
+        "core/policies.py",
+        "return not there.light or not if_the_light_left(supply, there, w)",
+        "return True",
+        "core/test_shortcuts.py",
+    ),
+    Mutation(
         "what starts slowly is not stopped for room",
         "core/policies.py",
         "if anew >= min([s.knobs.deadline",

@@ -233,8 +233,6 @@ class Configuration(Answer):
     ``error``: none is, so that no model is served. ``refused``: why the last reload was: an earlier one is in force.
     """
 
-    sparse = frozenset({"refused"})
-
     files: tuple[str, ...] = ()
     error: str = ""
     refused: str = ""
@@ -366,6 +364,7 @@ class Status(Answer):
     backend: str = ""
     source: str = ""
     trouble: Annotated[str, "why the devices do not answer"] = ""
+    unwritten: Annotated[str, "why the record of who used what cannot be written now"] = ""
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()

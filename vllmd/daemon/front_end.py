@@ -126,7 +126,8 @@ def front_end(
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
-    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines)
+    status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines,
+                    lambda: records.trouble)  # fmt: skip
     disabled = Disabled(runtime.disabled)
     disabled.load()
     adapters = RuntimeAdapters(current, gate, back)

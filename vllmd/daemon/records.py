@@ -432,7 +432,8 @@ class Records:
             rows = await asyncio.to_thread(store.ask, Question(names, since, until, key, model))
         except StoreError as error:
             if "nothing has been recorded" not in error.message:
-                raise Unavailable(error.message) from None
+                # What kept it from being written says more than what is missing in it since, such as a table.
+                raise Unavailable(self.trouble or error.message) from None
             rows = []
         except ValueError as error:
             raise BadRequest(f"by: {error}", param="by") from None

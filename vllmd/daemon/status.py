@@ -56,6 +56,7 @@ class StatusInput:
     back: BackEnd | None
     snapshot: Snapshot | None
     event_loop: str = ""
+    unwritten: str = ""
 
 
 def status(seen: StatusInput, started: float) -> answers.Status:
@@ -70,6 +71,7 @@ def status(seen: StatusInput, started: float) -> answers.Status:
         configuration=answers.Configuration(tuple(map(str, seen.config.files)), seen.broken, seen.refused),
         requests=seen.requests,
         connections=seen.connections,
+        unwritten=seen.unwritten,
     )
     if seen.snapshot is None or seen.back is None:
         return shown
@@ -180,6 +182,7 @@ class Status:
         back: Later[BackEnd],
         connections: Callable[[], int],
         downloads: Callable[[], list[answers.Download]] = list,
+        unwritten: Callable[[], str] = str,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -189,6 +192,7 @@ class Status:
         self._back = back
         self._connections = connections
         self._downloads = downloads
+        self._unwritten = unwritten
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
@@ -200,7 +204,7 @@ class Status:
         connections, requests = self._connections(), self._gate.requests
         loop, counts = name_of(asyncio.get_running_loop()), (requests, connections)
         known = current.config, current.engines, current.broken, current.refused
-        return StatusInput(*known, *counts, back, snapshot, loop)
+        return StatusInput(*known, *counts, back, snapshot, loop, self._unwritten())
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""

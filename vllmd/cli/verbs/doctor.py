@@ -54,6 +54,8 @@ def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
         told = "" if all(line in said for line in broken.splitlines()) else f": {broken}"
         return [("bad", f"the daemon runs with an invalid configuration{told}", "repair it, then vllmctl reload")]
     answers = f"the daemon answers; engines are run by {status.backend or '(still opening)'}"
+    if status.event_loop:
+        answers += f"; its event loop is {status.event_loop}"
     return [("ok", answers, ""), *devices(status, said), *(each for each in models(status) if not known(each, said))]
 
 

@@ -42,6 +42,8 @@ def facts(status: Status, where: str) -> dict[str, object]:
         "requests": f"{status.requests} on {show.counted(status.connections, 'connection')}",
         "configuration": ", ".join(config.files) or "no files; the defaults",
     }
+    if status.unwritten:
+        shown["not written"] = f"{status.unwritten} (df /var/lib/vllmd; vllmctl doctor)"
     if config.error:
         shown["configuration error"] = config.error
     elif config.refused:

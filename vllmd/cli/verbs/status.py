@@ -17,7 +17,7 @@ from vllmd.cli.verbs import info, ps, why
 
 FACTS = (
     *("version", "process", "event loop", "devices", "requests", "configuration", "configuration error"),
-    "not in force",
+    *("not in force", "not written"),
 )
 
 
