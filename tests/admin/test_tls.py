@@ -19,7 +19,9 @@ CONFIG = """\
 server: {{idle_exit: never, head_timeout: 2s, ui: true, tls: {{cert: {folder}/cert.pem, key: {folder}/key.pem}}}}
 auth: {{keys: [{{name: lab, key: a-key-for-the-lab, scopes: [models, admin]}}]}}
 devices: []
-models: {{alpha: {{engine: sim, options: {{load_time: 0.01s, tokens_per_second: 500}}}}}}
+models:
+  alpha: {{engine: sim, options: {{load_time: 0.01s, tokens_per_second: 500}}}}
+  dies: {{engine: sim, options: {{load_time: 0.01s, tokens_per_second: 100, fail: crash-mid-stream}}}}
 """
 
 
@@ -52,6 +54,22 @@ def ask(site: Site, method: str, path: str, body: str = "", **headers: str) -> t
     found = answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
     connection.close()
     return found
+
+
+def test_an_answer_that_breaks_off_has_no_orderly_end(site: Site) -> None:
+    """To HTTP/1.0 the end of the connection is the answer's: TLS must not say that it was meant."""
+    body = '{"model": "dies", "stream": true, "messages": [{"role": "user", "content": "one two three four five six"}]}'
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\nAuthorization: Bearer a-key-for-the-lab\r\n\r\n"
+    trusted = ssl.create_default_context(cafile=str(site.folder / "cert.pem"))
+    with (
+        socket.create_connection(("127.0.0.1", site.port), timeout=30) as plain,
+        trusted.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False) as client,
+    ):
+        client.sendall((head + body).encode())
+        assert client.recv(12) == b"HTTP/1.1 200"
+        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            list(iter(lambda: client.recv(65536), b""))
 
 
 def test_a_chat_and_a_stream_go_through(site: Site) -> None:

@@ -355,7 +355,10 @@ class Connection(asyncio.Protocol):
             self._phase = Phase.CLOSING
             if reset:
                 reset_at_close(self._transport)
-            self._transport.close()
+            if reset and self._transport.get_extra_info("sslcontext") is not None:
+                self._transport.abort()  # TLS would end in order first, and say by that that the answer is whole
+            else:
+                self._transport.close()
             self._expect(self._limits.now.send_timeout, self._transport.abort)
 
     def tunnel(self, receive: Callable[[bytes], None]) -> None:
