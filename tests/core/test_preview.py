@@ -25,10 +25,12 @@ def test_a_load_goes_where_it_was_said_after_those_who_were_named() -> None:
 
 
 def test_a_load_that_cannot_be_is_said_with_the_reason() -> None:
-    w = World([model("huge", 100), model("pinned", pinned=True), model("m")], [GPU])
+    w = World([model("huge", 100), model("pinned", pinned=True), model("small", 2, pinned=True), model("m")], [GPU])
     assert "needs 100.0 GiB" in w.scheduler.would_load("huge").never
     w.load("pinned")
     assert "pinned models ('pinned') leave less" in w.scheduler.would_load("m").waits
+    w.load("small")
+    assert "pinned models ('pinned') leave less" in w.scheduler.would_load("m").waits, "the other one is not in the way"
     w.do(ModelDisabled("m", "later"))
     assert w.scheduler.would_load("m").never == "it is disabled: later"
 

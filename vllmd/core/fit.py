@@ -188,14 +188,18 @@ class Fit:
         return f"{r.id!r} needs {gib(most)} on each of {_devices(count)}; {sizes}"
 
     def pinned_out(self, r: Replica) -> str:
-        """Why pinned models leave no room for ``r``; empty if they do."""
+        """Why pinned models leave no room for ``r``; empty if they do.
+
+        Those are named of which one would be enough; where none is, all.
+        """
         count = r.spec.device_count
         if not self._ledger.accounts or not count:
             return ""
         pinned = [p for p in self._active if p.pinned and p.loaded and p is not r]
         if self.starts(r, self.beside(pinned)) >= count:
             return ""
-        names = ", ".join(f"{p.id!r}" for p in pinned)
+        without = (p for p in pinned if self.starts(r, self.beside([q for q in pinned if q is not p])) >= count)
+        names = ", ".join(f"{p.id!r}" for p in list(without) or pinned)
         if r.spec.when_free:
             return f"{r.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
         return f"{r.id!r} needs {gib(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
