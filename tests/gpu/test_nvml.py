@@ -167,7 +167,7 @@ def test_gpu_infos_have_percent_watts_and_names() -> None:
 @pytest.mark.parametrize(
     ("nvml", "says"),
     [
-        (FakeNvml(broken="NVML Shared Library Not Found"), "libnvidia-ml.so.1 was not found"),
+        (FakeNvml(broken="NVML Shared Library Not Found"), "there is no GPU with a driver"),
         (FakeNvml(), "no GPU is attached"),
     ],
 )
