@@ -113,10 +113,6 @@ class Ring:
         self._entries.append(entry)
         return entry
 
-    def find(self, request_id: str) -> Entry | None:
-        """The last one with this id, which a client may have chosen."""
-        return next((entry for entry in reversed(self._entries) if entry.id == request_id), None)
-
     def newest(self) -> Iterator[Entry]:
         """All of them, the last one first."""
         return reversed(self._entries)
