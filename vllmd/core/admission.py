@@ -178,7 +178,7 @@ class Admission:
         return r
 
     def reject_waiters(self, r: Replica, error: RejectReason, message: str, retry_after: float | None = None) -> None:
-        """It does not come up. Who waits for it waits for another replica, or gets this error."""
+        """The replica does not come up: its waiters wait for another replica, or get this error."""
         model, failed = r.model, r.state is State.FAILED
         self._core.engines.unwant(r)
         self._core.mark_for_review(r)

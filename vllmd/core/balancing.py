@@ -82,7 +82,7 @@ class Balancer:
 
 
 def in_use(model: Model) -> list[Replica]:
-    """Those that get requests; else those at rest; else those set aside for being slow: better late than never."""
+    """Replicas that get requests; else those at rest; else those set aside for being slow: better late than never."""
     ready = [r for r in model.replicas if r.state is State.READY]
     serving = [r for r in ready if health_status(r) is HealthStatus.SERVING]
     spare = resting(model)
@@ -92,7 +92,7 @@ def in_use(model: Model) -> list[Replica]:
 
 
 def resting(model: Model) -> list[Replica]:
-    """Those that serve beyond what is wanted: they get nothing, so that their idle rules take their course."""
+    """Replicas that serve beyond what is wanted: they get nothing, so that their idle rules take their course."""
     if model.rules is None:
         return []
     up = [r for r in model.replicas if r.spec.device_count and r.state is State.READY]
@@ -126,7 +126,7 @@ def quickest(but: Replica) -> float | None:
 
 
 def health_status(r: Replica) -> HealthStatus:
-    """What its answers have earned it."""
+    """The health that a replica's answers have earned it."""
     return r.health.status if r.health else HealthStatus.SERVING
 
 
@@ -152,7 +152,7 @@ def level(r: Replica) -> int:
 
 
 def down(r: Replica, now: float) -> bool:
-    """It will not serve whoever comes now: it is gone, has failed for good, or failed one probe after another."""
+    """Whether the replica serves no request that comes now: it is gone, failed for good, or failed several probes."""
     if r.removed or r.off or (r.health and r.health.halted):
         return True
     if r.state is State.FAILED:
@@ -164,7 +164,7 @@ def down(r: Replica, now: float) -> bool:
 
 
 def trouble(replicas: Iterable[Replica]) -> str:
-    """What is wrong with each that is down, for whoever is refused."""
+    """What is wrong with each replica that is down, for the client that is refused."""
     return "; ".join(f"{r.id}: {why}" for r in replicas if (why := ailment(r)))
 
 

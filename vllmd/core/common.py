@@ -81,7 +81,7 @@ class Core:
         return model.replicas or model.retired if model else [self.replica(name)]
 
     def rename(self, r: Replica, name: str) -> None:
-        """It has another id from now on, and its figures as well."""
+        """Give the replica, and what was learnt of it, another id."""
         del self.replicas[r.id]
         self.costs.rename(r.id, name)
         self.replicas[name] = r
@@ -98,7 +98,7 @@ class Core:
         self.engines.ask(r, Job(kind, reason, why, self.now, level, cut_at=cut_at))
 
     def stay(self, r: Replica) -> None:
-        """It is to be kept: what would have made it leave, and can still be called off, is."""
+        """Keep the replica: what would have made it leave is called off where that can still be done."""
         if r.job and r.job.target and r.job.reason is Reason.SWAP:
             self.swaps.cancel(r.job.target)
         else:

@@ -155,7 +155,7 @@ class Costs:
         return self._calibration.observe(kind, seconds / self._prior(kind))
 
     def forget_times(self) -> None:
-        """It is an engine of another kind, or a model of another size."""
+        """Forget the times of an engine that is of another kind now, or whose model has another size."""
         self._known.clear()
         self._seen.clear()
 

@@ -51,7 +51,7 @@ class Devices:
         core.news_for_all = True
 
     def _put_off(self, r: Replica, why: str, *, told: bool) -> None:
-        """It is not brought up now. Requests that wait for it go on waiting, or are told."""
+        """Do not bring the replica up now. Requests that wait for it go on waiting, or are told."""
         self._core.waiting.pop(r, None)
         self._core.swaps.cancel(r)
         if told and r.at_rest:
@@ -92,7 +92,7 @@ class Devices:
         return [r for r in self._core.replicas.values() if index in r.placement.devices and r.loaded]
 
     def _lose(self, r: Replica, why: str) -> None:
-        """Its device is not there any more: it has failed, and is killed."""
+        """Fail and kill the engine: its device is not there any more."""
         engines = self._core.engines
         r.failure = why
         engines.cut(r, why)

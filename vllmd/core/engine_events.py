@@ -182,7 +182,7 @@ class EngineEvents:
         self._settled(r)
 
     def _settled(self, r: Replica) -> None:
-        """Its command is answered: devices are at rest again, and there is news to plan by."""
+        """Note that the replica's command is answered: devices are at rest again, and there is news to plan by."""
         self._core.swaps.left(r)
         self._core.mark_news(r)
 

@@ -94,7 +94,7 @@ class EngineTable:
         self._out.append(command)
 
     def rename(self, r: Replica, name: str) -> None:
-        """It has another id from now on."""
+        """Give the replica another id."""
         self._out.append(cmd.RenameReplica(r.id, name))
         r.id = name
 
@@ -130,7 +130,7 @@ class EngineTable:
     # -- jobs
 
     def ask(self, r: Replica, asked: Job) -> None:
-        """This is to happen to it. What becomes of its present job is in the table of merges.
+        """Give the replica this job. What becomes of its present one is in the table of merges.
 
         Frozen requests are not lost: their engine wakes first, and drains.
         """
@@ -178,11 +178,11 @@ class EngineTable:
             r.job.retried = True
 
     def keep_down(self, r: Replica) -> None:
-        """Its failure is for good: nothing brings it up again but a request after its back-off."""
+        """Keep a replica down whose failure is for good: only a request after its back-off brings it up again."""
         self._set(r, None)
 
     def release(self, r: Replica) -> None:
-        """It does not leave for another one's sake any more: if it has no other reason to, it stays."""
+        """Stop the replica from leaving for another one's sake: if it has no other reason to leave, it stays."""
         job = r.job
         if job and job.target:
             job.target = None
@@ -238,7 +238,7 @@ class EngineTable:
         self._out.append(cmd.WakeEngine(r.id, r.level))
 
     def _begin(self, r: Replica, kind: Kind) -> None:
-        """It is brought up: for whoever wanted it, or to sleep deeper, else for the clients that wait."""
+        """Bring the replica up: for whoever wanted it, or to sleep deeper, else for the clients that wait."""
         if r.job is None or r.job.reason is Reason.RESTART:
             r.job = Job(kind, Reason.REQUEST, "requests wait for it", self.now)
 
@@ -281,7 +281,7 @@ class EngineTable:
         self._out.append(cmd.ProbeReplica(request, r.id, limit))
 
     def remember_failure(self, r: Replica, reason: str, since: float) -> None:
-        """It failed ``since`` seconds ago, before this daemon; it may be tried again whenever somebody asks."""
+        """Note a failure of ``since`` seconds ago, before this daemon; the next request may have it tried again."""
         self._move(r, Step.ADOPTED_FAILED)
         r.failures, r.failure, r.failed_at = 1, reason, self.now - since
         r.changed, r.retry_at = r.failed_at, self.now
@@ -289,7 +289,7 @@ class EngineTable:
     # -- answers
 
     def ready(self, r: Replica) -> None:
-        """It serves: after a start, a wake, or the proof of freezing."""
+        """The replica serves: after a start, a wake, or the proof of freezing."""
         self._learn_time(r)
         step = {State.STARTING: Step.READY, State.WAKING: Step.AWAKE}.get(r.state, Step.PROVED)
         deepens = r.job is not None and r.job.kind is Kind.SLEEP
@@ -304,7 +304,7 @@ class EngineTable:
         self.settle_host(r)
 
     def asleep(self, r: Replica, level: int, freed: Mapping[int, int]) -> None:
-        """It sleeps: the ledger has back what came free, as measured or as expected."""
+        """The replica sleeps: the ledger has back what came free, as measured or as expected."""
         self._learn_time(r)
         self._move(r, Step.ASLEEP)
         job, r.job = r.job, None
@@ -364,7 +364,7 @@ class EngineTable:
         self.rebook(r)
 
     def rebook(self, r: Replica) -> None:
-        """Its footprint is known better than when it was booked."""
+        """Book the replica anew: its footprint is known better than when it was booked."""
         shares = {State.SLEEPING: r.footprint.asleep, State.STARTING: r.booking}
         share = shares.get(r.state, r.footprint.awake)
         self.ledger.hold(r, dict.fromkeys(r.placement.devices, share))
@@ -377,7 +377,7 @@ class EngineTable:
         return min(found, default=1 << 62)
 
     def measured(self, r: Replica, shares: Mapping[int, int]) -> None:
-        """What its processes were seen to hold, bytes per device.
+        """Note what the replica's processes were seen to hold, bytes per device.
 
         On the move, and just after it (the sample may be from before), only what exceeds the booking counts.
         """

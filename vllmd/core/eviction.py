@@ -63,7 +63,7 @@ def cheapest_of(s: PolicyInput, w: Waiting, residents: Sequence[Resident], price
 def groups(
     w: Waiting, supplies: Sequence[DeviceSupply], residents: Sequence[Resident], price: Price
 ) -> Iterator[list[Candidate]]:
-    """Who may leave, from the gentlest on: the awake fall asleep, then sleepers stop as well, then all stop.
+    """The groups that may leave, the gentlest first: the awake fall asleep, then sleepers stop too, then all stop.
 
     Nobody has to stop who only would because the others are not ready to
     leave just now: sleepers hold little and are dear to have back.
@@ -101,7 +101,7 @@ def _jointly(w: Waiting, supplies: Sequence[DeviceSupply], group: Sequence[Candi
 def _extra(
     w: Waiting, supply: DeviceSupply, group: Sequence[Candidate], leaving: Mapping[str, Candidate], most: int
 ) -> tuple[Candidate, ...] | None:
-    """Who must leave the device besides those that leave anyway."""
+    """The replicas that must leave the device besides those that leave anyway."""
     here = [candidate for candidate in group if supply.device in candidate.resident.devices]
     coming = sum(candidate.option.frees for candidate in here if candidate.resident.model in leaving)
     short = w.need_on(supply.device) - supply.free - coming

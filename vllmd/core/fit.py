@@ -205,7 +205,7 @@ class Fit:
         return f"{r.id!r} needs {gib(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
     def stuck(self, sleepers: Iterable[Replica]) -> dict[Replica, str]:
-        """Those that cannot wake where they are although they could start elsewhere, and why."""
+        """Sleepers that cannot wake where they are although they could start elsewhere, and why."""
         common, found = self.beside_kept(None), {}
         for r in sleepers:
             supply = self.beside_kept(r) if r.kept else common
@@ -246,7 +246,7 @@ class Fit:
         return Grant(size, f"{why}: it takes {share:g}, {gib(size)}", {**numbers, "share": share, "memory": size})
 
     def held_back(self, r: Replica, since: float) -> Wait | None:
-        """Who keeps a start of ``r`` waiting, and for what; None where others leave it enough devices."""
+        """What keeps a start of ``r`` waiting, and for what; None where others leave it enough devices."""
         rule = r.spec.when_free
         if rule is None or r.state is State.SLEEPING or not self._ledger.accounts:
             return None

@@ -76,7 +76,7 @@ class HealthChecks:
             self._core.mark_for_review(r)
 
     def silent(self, e: ServerSilent) -> None:
-        """It gets nothing more until it has answered a probe."""
+        """Send the replica nothing more until it has answered a probe."""
         r = self._core.replica(e.replica)
         if r.health and r.state is State.READY and r.health.status is not HealthStatus.EJECTED:
             self._set_aside(r, r.health, HealthStatus.EJECTED, e.reason)
@@ -143,7 +143,7 @@ class HealthChecks:
     # -- who is probed (8.3)
 
     def look_at(self, r: Replica) -> None:
-        """Who came up, whose time apart is over, or who leaves requests without an answer is probed."""
+        """Probe replicas that came up, whose time apart is over, or that leave requests without an answer."""
         h = r.health
         if h is None or h.probe or r.state is not State.READY:
             return

@@ -69,7 +69,7 @@ class Ledger:
         self._host: dict[Hashable, int] = {}
 
     def take(self, devices: Iterable[Device]) -> None:
-        """These are the devices now. One that is gone keeps its account as long as a model holds some of it."""
+        """Take the devices as they are now. One that is gone keeps its account as long as a model holds some of it."""
         now = {device.index: device for device in devices}
         for index, account in list(self.accounts.items()):
             account.gone = index not in now
@@ -146,13 +146,13 @@ class Ledger:
                     account.missing = 0
 
     def unread(self, indices: Iterable[int]) -> None:
-        """These could not be read: their last figures stand, but are nobody's word for what is free now."""
+        """Note devices that could not be read: their last figures stand, but say nothing of what is free now."""
         for index in indices:
             if index in self.accounts:
                 self.accounts[index].looked = -math.inf
 
     def wedge(self, missing: Mapping[int, int]) -> None:
-        """These bytes did not come back: avoid the devices until a sample shows that they did."""
+        """Note bytes that did not come back: avoid the devices until a sample shows that they did."""
         for index, size in missing.items():
             if index in self.accounts and size > 0:
                 self.accounts[index].missing = size

@@ -90,7 +90,7 @@ class Health:
         return max([latency.value for latency in self.latencies.values()], default=0.0)
 
     def engine_left(self) -> None:
-        """Its engine sleeps or is gone: it will have to show itself anew."""
+        """Forget what an engine that sleeps or is gone has shown: the next one begins anew."""
         self.status, self.look_at, self.probe, self.why = HealthStatus.NEW, INFINITY, "", ""
         self.late = self.timely = self.rounds = self.failed = 0
         self.unanswered.clear()
@@ -114,7 +114,7 @@ class Job:
 
     @property
     def leaves(self) -> bool:
-        """It ends with the engine not serving, or closes its gate for a while."""
+        """Whether the job ends with the engine not serving, or closes its gate for a while."""
         return self.kind not in UP
 
     @property
@@ -238,7 +238,7 @@ class Replica:
 
     @property
     def at_rest(self) -> bool:
-        """It does not serve, nor is anything under way that ends in serving."""
+        """Whether the replica neither serves nor has anything under way that ends in serving."""
         return self.state in (State.STOPPED, State.SLEEPING, State.FAILED)
 
     @property
@@ -248,7 +248,7 @@ class Replica:
 
     @property
     def on(self) -> bool:
-        """Its engine serves, gate open or not."""
+        """Whether the engine serves, gate open or not."""
         return self.state in AWAKE
 
     @property
@@ -263,12 +263,12 @@ class Replica:
 
     @property
     def kept(self) -> bool:
-        """It may not be made to leave: pinned, or leased."""
+        """Whether the replica may not be made to leave: pinned, or leased."""
         return self.pinned or bool(self.model.leases and self.leases)
 
     @property
     def full(self) -> bool:
-        """Its engine has all the requests it may have at a time."""
+        """Whether the engine has all the requests it may have at a time."""
         return self.spec.concurrency is not None and len(self.running) >= self.spec.concurrency
 
     @property
@@ -288,7 +288,7 @@ class Replica:
 
     @property
     def leaving(self) -> bool:
-        """It is on its way out: it drains, is being taken down, or sleeps and is to stop."""
+        """Whether the replica is on its way out: it drains, is being taken down, or sleeps and is to stop."""
         job = self.job
         return job is not None and job.leaves and not (job.kind is Kind.SLEEP and self.state is State.SLEEPING)
 
@@ -300,13 +300,13 @@ class Replica:
 
     @property
     def urged(self) -> bool:
-        """Who wants it is an operator: busy models leave at once."""
+        """Whether an operator wants the replica: busy models leave at once."""
         start = asked_start(self.job)
         return start is not None and start.reason is Reason.OPERATOR
 
     @property
     def given_up(self) -> bool:
-        """It has failed, and nothing brings it up again but a request after its back-off."""
+        """Whether it has failed, and nothing brings it up again but a request after its back-off."""
         return self.state is State.FAILED and self.job is None
 
     @property
@@ -317,7 +317,7 @@ class Replica:
 
     @property
     def freezable(self) -> bool:
-        """Its running requests may be frozen by a sleep."""
+        """Whether running requests may be frozen by a sleep."""
         return self.spec.preempt and self.freezes is True
 
     @property
@@ -350,7 +350,7 @@ class Replica:
         return max(self.spec.footprint.awake, self.costs.asked)
 
     def granted(self, size: int) -> None:
-        """It starts with ``size`` bytes per device: what it held when it had another size says nothing of that."""
+        """Note a start with ``size`` bytes per device: what it held at another size says nothing of that."""
         f = self.footprint
         self.costs.footprint = Footprint(size, size, min(f.asleep, size), f.host, Source.CONFIGURED)
 

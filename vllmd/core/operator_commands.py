@@ -342,7 +342,7 @@ def can_be_on(spec: ReplicaSpec, device: int) -> bool:
 
 
 def _bound_for(r: Replica, device: int) -> bool:
-    """It is wanted, and can only come up there."""
+    """Whether the replica is wanted, and can only come up there."""
     return r.devices == (device,) and r.demand > 0
 
 

@@ -330,7 +330,7 @@ class _Turns:
         return w.move is None and w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
 
     def next(self, w: Waiting) -> Plan | None:
-        """Its plan, if its swap is due."""
+        """The plan of a waiter, if its swap is due."""
         s = self.s
         devices = fits(s, w) if w.need <= self.roomiest or not w.span else None
         if devices is not None:
@@ -461,7 +461,7 @@ def _offer(s: PolicyInput, prices: Prices, w: Waiting, eviction: EvictionSet, ur
 
 
 def _may_leave(s: PolicyInput, w: Waiting, residents: Iterable[Resident]) -> list[Resident]:
-    """Those that have served their time, or serve nobody.
+    """Residents that have served their time, or serve nobody.
 
     A load of ``w`` that nobody has measured yet counts as much as the wake of the one that leaves.
     """

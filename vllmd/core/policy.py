@@ -76,7 +76,7 @@ class Waiting(NamedTuple):
 
     @property
     def held_back(self) -> bool:
-        """It waits for others to leave devices free: there is none that it may use now."""
+        """Whether it waits for others to leave devices free: there is none that it may use now."""
         return self.span > 0 and not self.devices
 
     def need_on(self, device: int) -> int:
@@ -111,7 +111,7 @@ class DeviceSupply(NamedTuple):
 
 
 class Tenants(NamedTuple):
-    """Those of the residents that are on one device."""
+    """The residents that are on one device."""
 
     awake: tuple[Resident, ...] = ()
     asleep: tuple[Resident, ...] = ()
@@ -167,7 +167,7 @@ class PolicyInput(NamedTuple):
         return list({r.model: r for tenants in self.tenants.values() for r in tenants.all}.values())
 
     def on(self, devices: Sequence[int]) -> Sequence[Resident]:
-        """Those on any of these devices, each once."""
+        """The residents on any of these devices, each once."""
         if len(devices) == 1:
             return self.tenants.get(devices[0], NOBODY).all
         return list({r.model: r for index in devices for r in self.tenants.get(index, NOBODY).all}.values())

@@ -77,7 +77,7 @@ class PolicyInputBuilder:
             self._sleepable[index] += sign * size
 
     def _house(self, r: Replica, now: Resident | None) -> None:
-        """It is so now; None: it is no resident (any more)."""
+        """Note the resident as it is now; None: the replica is no resident (any more)."""
         before = self._residents.pop(r, None)
         for index in before.devices if before else ():
             del self._here[index][r]
@@ -311,7 +311,7 @@ def remaining(r: Replica, now: float) -> float:
 
 
 def sleep_deep(engines: EngineTable, replicas: Iterable[Replica], budget: int) -> frozenset[str]:
-    """Those that are not to sleep at level 1: host memory, ``budget`` bytes, goes to those that save most by it.
+    """Sleepers not at level 1: host memory, ``budget`` bytes, goes to the replicas that save most by it.
 
     That is the arrival rate of hours times the seconds by which a wake from level 1 is shorter, per byte.
     """

@@ -70,7 +70,7 @@ class Queue(dict[str, tuple[str, float]]):
         return request, key
 
     def late(self, timeout: float, now: float) -> list[str]:
-        """Those whose ``timeout`` has passed, oldest first."""
+        """Requests whose ``timeout`` has passed, oldest first."""
         late = []
         for request, (_, arrived) in self.items():
             if arrived + timeout > now:

@@ -60,12 +60,12 @@ class Scaling:
                 health.halted = False
 
     def resume(self, r: Replica) -> None:
-        """It may come up again."""
+        """Let the replica come up again."""
         if r.health:
             r.health.halted = False
 
     def wish(self, r: Replica) -> None:
-        """It is to come up where it fits beside what is there: nobody leaves for a second one."""
+        """Have the replica come up where it fits beside what is there: nobody leaves for a second one."""
         r.model.used, r.model.scale.tried = self._core.now, -INFINITY
 
     def share_age(self, r: Replica) -> None:
@@ -102,7 +102,7 @@ class Scaling:
     # -- which (8.5)
 
     def _bring_up(self, model: Model, rules: ReplicaRules) -> Iterator[None]:
-        """Those that are missing, where they fit beside what is there; nobody leaves for them."""
+        """Bring up the missing replicas where they fit beside what is there; nobody leaves for them."""
         core, scale = self._core, model.scale
         if not self._in_use(model, rules) or core.now < scale.tried + AGAIN:
             return
@@ -119,7 +119,7 @@ class Scaling:
                 yield
 
     def _missing(self, model: Model, rules: ReplicaRules) -> Iterator[Replica]:
-        """Those that ought to be brought up: all that take no device, and of the others as many as are wanted."""
+        """The replicas to be brought up: all that take no device, and of the others as many as are wanted."""
         up = [r for r in model.replicas if r.state in AWAKE or r.state in (State.STARTING, State.WAKING)]
         short = max(model.scale.wanted, rules.least) - len([r for r in up if r.spec.device_count])
         off = [r for r in model.replicas if r.state in OFF and not (r.demand or r.leaving)]

@@ -52,7 +52,7 @@ class Swaps:
         return len(self._by_target)
 
     def targets(self) -> Collection[Replica]:
-        """Who has a swap of his own."""
+        """The replicas that have a swap of their own."""
         return self._by_target.keys()
 
     def get(self, target: Replica) -> Swap | None:

@@ -14,7 +14,7 @@ DEEPEN_RETRY = 5.0  # seconds between two looks for room in which to sleep deepe
 
 
 class Unloading:
-    """Those whose gate is closed, and sleepers that are to stop, until their command is out."""
+    """Replicas whose gate is closed, and sleepers that are to stop, until their command is out."""
 
     def __init__(self, core: Core, planner: Planner) -> None:
         self._core = core
@@ -33,7 +33,7 @@ class Unloading:
                 self._go(r, job)
 
     def _press(self, r: Replica, job: Job) -> None:
-        """Its requests take longer than they were given."""
+        """Press a replica whose requests take longer than they were given."""
         core = self._core
         level = self._planner.level(r, job.level)
         if core.now >= job.freeze_at and r.freezable and level and core.engines.free_to_move(r):  # 6.2

@@ -20,7 +20,7 @@ Ask = Callable[[Replica], str]  # what a replica waits for, by the plan; "" if t
 
 
 def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) -> Snapshot:
-    """These models, all devices, host memory, and the last decisions.
+    """A snapshot of these models, all devices, host memory, and the last decisions.
 
     The view of a model that nobody has used since the daemon began says the same at any time, so it is kept: of ten
     thousand models nearly all are such.

@@ -69,7 +69,7 @@ def make_device(path: str | Path, memory: int, mode: int = 0o666) -> Path:
 
 
 def device_usage(path: str | Path) -> DeviceUsage:
-    """Who holds how much of the pretended GPU now. Raises OSError if there is none, ValueError if it is not one."""
+    """The processes that hold the pretended GPU now. Raises OSError if there is none, ValueError if it is not one."""
     with _locked(Path(path), os.O_RDONLY, fcntl.LOCK_SH) as fd:
         return _usage(_read(fd))
 
