@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--standby", action="store_true", help="with a standby engine, too")
     arguments = parser.parse_args()
     when = time.strftime("%Y-%m-%d %H:%M")
-    print(f"\n## {arguments.what}, {when}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} before\n")
+    given = [arguments.what, *(f"--{name}" for name in ("compiled", "cold", "standby") if getattr(arguments, name))]
+    print(f"\n## {' '.join(given)}, {when}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} before\n")
     (swap if arguments.what == "swap" else vllm)(arguments)
     print(f"\nLoad {os.getloadavg()[0]:.1f} after.")
 
@@ -156,7 +157,7 @@ def vllm(arguments: argparse.Namespace) -> None:
             if not arguments.standby:
                 through(sites[names[1]], cold=False, standby=False)
         if arguments.standby:
-            waiting_standby(sites[STANDBY])
+            print(f"(a standby's imports beforehand: {waiting_standby(sites[STANDBY]):.1f} s of CPU time)\n")
         for _ in range(arguments.rounds):
             took[names[0]].append(alone(Path(folder), home, args, cold=arguments.cold))
             for name, site in sites.items():
@@ -299,7 +300,7 @@ def command(pid: int) -> bytes:
 
 
 def waiting_standby(site: Site) -> float:
-    """Wait until there is one, for which a first start has to tell what it is for; the CPU time that it took."""
+    """Wait until there is one, for which a first start has to tell what it is for; CPU seconds of its imports."""
     if not made_of_standbys(site) and not kept(site):
         assert site.http.post("/v1/chat/completions", json={**QUESTION, "model": "m"}).status_code == 200
         site.unload("m")
@@ -307,9 +308,7 @@ def waiting_standby(site: Site) -> float:
     while not (found := [one["instance"] for one in kept(site) if one["state"] == "waiting"]):
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    took = cpu_of(pid_of(site, found[0]))
-    print(f"(a standby's imports beforehand: {took:.1f} s of CPU time)\n")
-    return took
+    return cpu_of(pid_of(site, found[0]))
 
 
 def kept(site: Site) -> list[dict[str, Any]]:
