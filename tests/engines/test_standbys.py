@@ -148,9 +148,9 @@ def test_rocm_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its devices are read at import."""
     model = ModelConfig("m", engine="vllm", command=(str(program(tmp_path)),))
     launch = EngineResolver()(model).launch(model, Place(Path("/run/vllmd-engine")))
-    monkeypatch.setattr(vllm_standby, "NVIDIA", tmp_path / "none")
+    monkeypatch.setattr(vllm_standby, "has_nvidia", lambda: False)
     assert vllm_standby.standby(model, launch, accelerator=True) is None
-    monkeypatch.setattr(vllm_standby, "NVIDIA", tmp_path)
+    monkeypatch.setattr(vllm_standby, "has_nvidia", lambda: True)
     found = vllm_standby.standby(model, launch, accelerator=True)
     assert found is not None
     assert (dict(found.adds), found.ours, found.then) == ({vllm_standby.METHOD: "fork"}, (), "")
@@ -170,7 +170,7 @@ def test_transformers_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert given is not None
     assert given.ours == ()
     monkeypatch.setattr(transformers, "has_accelerator", lambda: True)
-    monkeypatch.setattr(transformers, "NVIDIA", str(tmp_path / "none"))
+    monkeypatch.setattr(transformers, "has_nvidia", lambda: False)
     assert of(tmp_path, **told) is None
 
 

@@ -342,9 +342,9 @@ class Records:
 
         A client may have sent one id twice: the request under way is told before the one that has ended.
         """
-        live = (_unfinished(exchange) for exchange in self.live() if exchange.request.id == request_id)
-        ended = (entry for entry in self._ring.newest() if entry.id == request_id)
-        entry = next((entry for entry in chain(live, ended) if ring.may_see(caller, entry)), None)
+        live = (entry for _, entry in self._under_way(request_id, caller))
+        ended = (entry for entry in self._ring.newest() if entry.id == request_id and ring.may_see(caller, entry))
+        entry = next(chain(live, ended), None)
         if entry is None:
             raise NotFound(
                 f"no request {request_id[:100]!r} is under way or among the last {self._config.requests} that ended"
@@ -355,13 +355,17 @@ class Records:
 
     def cancel(self, request_id: str, caller: Caller) -> Cancelled:
         """End those under way that have this id, which a client may have chosen. Raises NotFound."""
-        live = ((exchange, _unfinished(exchange)) for exchange in self.live() if exchange.request.id == request_id)
-        found = [(exchange, entry) for exchange, entry in live if ring.may_see(caller, entry)]
+        found = self._under_way(request_id, caller)
         if not found:
             raise NotFound(f"no request {request_id[:100]!r} is under way; vllmctl requests shows those that are")
         for exchange, _ in found:
             exchange.cancel(RequestCancelled("an administrator has cancelled the request"))
         return Cancelled(tuple(ring.as_answer(entry) for _, entry in found))
+
+    def _under_way(self, request_id: str, caller: Caller) -> list[tuple[Exchange, Entry]]:
+        """Requests under way with this id that the caller may see, each with its entry."""
+        live = ((exchange, _unfinished(exchange)) for exchange in self.live() if exchange.request.id == request_id)
+        return [(exchange, entry) for exchange, entry in live if ring.may_see(caller, entry)]
 
     async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops.

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines.weight_files import WeightFile
 from vllmd.foreign import Folder
+from vllmd.sizes import GiB
 
 SMALLEST = GiB  # bytes of weights from which on a start tells anything
 WORTH = 2.0  # seconds that the engine's own loader must take for another one to be tried

@@ -8,7 +8,6 @@ answers to; ``/reset`` drops the model and empties PyTorch's cache;
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -19,7 +18,7 @@ from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
 from vllmd.engines.options import choice, switch, text, unknown
 from vllmd.engines.plain import DETAIL, Plain, environment
 from vllmd.engines.standby import Standby
-from vllmd.engines.vllm_cpu import NVIDIA, has_accelerator
+from vllmd.engines.vllm_cpu import has_accelerator, has_nvidia
 
 # Phase -> what of its log shows that it has begun; it loads before it listens.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -89,7 +88,7 @@ class TransformersOf(Plain):
         """See ``transformers_standby``; none on a GPU that is not of NVIDIA's."""
         from vllmd.engines import transformers_standby  # not before the first start
 
-        foreign = has_accelerator() and not os.path.exists(NVIDIA)
+        foreign = has_accelerator() and not has_nvidia()
         return transformers_standby.standby(model, launch, foreign_gpu=foreign)
 
     def progress(self, line: str) -> Progress | None:

@@ -217,7 +217,7 @@ class Vllm(Plain):
         if argument(model, *_LOADING) or argument(model, "quantization", "q") in _OWN_LOADERS:
             return ()
         python = environments.interpreter(model, argv)
-        return there(python, nvidia=os.path.exists(vllm_cpu.NVIDIA)) if python else ()
+        return there(python, nvidia=vllm_cpu.has_nvidia()) if python else ()
 
     def load_with(self, argv: Sequence[str], load_format: str) -> tuple[str, ...]:
         """The same command with ``--load-format``."""

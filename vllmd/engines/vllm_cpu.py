@@ -46,6 +46,11 @@ def has_accelerator() -> bool:
     return any(os.path.exists(path) for path in ACCELERATORS)
 
 
+def has_nvidia() -> bool:
+    """Whether this machine has a GPU of NVIDIA's, with its driver."""
+    return os.path.exists(NVIDIA)
+
+
 @cache
 def wide_by_default(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the processor is known to have no instructions for bfloat16, so that float32 is faster."""

@@ -23,9 +23,9 @@ from vllmd.config.types import ModelConfig
 from vllmd.engines import environments
 from vllmd.engines.base import Launch
 from vllmd.engines.standby import Standby, is_script_of
+from vllmd.engines.vllm_cpu import has_nvidia
 
 FORK = Path(__file__).with_name("vllm_standby_fork.py")
-NVIDIA = Path("/dev/nvidiactl")
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 MAIN = "from vllm.entrypoints.cli.main import main"
 SPAWNED = ("whisper", "torch_shm")  # what vLLM says of: its forks may hang, or are refused
@@ -75,7 +75,7 @@ WORKERS = {"cuda": ("vllm.v1.worker.gpu_worker",), "cpu": ("vllm.v1.worker.cpu_w
 
 def standby(model: ModelConfig, launch: Launch, *, accelerator: bool) -> Standby | None:
     """What a standby has to be for that engine; None where none can be: another program, another platform."""
-    if accelerator and not NVIDIA.exists():
+    if accelerator and not has_nvidia():
         return None  # ROCm reads its devices at import, and XPU does not fork
     if any(word in argument.lower() for argument in launch.argv for word in SPAWNED):
         return None

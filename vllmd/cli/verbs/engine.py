@@ -71,14 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         case "use" | "remove" if kind and version:
             return changed(arguments, kind, version)
         case "install" | "rollback" | "use" | "remove" | "warm" as action:
-            words = (
-                "ENGINE"
-                if action in ("rollback", "warm")
-                else "ENGINE[==VERSION]"
-                if action == "install"
-                else "ENGINE VERSION"
-            )
-            raise Failure(f"say which: vllmctl engine {action} {words}", EX_USAGE)
+            words = {"install": "ENGINE[==VERSION]", "rollback": "ENGINE", "warm": "ENGINE"}
+            raise Failure(f"say which: vllmctl engine {action} {words.get(action, 'ENGINE VERSION')}", EX_USAGE)
         case action:
             raise Failure(f"vllmctl engine cannot {action!r}; it can {', '.join(ACTIONS[:-1])}", EX_USAGE)
 
