@@ -39,7 +39,7 @@ from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.model_requests import unserved
 from vllmd.proxy.tokens import Tokens
-from vllmd.proxy.upstream import Unreached
+from vllmd.proxy.upstream import OutOfFiles, Unreached
 
 ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.ENGINE_FAILED: errors.EngineFailed,
@@ -420,7 +420,7 @@ class AdmissionGate:
         An engine that does not listen has just died, and the core will hear of it.
         """
         replicas = self._models[permit.model].replicas if permit.model in self._models else None
-        if self._back is None:
+        if self._back is None or isinstance(error, OutOfFiles):  # to another one there is no way, either
             raise error
         if replicas is None and isinstance(error, Unreached) and len(permit.tried) < REACH_TRIES:
             self._back.unreached(permit.replica)

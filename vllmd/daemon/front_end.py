@@ -127,7 +127,7 @@ def front_end(
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines,
-                    lambda: records.trouble)  # fmt: skip
+                    lambda: records.trouble, lambda: listeners.unanswered())  # fmt: skip
     disabled = Disabled(runtime.disabled)
     disabled.load()
     adapters = RuntimeAdapters(current, gate, back)

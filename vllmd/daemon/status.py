@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,7 @@ class StatusInput:
     snapshot: Snapshot | None
     event_loop: str = ""
     unwritten: str = ""
+    unanswered: Mapping[str, float] = field(default_factory=dict)  # see ``Listeners.unanswered``
 
 
 def status(seen: StatusInput, started: float) -> answers.Status:
@@ -134,12 +135,24 @@ def _line(
         config,
         engines.processes.get(engine),
         since=since,
+        silent=_silence(seen, engine) if not replicas else None,
         last_start=seen.back.learnt.starts.get(engine),
         power=seen.back.memory.power.watts.get(engine),
         unused=seen.back.memory.power.since_used.get(engine),
         replica_of=replica_of,
         replicas=replicas,
     )
+
+
+def _silence(seen: StatusInput, engine: str) -> float | None:
+    """Seconds for which an engine has answered nothing, though a request waits in it; None where none does.
+
+    Of several engines of a model each is judged by its answers (``core.health``), and that is shown.
+    """
+    asked, process = seen.unanswered.get(engine), seen.back.engines.processes.get(engine) if seen.back else None
+    if asked is None or process is None or process.ready_after is None or process.model.replica_of:
+        return None
+    return time.monotonic() - max(asked, process.health.heard)
 
 
 def line_of(seen: StatusInput, model: str) -> ModelLine:
@@ -183,6 +196,7 @@ class Status:
         connections: Callable[[], int],
         downloads: Callable[[], list[answers.Download]] = list,
         unwritten: Callable[[], str] = str,
+        unanswered: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -193,6 +207,7 @@ class Status:
         self._connections = connections
         self._downloads = downloads
         self._unwritten = unwritten
+        self._unanswered = unanswered
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
@@ -204,7 +219,7 @@ class Status:
         connections, requests = self._connections(), self._gate.requests
         loop, counts = name_of(asyncio.get_running_loop()), (requests, connections)
         known = current.config, current.engines, current.broken, current.refused
-        return StatusInput(*known, *counts, back, snapshot, loop, self._unwritten())
+        return StatusInput(*known, *counts, back, snapshot, loop, self._unwritten(), self._unanswered())
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""

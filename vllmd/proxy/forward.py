@@ -45,7 +45,7 @@ from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
 from vllmd.proxy.tokens import TAIL
-from vllmd.proxy.upstream import Pool, Upstream, host_field
+from vllmd.proxy.upstream import OutOfFiles, Pool, Upstream, host_field
 
 # Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
 KEPT_BACK = frozenset(
@@ -251,7 +251,8 @@ class AnswerRelay:
         """Give the permit back, with what the answer's usage says that it took."""
         permit, self._permit = self._permit, None
         if permit is not None:
-            failed = self._error.message if self._error is not None else ""
+            error = self._error  # that we could not ask it is no failure of the engine's
+            failed = error.message if error is not None and not isinstance(error, OutOfFiles) else ""
             sent = self._sent
             took = tokens.told(self._tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
             if took is None and self._status == 200 and sent.route.endswith(tokens.COUNTED):  # untold, or broken off
@@ -290,6 +291,8 @@ class AnswerRelay:
         tail = self._tail
         if size >= TAIL or not tail:
             self._tail = data[-TAIL:]
+            if self.account is not None and size:
+                self.account.answered = True
         elif len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
             self._tail = tail[-TAIL:] + data
         else:

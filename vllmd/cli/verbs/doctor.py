@@ -83,6 +83,14 @@ def models(status: Status) -> Iterator[Finding]:
             yield "bad", f"{name} has failed: {why}", f"vllmctl why {name}; vllmctl logs {name}"
         elif line.degraded:
             yield "warning", troubles(line), f"vllmctl why {name}"
+        elif silence := ps.silence(line):
+            yield (
+                "warning",
+                f"{name} is {line.state}: {silence}",
+                f"vllmctl logs {name}; vllmctl restart {name} --force",
+            )
+        elif line.never:
+            yield "bad", f"{name} can never be loaded: {line.never}", f"vllmctl assign {name} --gpu-memory"
         elif line.state == "stopped" and why:
             yield "bad", f"{name} cannot be loaded: {why}", ""
 

@@ -12,6 +12,7 @@ from vllmd.cli.admin import Admin
 from vllmd.text import shortened
 
 HEAD = ("MODEL", "STATE", "DEVICES", "MEMORY", "ACTIVE", "QUEUED", "IDLE", "NOTE")
+SILENT = 30.0  # seconds without a byte of any answer that are remarkable
 CAUSE = 240  # columns of a failure that are shown; vllmctl why has all of it
 RIGHT = ("MEMORY", "ACTIVE", "QUEUED", "IDLE")
 
@@ -116,6 +117,11 @@ def replicas_of(line: ModelLine) -> str:
     return f"{line.standing}{latency}"
 
 
+def silence(line: ModelLine) -> str:
+    """That an engine which seems well has answered nothing for long, though requests wait in it."""
+    return f"no answer for {show.age(line.silent)}" if line.silent is not None and line.silent >= SILENT else ""
+
+
 def _queue(line: ModelLine) -> str:
     oldest = line.oldest_wait
     return f"{line.queued} ({show.age(oldest)})" if line.queued and oldest is not None else str(line.queued)
@@ -125,9 +131,11 @@ def note(line: ModelLine) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
     parts = [show.phase(line)]
     parts.append(replicas_of(line))
+    parts.append(silence(line))
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
     parts.append("pinned" if line.pinned else "")
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
+    parts.append("" if line.replicas or not line.never else f"can never be loaded: {line.never}")
     parts.append("" if line.replicas else shortened(show.first_line(line.failure), CAUSE))  # else its replicas have it
     return "; ".join(part for part in parts if part)

@@ -44,6 +44,11 @@ def now(line: ModelLine, made: bool) -> str:
         told += f"; it failed: {line.failure}"
     if "\n" in line.failure:
         told += f"\nvllmctl logs {name} shows all of its output"
+    if line.never:
+        told += f"; it can never be loaded: {line.never}"
+    if silence := ps.silence(line):
+        told += f"; {silence}, with {show.counted(line.in_flight, 'request')} in it"
+        told += f" (vllmctl logs {name}; vllmctl restart {name} --force if it hangs)"
     if line.disabled:
         told += f"; an operator has disabled it: {line.disabled}"
     if line.waiting_for:
