@@ -70,11 +70,18 @@ def follow(arguments: Namespace, verb: Verb, given: Mapping[str, object], done: 
         if getattr(arguments, "no_wait", False):
             answer = admin.ask(verb, {**given, "model": model})
             if not arguments.json:
-                show.say(f"{model}: asked for")
+                show.say(f"{stands(understood(ModelLine, answer))}; vllmctl ps shows how it goes on")
             return answer
         return change(admin, model, verb, given, done, quiet=arguments.json)
 
     return each(arguments, act)
+
+
+def stands(line: ModelLine) -> str:
+    """How a model stands right after something was asked of it, in a sentence."""
+    from vllmd.cli.verbs import why  # which needs this file
+
+    return why.now(line, made=True)
 
 
 def change(

@@ -117,6 +117,13 @@ def replicas_of(line: ModelLine) -> str:
     return f"{line.standing}{latency}"
 
 
+def _pin(line: ModelLine) -> str:
+    """That it is pinned; of one that is down, as after a drain, what brings it back: no rule does."""
+    down = line.state == "stopped" and not (line.disabled or line.never or line.waiting_for)
+    back = ", and not loaded before its next request or vllmctl start" if down else ""
+    return f"pinned{back}" if line.pinned else ""
+
+
 def silence(line: ModelLine) -> str:
     """That an engine which seems well has answered nothing for long, though requests wait in it."""
     return f"no answer for {show.age(line.silent)}" if line.silent is not None and line.silent >= SILENT else ""
@@ -133,7 +140,7 @@ def note(line: ModelLine) -> str:
     parts.append(replicas_of(line))
     parts.append(silence(line))
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
-    parts.append("pinned" if line.pinned else "")
+    parts.append(_pin(line))
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
     parts.append("" if line.replicas or not line.never else f"can never be loaded: {line.never}")
