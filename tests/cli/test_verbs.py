@@ -531,7 +531,7 @@ def test_ps_imports_little(daemon: FakeDaemon) -> None:
         *("vllmd.cli", "vllmd.cli.verbs", "vllmd.cli.verbs.ps"),
         *(
             f"vllmd.cli.{name}"
-            for name in ("admin", "arguments", "downloads", "failures", "nothing", "show", "terminal")
+            for name in ("admin", "arguments", "downloads", "failures", "nothing", "show", "standing", "terminal")
         ),
     }
     assert not found & {"asyncio", "difflib", "getpass", "httpx", "logging", "pathlib", "subprocess", "yaml"}

@@ -24,7 +24,8 @@ import pytest
 import yaml
 
 from vllmd.api.answers import Decision, Reloaded
-from vllmd.cli.verbs import doctor, ps, why
+from vllmd.cli import standing
+from vllmd.cli.verbs import doctor, ps
 from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
 from vllmd.config.reload import BY_SYSTEMD, LATER
@@ -425,7 +426,7 @@ def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_s
         )
         told = f"can never be loaded: {bad.never}"
         assert ps.note(bad) == told
-        assert why.now(bad, made=True) == f"bad is stopped; it {told}"
+        assert standing.now(bad, made=True) == f"bad is stopped; it {told}"
         assert [what for _, what, _ in doctor.models(living.front.status.status())] == [f"bad {told}"]
         (warning,) = (await living.daemon.apply_configuration(small)).warnings
         assert "models.bad.gpu_memory: 90GiB does not fit" in warning

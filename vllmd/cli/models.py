@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllmd.api.answers import ModelLine, Progress, Status
-from vllmd.cli import show
+from vllmd.cli import show, standing
 from vllmd.cli.admin import Admin, decoded, understood
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
 from vllmd.cli.terminal import cut
@@ -70,18 +70,11 @@ def follow(arguments: Namespace, verb: Verb, given: Mapping[str, object], done: 
         if getattr(arguments, "no_wait", False):
             answer = admin.ask(verb, {**given, "model": model})
             if not arguments.json:
-                show.say(f"{stands(understood(ModelLine, answer))}; vllmctl ps shows how it goes on")
+                show.say(f"{standing.now(understood(ModelLine, answer), made=True)}; vllmctl ps shows how it goes on")
             return answer
         return change(admin, model, verb, given, done, quiet=arguments.json)
 
     return each(arguments, act)
-
-
-def stands(line: ModelLine) -> str:
-    """How a model stands right after something was asked of it, in a sentence."""
-    from vllmd.cli.verbs import why  # which needs this file
-
-    return why.now(line, made=True)
 
 
 def change(
