@@ -34,6 +34,10 @@ _ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number
 new_id = _ids.__next__  # the id of a request that brought none: unique, but guessable
 
 
+async def _answer_nothing(exchange: Exchange) -> None:
+    """The stand-in for a handler until a request's head has been read."""
+
+
 class Phase(enum.Enum):
     """The meaning of a connection's next bytes."""
 
@@ -90,13 +94,13 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reader = RequestReader(host.limits)
         self._phase = Phase.HEAD
-        self._request: Request
-        self._handler: Handler
+        self._request = Request("", "", "", "", Headers(), self.peer)  # until the head of a first one has been read
+        self._handler: Handler = _answer_nothing
         self._exchange: Exchange | None = None
         self._running: asyncio.Task[None] | None = None  # the handler, until the answer is whole
         self._tunnel: Callable[[bytes], None] | None = None
         self._place = ""  # with the key's name: the holder of the memory for bodies
-        self._holder: Holder
+        self._holder: Holder = ("", "")
         self._charged = 0  # bytes of memory charged for the request
         self._head_charged = 0  # those of them that its head takes, if it is large
         self._keep_alive = True

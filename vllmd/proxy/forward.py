@@ -69,14 +69,17 @@ Parse = Callable[[Exchange], Awaitable[UpstreamRequest | None]]
 class Relay:
     """The handlers of all routes that are relayed to engines, and the connections to engines that they share."""
 
-    def __init__(self, gate: Gate, limits: Limits) -> None:
+    def __init__(
+        self, gate: Gate, limits: Limits, recorder: Recorder | None = None, tracer: Tracer | None = None
+    ) -> None:
+        """``recorder`` decides whether bodies are noted, ``tracer`` which requests are traced."""
         self.requests = ModelRequests(gate, limits)
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
-        self.recorder: Recorder | None = None  # decides whether bodies are noted
-        self.tracer: Tracer | None = None  # decides which requests are traced
+        self._recorder = recorder
+        self._tracer = tracer
         self._without_usage_option: set[str] = set()  # engines that refuse ``stream_options``
 
     def forget(self, engine: str) -> None:
@@ -156,17 +159,12 @@ class Relay:
 
     def _open_account(self, upstream_request: UpstreamRequest, request: Request) -> Account:
         """What is noted of the request from now on. If its body is recorded, a field of the answer tells the client."""
-        account, recorder, parsed = (
-            Account(stream=upstream_request.parsed.stream),
-            self.recorder,
-            upstream_request.parsed,
-        )
-        if self.tracer is not None:
-            account.trace = self.tracer.begin(request)
-        if recorder and recorder.active:
-            model = upstream_request.target.permit_name
-            if recorder.begin(account, model, request.caller.name, parsed.raw):
-                request.answer_fields = (*request.answer_fields, ("x-vllmd-recorded", "bodies"))
+        parsed, recorder, name = upstream_request.parsed, self._recorder, upstream_request.target.permit_name
+        account = Account(stream=parsed.stream)
+        if self._tracer is not None:
+            account.trace = self._tracer.begin(request)
+        if recorder and recorder.active and recorder.begin(account, name, request.caller.name, parsed.raw):
+            request.answer_fields = (*request.answer_fields, ("x-vllmd-recorded", "bodies"))
         return account
 
     def _message(self, request: Request, attempt: UpstreamRequest, answer: AnswerRelay) -> tuple[bytes, Parts, int]:
