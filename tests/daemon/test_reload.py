@@ -246,11 +246,7 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, le
         await act(Living(daemon, back))
 
     with pytest.MonkeyPatch.context() as patch:
-
-        async def connect(*_: Any) -> Any:
-            return NoLauncher()
-
-        patch.setattr(startup, "connect_launcher", connect)
+        patch.setattr(startup, "launcher_client", lambda *_: NoLauncher())
         level = logging.getLogger().level
         logging.getLogger().setLevel(config.log_level.upper())
         try:

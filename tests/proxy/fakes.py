@@ -15,6 +15,7 @@ from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.errors import UnknownModel, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
+from vllmd.proxy.account import Tracer
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Target, silent
@@ -389,14 +390,16 @@ async def hello(request: Request) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def stage(script: Script | None = None, limits: Limits | None = None) -> AsyncIterator[Stage]:
+async def stage(
+    script: Script | None = None, limits: Limits | None = None, tracer: Tracer | None = None
+) -> AsyncIterator[Stage]:
     """A proxy with a local route ``/hello`` and the model routes, in front of an engine; checked when it ends."""
     engine = Engine(script or reply(b'{"model":"m"}'))
     upstream = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
     engine.listen = Listen(port=upstream.sockets[0].getsockname()[1])
     gate = FakeGate(engine.listen)
     limits = limits or Limits(ServerConfig())
-    router, relay = Router(), Relay(gate, limits)
+    router, relay = Router(), Relay(gate, limits, tracer=tracer)
     for method in ("GET", "POST"):
         router.add(method, "/hello", hello, "open", doc={"requestBody": {}})
     add_model_routes(router, relay)

@@ -86,8 +86,7 @@ def test_a_traced_request_makes_the_engines_spans_children_of_ours() -> None:
             return trace if request.headers.get("traceparent") else None
 
     async def play() -> None:
-        async with stage(reply(ANSWER)) as act:
-            act.relay.tracer = Tracing()
+        async with stage(reply(ANSWER), tracer=Tracing()) as act:
             client = await act.client()
             for fields in (["traceparent: 00-1-1122334455667788-01", "tracestate: a=b"], []):
                 client.post("/v1/chat/completions", b'{"model":"m"}', *fields)
@@ -112,8 +111,7 @@ def test_a_client_whose_requests_are_not_all_traced_sends_no_second_traceparent(
 
     async def play() -> None:
         nonlocal act
-        async with stage(reply(ANSWER)) as act:
-            act.relay.tracer = Tracing()
+        async with stage(reply(ANSWER), tracer=Tracing()) as act:
             client = await act.client()
             for _ in decided:
                 client.post("/v1/chat/completions", b'{"model":"m"}', "traceparent: malformed")

@@ -98,13 +98,13 @@ def _unheard(event: events.Event) -> None:
 class Fetching:
     """Models that are not here and may be fetched on request.
 
-    ``may``: whether a name means one. ``fetch``: has it fetched and served, however long that takes; raises VllmdError.
-    ``told``: how far that is, for those who wait; "" for none.
+    ``may_fetch``: whether a name means such a model. ``fetch`` returns when the model is served, however long that
+    takes; raises VllmdError. ``progress``: what clients who wait are told, such as ``fetching 35 %``; "" for none.
     """
 
-    may: Callable[[str], bool] = lambda name: False
+    may_fetch: Callable[[str], bool] = lambda name: False
     fetch: Callable[[str], Awaitable[None]] = field(default=_nothing)
-    told: Callable[[str], str] = lambda name: ""
+    progress: Callable[[str], str] = lambda name: ""
 
 
 class AdmissionGate:
@@ -180,13 +180,18 @@ class AdmissionGate:
         """What ``offer_adapters`` was given for the model."""
         return self._runtime.get(model, {})
 
+    def base_of(self, name: str) -> str:
+        """The model that an adapter or a variant belongs to; any other name as it is."""
+        offer = self._offers.get(name)
+        return offer.model if offer else name
+
     def has(self, name: str) -> bool:
         """Whether a model, an alias or another offer is called that."""
         return name in self._names
 
     def would_fetch(self, name: str) -> bool:
         """Whether a request that names it may have a model fetched that is not here yet."""
-        return self._fetching.may(name)
+        return self._fetching.may_fetch(name)
 
     def _offer(self) -> None:
         """Draw up what is offered, and forget what names meant before."""
@@ -216,7 +221,7 @@ class AdmissionGate:
             called = self._names.resolve(name, caller.may_use)
         except errors.UnknownModel:
             # Only who may use every model has others fetched: another one's key names what it is for.
-            if caller.models is not None or not self._fetching.may(name):
+            if caller.models is not None or not self._fetching.may_fetch(name):
                 raise
             return Target(name, name, names=frozenset({name}))
         if (pool := self._offers.pool(called)) is not None:
@@ -233,8 +238,7 @@ class AdmissionGate:
         found = self._names.with_replica(name, self._is_replica, caller.may_use)
         if (pool := self._offers.pool(found)) is not None:
             raise errors.BadRequest(f"{found!r} is a pool, name one of its models: {', '.join(pool)}", param="model")
-        offer = self._offers.get(found)
-        return offer.model if offer else found
+        return self.base_of(found)
 
     def _is_replica(self, name: str) -> bool:
         return name in self._engines and bool(self._engines[name].replica_of)
@@ -260,7 +264,7 @@ class AdmissionGate:
         if not members:
             caller.check(name)
             raise errors.UnknownModel(f"none of the models of the pool {name!r} is here", param="model")
-        models = [offer.model if (offer := self._offers.get(member)) else member for member in members]
+        models = [self.base_of(member) for member in members]
         answers: list[commands.Answer] = []
         if self._back:
             self._back.ask(events.PoolAsked(tuple(models)), answers.append)
@@ -331,7 +335,7 @@ class AdmissionGate:
                 await self._opened(waits)
                 self._check_served(model, route)
             # A model that is not here is fetched first; what its name means is known only then.
-            if model not in self._models and self._fetching.may(model):
+            if model not in self._models and self._fetching.may_fetch(model):
                 await self._fetched(permit, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             self._arrive(permit)
@@ -454,7 +458,7 @@ class AdmissionGate:
 
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
-        if model not in self._models and (told := self._fetching.told(model)):
+        if model not in self._models and (told := self._fetching.progress(model)):
             return told
         return self._back.phase_of(model) if self._back else ""
 

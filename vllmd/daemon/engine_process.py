@@ -8,13 +8,14 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
+from vllmd.core.commands import StartEngine
 from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
 from vllmd.daemon.loaders import Loading
@@ -24,12 +25,11 @@ from vllmd.engines.base import Engine, Listen, Progress
 from vllmd.engines.standby import Standby
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
-from vllmd.launcher.client import ExitReport, Running, StartOrder
+from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
-PlainOrder = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class EngineProcess:
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     standby: Standby | None = None  # what a standby has to be to become it
     given: str = ""  # the instance of the standby that its order names
-    plain_order: PlainOrder | None = None  # writes its order once more, should its standby or its loader be at fault
+    command: StartEngine | None = None  # that it was started by; None: it cannot be started once more
     loading: Loading | None = None  # how its weights are read, where that is to be measured
     is_first_start: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it was told to go
@@ -124,7 +124,7 @@ class EngineProcess:
         """Go on as another attempt at this start, once the one before has exited; the time of both counts."""
         for name in ("model", "instance", "listen", "fingerprint", "environment", "stop", "stop_signal"):
             setattr(self, name, getattr(other, name))
-        self.running = self.ordered = self.report = self.watcher = self.file = self.plain_order = self.loading = None
+        self.running = self.ordered = self.report = self.watcher = self.file = self.command = self.loading = None
         self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
         self.lines.clear()
 

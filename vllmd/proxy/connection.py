@@ -34,6 +34,10 @@ _ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number
 new_id = _ids.__next__  # for a request that brought none: unique, no secret
 
 
+async def _answer_nothing(exchange: Exchange) -> None:
+    """The stand-in for a handler until a request's head has been read."""
+
+
 class Phase(enum.Enum):
     """What the connection's incoming bytes are."""
 
@@ -87,13 +91,13 @@ class Connection(asyncio.Protocol):
         self._reader = RequestReader(host.limits)
         self._phase = Phase.HEAD
         self._transport: asyncio.Transport
-        self._request: Request
-        self._handler: Handler
+        self._request = Request("", "", "", "", Headers(), self.peer)  # until the head of a first one has been read
+        self._handler: Handler = _answer_nothing
         self._exchange: Exchange | None = None
         self._running: asyncio.Task[None] | None = None  # the handler, until the answer is whole
         self._tunnel: Callable[[bytes], None] | None = None
         self._place = ""  # whose memory for bodies it takes
-        self._holder: Holder
+        self._holder: Holder = ("", "")
         self._held = 0  # bytes of memory taken for the request
         self._head_held = 0  # those of them that its head takes, if it is large
         self._keep_alive = True

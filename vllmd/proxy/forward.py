@@ -69,14 +69,17 @@ Parse = Callable[[Exchange], Awaitable[UpstreamRequest | None]]
 class Relay:
     """The handlers of all routes that are relayed to engines, and the connections to engines that they share."""
 
-    def __init__(self, gate: Gate, limits: Limits) -> None:
+    def __init__(
+        self, gate: Gate, limits: Limits, recorder: Recorder | None = None, tracer: Tracer | None = None
+    ) -> None:
+        """``recorder`` decides whether bodies are noted, ``tracer`` which requests are traced."""
         self.requests = ModelRequests(gate, limits)
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
-        self.recorder: Recorder | None = None  # decides whether bodies are noted
-        self.tracer: Tracer | None = None  # decides which requests are traced
+        self._recorder = recorder
+        self._tracer = tracer
         self._not_asked: set[str] = set()  # engines that refuse to be asked for the usage of a stream
 
     def forget(self, engine: str) -> None:
@@ -150,9 +153,9 @@ class Relay:
 
     def _account(self, wanted: UpstreamRequest, request: Request) -> Account:
         """What is noted of the request from now on. The client is told of bodies, if somebody has that switched on."""
-        account, recorder, called = Account(stream=wanted.asked.stream), self.recorder, wanted.target.called
-        if self.tracer is not None:
-            account.trace = self.tracer.begin(request)
+        account, recorder, called = Account(stream=wanted.asked.stream), self._recorder, wanted.target.called
+        if self._tracer is not None:
+            account.trace = self._tracer.begin(request)
         if recorder and recorder.active and recorder.begin(account, called, request.caller.name, wanted.asked.body):
             request.answer_fields = (*request.answer_fields, ("x-vllmd-recorded", "bodies"))
         return account

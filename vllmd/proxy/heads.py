@@ -135,15 +135,15 @@ class HeadMemo(Generic[H]):
         self._parse: Callable[[bytes], H] = parse
         self._raw = b""
         self._shape = NO_SHAPE  # the bytes before and after the length's digits
-        self._head: H
+        self._head: H | None = None
 
     def read(self, raw: bytes) -> H:
         """What ``raw``, which ends with its blank line, says. Raises what ``parse`` raises."""
-        if raw == self._raw:
+        if raw == self._raw and self._head is not None:
             return self._head
         digits = PLAIN_LENGTH.search(raw)
         shape = NO_SHAPE if digits is None else (raw[: digits.start(1)], raw[digits.end(1) :])
-        if digits is not None and shape == self._shape:
+        if digits is not None and shape == self._shape and self._head is not None:
             head = self._head.with_length(int(digits[1]))
         else:
             head = self._parse(raw)
