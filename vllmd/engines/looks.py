@@ -39,7 +39,7 @@ def looked_at_once(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         key = (function, *args)
         if key not in seen:
-            seen[key] = function(*args)
+            seen[key] = function(*args, **kwargs)
         return seen[key]  # type: ignore[return-value]
 
     return look
