@@ -12,7 +12,7 @@ from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.errors import UpstreamFailed
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.upstream import WRITE_LIMIT, Pool, Upstream, _Collected, connect, request
+from vllmd.proxy.upstream import WRITE_BYTES, Collector, Pool, Upstream, connect, request
 
 
 async def asked_of(script: object, path: Path, **options: object) -> tuple[int, bytes, Asked]:
@@ -110,10 +110,10 @@ def test_a_large_body_is_not_in_memory_twice(tmp_path: Path) -> None:
         async with await asyncio.start_unix_server(serve, tmp_path / "s"):
             listen = Listen(uds=str(tmp_path / "s"))
             connection = await connect(listen, 5.0, lambda: Upstream(listen))
-            sink = _Collected(100)
+            sink = Collector(100)
             connection.send("POST", b"head", parts, sum(map(len, parts)), sink)
             await soon(began.wait())
-            assert connection._transport.get_write_buffer_size() <= 2 * WRITE_LIMIT
+            assert connection.transport.get_write_buffer_size() <= 2 * WRITE_BYTES
             go.set()
             assert (await soon(sink.over)).status == 200
             assert got == b"head" + body
@@ -154,12 +154,12 @@ def test_a_connection_that_was_paused_is_read_again_when_it_is_kept() -> None:
         pool, wire, listen = Pool(Limits(ServerConfig())), Wire(), Listen()
         connection = Upstream(listen, pool)
         connection.connection_made(wire)
-        connection.send("POST", b"head", (b"",), 0, _Collected(100))
+        connection.send("POST", b"head", (b"",), 0, Collector(100))
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n1")
         connection.pause()
         assert not wire.reading
         connection.data_received(b"2")
-        assert (pool.take(listen), wire.reading) == (connection, True)
+        assert (pool.get_idle(listen), wire.reading) == (connection, True)
         pool.close()
 
     asyncio.run(play())

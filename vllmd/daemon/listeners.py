@@ -38,7 +38,7 @@ from vllmd.proxy.gate import Authenticator
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.limits import Limits, clients_files
 from vllmd.proxy.models import add_model_routes
-from vllmd.proxy.peers import are_ours
+from vllmd.proxy.peers import register_own_sockets
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.records.ring import Entry
@@ -143,7 +143,7 @@ class Listeners:
 
     def open(self) -> None:
         """Accept connections on every listener."""
-        are_ours(sock for sockets in self._listeners.values() for sock in sockets)
+        register_own_sockets(sock for sockets in self._listeners.values() for sock in sockets)
         for server in self._servers:
             server.start()
 
@@ -184,7 +184,7 @@ class Listeners:
         are let in to be refused.
         """
         for server in self._clients:
-            server.last_ones()
+            server.disable_keep_alive()
             if not turn_away:
                 server.stop_accepting()
 

@@ -11,8 +11,8 @@ if the engine's user listens at its other end (``Address.owner``):
   engine's user's, or root's: Docker's proxy is root.
 
 An engine must never make the daemon call itself, neither where both run as one user nor by a second name for the
-daemon's own socket: ``are_ours`` remembers those. Among processes of one user nothing more is promised, since each of
-them can do to an engine whatever it likes.
+daemon's own socket: ``register_own_sockets`` remembers those. Among processes of one user nothing more is promised,
+since each of them can do to an engine whatever it likes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Listener(NamedTuple):
 _ours: set[tuple[int, int]] = set()  # (device, inode) of files; (0, inode) of TCP sockets
 
 
-def are_ours(sockets: Iterable[socket.socket]) -> None:
+def register_own_sockets(sockets: Iterable[socket.socket]) -> None:
     """Note the daemon's own listening sockets: no engine is ever there."""
     for each in sockets:
         if each.family != socket.AF_UNIX:
