@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 METHOD_IS_CHOSEN_IN = "vllm.utils.system_utils"
-FORK = Path(__file__).resolve().parents[3] / "vllmd/engines/vllm_standby_fork.py"
+PLACES = (*Path(__file__).resolve().parents, Path("/usr/lib/python3/dist-packages"))  # a checkout, an installed vllmd
+FORK = next(file for place in PLACES if (file := place / "vllmd/engines/vllm_standby_fork.py").exists())
 
 
 class Finder:
