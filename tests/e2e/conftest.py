@@ -18,7 +18,7 @@ from tests.machine import container
 from tests.machine.container import MODEL_INSIDE, VLLM_INSIDE
 from tests.vllm_on_cpu import ENV, FORKING
 
-START_LIMIT = 570.0  # seconds; two engines at once, on a machine that others use, too
+START_LIMIT = 840.0  # seconds; two engines at once, on a machine that others use, too
 FORKING_INSIDE = "/opt/forking"
 
 # stream_interval: a chunk has four tokens, so that how vLLM cuts a stream hardly depends on the timing.
@@ -41,7 +41,7 @@ models:
       tool_call_parser: hermes
       structured_outputs_config: '{{"backend": "xgrammar", "disable_any_whitespace": true}}'
     env: {json.dumps({**ENV, "VLLM_ENABLE_RESPONSES_API_STORE": "1"})}
-    start_timeout: 9m
+    start_timeout: 14m
   lab/embedder:
     engine: vllm
     command: [{VLLM_INSIDE}/bin/vllm]
@@ -49,7 +49,7 @@ models:
     max_model_len: 512
     extra_args: {{runner: pooling, enforce_eager: true, max_num_seqs: 8}}
     env: {json.dumps({**ENV, "PYTHONPATH": FORKING_INSIDE})}
-    start_timeout: 9m
+    start_timeout: 14m
   lab/wrong:
     engine: vllm
     command: [{VLLM_INSIDE}/bin/vllm]

@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.site import BASE, Site
 from tests.machine.container import MODEL_INSIDE, VLLM_INSIDE
 
-pytestmark = [pytest.mark.machine, pytest.mark.vllm]
+pytestmark = [pytest.mark.machine, pytest.mark.vllm, pytest.mark.timeout(1200)]  # the first one starts both engines
 
 # The beginning of every client; show() is how one answers.
 PRELUDE = f"""

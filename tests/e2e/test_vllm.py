@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.site import Site
 from tests.machine.container import VLLM_INSIDE
 
-pytestmark = [pytest.mark.machine, pytest.mark.vllm]
+pytestmark = [pytest.mark.machine, pytest.mark.vllm, pytest.mark.timeout(1200)]  # the first one starts both engines
 
 CHAT_WITH_OPENAI = """
 import json
