@@ -39,7 +39,7 @@ from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.model_requests import unserved
 from vllmd.proxy.tokens import Tokens
-from vllmd.proxy.upstream import Unreached
+from vllmd.proxy.upstream import OutOfFiles, Unreached
 
 ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.ENGINE_FAILED: errors.EngineFailed,
@@ -158,9 +158,11 @@ class AdmissionGate:
         ``pools`` by name. ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
         """
         self._keep_alive_limit = keep_alive_limit
-        self._models = dict(models)
-        self._engines = dict(engines)
-        self._firsts = {engine.replica_of or name: name for name, engine in reversed(list(engines.items()))}
+        self._models, self._engines = models, engines
+        self._firsts: dict[str, str] = {}  # the first engine of models that have several
+        for name, engine in engines.items():
+            if engine.replica_of:
+                self._firsts.setdefault(engine.replica_of, name)
         self._pools = pools or {}
         kept, self._runtime = self._runtime, {}
         self._offer()
@@ -272,13 +274,17 @@ class AdmissionGate:
         """What a model's name means, or that of an adapter or a variant."""
         offer = self._offers.get(called)
         model = offer.model if offer else called
-        return self._target(model, self._firsts[model], offer)  # for what is alike in all replicas, the first one's
+        return self._target(model, self._first(model), offer)  # for what is alike in all replicas, the first one's
+
+    def _first(self, model: str) -> str:
+        """The first engine of a model, or the only one."""
+        return self._firsts.get(model, model)
 
     def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of a model, as its first engine has them."""
         if not named_adapters(model) and model.name not in self._runtime:
             return {}  # only else is the engine's kind needed: the first client shall not wait for it
-        config = self._engines[self._firsts[model.name]]
+        config = self._engines[self._first(model.name)]
         return self._adapters_at(config, self._engine_of(config))
 
     def _adapters_at(self, config: ModelConfig, kind: Engine) -> Mapping[str, Adapter]:
@@ -348,8 +354,8 @@ class AdmissionGate:
 
     def _check_served(self, model: str, route: str) -> None:
         """Whether the model serves that public path ("" is any), by its files, too. Raises NotFound."""
-        if route and model in self._firsts:
-            target = self._target(model, self._firsts[model])
+        if route and self._first(model) in self._engines:
+            target = self._target(model, self._first(model))
             if target.routes is not None and route not in target.routes:
                 raise unserved(target, route)
 
@@ -424,7 +430,7 @@ class AdmissionGate:
         An engine that does not listen has just died, and the core will hear of it.
         """
         replicas = self._models[permit.model].replicas if permit.model in self._models else None
-        if self._back is None:
+        if self._back is None or isinstance(error, OutOfFiles):  # to another one there is no way, either
             raise error
         if replicas is None and isinstance(error, Unreached) and len(permit.tried) < REACH_TRIES:
             self._back.unreached(permit.replica)

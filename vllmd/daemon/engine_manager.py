@@ -50,7 +50,7 @@ from vllmd.engines.start_times import first_phase, share_begun
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
-from vllmd.proxy.upstream import describe
+from vllmd.proxy.upstream import OutOfFiles, describe
 from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.engines")
@@ -282,7 +282,11 @@ class EngineManager:
             self._post(events.EngineExited(process.name, f"it is gone: {failure}"))
 
     async def _probe(self, process: EngineProcess, command: commands.ProbeReplica) -> None:
-        seconds, why = await timed_probe(process, command.limit)
+        try:
+            seconds, why = await timed_probe(process, command.limit)
+        except OutOfFiles as error:
+            self._post(events.ReplicaProbed(command.request, None, error.message, unasked=True))
+            return
         self._post(events.ReplicaProbed(command.request, seconds, why))
 
     async def await_ready(self, process: EngineProcess) -> events.Event:

@@ -239,20 +239,21 @@ class ListRoutes:
 
     async def tags(self, request: Request) -> Response:
         """``GET /api/tags``: what the key may use and is not hidden."""
-        return await list_response(models.tags(await self._cards(request), self._since), "models")
+        listed = {"models": models.names(await self._cards(request))}
+        return await list_response(listed, "models", make=lambda each: models.tag(each[0], each[1], self._since))
 
     async def ps(self, request: Request) -> Response:
         """``GET /api/ps``: the models that are loaded."""
         cards = await self._cards(request)
-        lines = self._control.status.status().models
+        lines = (await self._control.status.status()).models
         return json_response(models.ps(cards, lines, time.time()))
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
         name = self._control.status.called(requests.model_of(read(request.body)), request.caller)
-        for card in await self._control.status.models():
-            if card.id == name:
-                return json_response(models.show(card, self._since))
+        card = await self._control.status.model(name)
+        if card is not None:
+            return json_response(models.show(card, self._since))
         raise UnknownModel(f"the model {name!r} is no longer configured", param="model")
 
     async def _cards(self, request: Request) -> list[Card]:

@@ -42,15 +42,16 @@ class Trace(NamedTuple):
 class Account:
     """One request: when it was admitted, to which replica it was sent last, how often, and its tokens.
 
-    ``admitted`` is in seconds of the monotonic clock, None before. ``request`` and ``answer`` are set only while bodies
-    are recorded.
+    ``admitted`` is in seconds of the monotonic clock, None before. ``answered``: the first byte of the replica's answer
+    has come. ``request`` and ``answer`` are set only while bodies are recorded.
     """
 
-    __slots__ = ("admitted", "answer", "replica", "request", "sends", "stream", "tokens", "trace")
+    __slots__ = ("admitted", "answer", "answered", "replica", "request", "sends", "stream", "tokens", "trace")
 
     def __init__(self, *, stream: bool) -> None:
         self.stream = stream
         self.admitted: float | None = None
+        self.answered = False
         self.replica = ""
         self.sends = 0
         self.tokens: Tokens | None = None
@@ -60,7 +61,7 @@ class Account:
 
     def admit(self, replica: str) -> None:
         """The request was admitted to this replica."""
-        self.admitted = time.monotonic()
+        self.admitted, self.answered = time.monotonic(), False
         self.replica = replica
         self.sends += 1
 

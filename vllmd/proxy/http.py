@@ -175,18 +175,26 @@ def json_response(value: object, status: int = 200, headers: Pairs = ()) -> Resp
     return Response(status, json.dumps(value, separators=(",", ":"), default=str).encode(), headers=headers)
 
 
-async def list_response(value: Mapping[str, object], name: str, default: Callable[[object], object] = str) -> Response:
+def _as_it_is(item: object) -> object:
+    return item
+
+
+async def list_response(
+    value: Mapping[str, object],
+    name: str,
+    default: Callable[[object], object] = str,
+    make: Callable[[Any], object] = _as_it_is,
+) -> Response:
     """``value`` as compact JSON. Its member ``name`` may be a list of thousands: it is written in turns of the loop.
 
-    ``default`` is that of ``json.dumps``.
+    ``default`` is that of ``json.dumps``. ``make`` makes the JSON value of each item of the list, in its turn.
     """
     items, written = cast(Sequence[object], value[name]), list[str]()
     for start in range(0, len(items), MEMBERS_PER_TURN):
         if start:
             await asyncio.sleep(0)
-        written.append(
-            json.dumps(items[start : start + MEMBERS_PER_TURN], separators=(",", ":"), default=default)[1:-1]
-        )
+        some = [make(item) for item in items[start : start + MEMBERS_PER_TURN]]
+        written.append(json.dumps(some, separators=(",", ":"), default=default)[1:-1])
     members = {
         key: json.dumps(each, separators=(",", ":"), default=default) for key, each in value.items() if key != name
     }

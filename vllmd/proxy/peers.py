@@ -18,6 +18,7 @@ of them can do anything to an engine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllmd.credentials import credentials
-from vllmd.errors import UpstreamFailed
+from vllmd.errors import OUT_OF_FILES, UpstreamFailed
 
 if TYPE_CHECKING:
     from vllmd.proxy.gate import Address
@@ -147,7 +148,9 @@ def _check(found: Listener, owner: int, host: str, port: int) -> None:
 def listener_of(host: str, port: int) -> Listener | None:
     """The process that listens on a TCP address, for messages; None if there is none, or if that is unknown."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return listener(family, host, port) or listener_from_proc(host, port)
+    with contextlib.suppress(OSError):
+        return listener(family, host, port) or listener_from_proc(host, port)
+    return None
 
 
 def user_named(uid: int) -> str:
@@ -211,13 +214,18 @@ def _query(family: socket.AddressFamily, states: int, place: bytes) -> Listener 
 
 
 def listener_from_proc(host: str, port: int) -> Listener | None:
-    """As ``listener``, for a kernel without sock_diag: read the list of all TCP sockets in /proc/net."""
+    """As ``listener``, for a kernel without sock_diag: read the list of all TCP sockets in /proc/net.
+
+    Raises OSError if this process has no file descriptor left to read it.
+    """
     places = [_hex(host), *(_hex("0.0.0.0") if ":" not in host else "", "0" * 32)]
     found: dict[str, Listener] = {}
     for name in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        except OSError:
+        except OSError as error:
+            if error.errno in OUT_OF_FILES:  # who listens is not known then, which is not that somebody else does
+                raise
             continue
         for line in lines:
             fields = line.split()
