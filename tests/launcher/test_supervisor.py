@@ -226,7 +226,7 @@ def test_a_run_directory_is_swept_when_it_is_seen_without_an_engine_twice(
     os.utime(tmp_path / "left", (0, 0))
     loop, looks, told = Loop(), list[bool](), list[ExitReport]()
     users = Users()
-    monkeypatch.setattr(users, "everybody", lambda: (OURSELVES,))
+    monkeypatch.setattr(users, "all", lambda: (OURSELVES,))
     supervisor = Supervisor(loop, Backend(loop, ""), users, told.append, [str(tmp_path)])
     real = engines.unused
 
