@@ -554,7 +554,7 @@ async def test_nobody_notices_a_killed_launcher_while_he_asks(site: Machine) -> 
 
 async def test_a_start_that_comes_too_late_leaves_nothing(site: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever gives up on it may use its memory for another: so it is gone by then, whatever the launcher was doing."""
-    monkeypatch.setattr(client, "ANSWER_LIMIT", 0.5)
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.5)
     async with driving(site) as driver:
         site.run("systemctl kill --signal=STOP --kill-who=main vllmd-launcher.service")
         starting = asyncio.ensure_future(driver.start("exec sleep 1000", timeout=0.5))

@@ -480,7 +480,7 @@ class _PrivateLauncher:
                 self._process.wait(PRIVATE_END_SECONDS)
             except subprocess.TimeoutExpired:
                 log.error(
-                    "the launcher has not ended %g s after its connection was closed, and is killed",
+                    "the launcher did not exit within %g s after its connection was closed: killed",
                     PRIVATE_END_SECONDS,
                 )
                 self._process.kill()
