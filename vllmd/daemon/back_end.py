@@ -91,7 +91,7 @@ class BackEnd:
 
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""
-        self.engines.answered(replica, 0, failed=True)
+        self.engines.note_answer(replica, 0, failed=True)
 
     def serves(self, model: str) -> bool:
         """Whether an engine of the model is awake."""
