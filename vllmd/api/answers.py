@@ -25,7 +25,7 @@ STATES = (
 )
 NO_ENGINE = frozenset({"stopped", "error"})  # of STATES: nothing runs
 State = Annotated[str, {"enum": list(STATES)}]
-Standing = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
+HealthStatus = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
 Watts = Annotated[float, "watts"]
 Moment = Annotated[str, {"format": "date-time"}]
 
@@ -131,7 +131,7 @@ class ModelLine(Answer):
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
-    standing: Standing = ""
+    health: HealthStatus = ""
     latency: Annotated[float | None, "of a replica: seconds to the first byte of its answers"] = None
     rests_in: Annotated[float | None, "seconds until it would sleep, sleep deeper or stop for its age"] = None
     pid: int | None = None

@@ -150,7 +150,7 @@ def line(
         leases=view.leases,
         waiting_for=view.waiting_for,
         failure=view.failure,
-        standing=view.standing,
+        health=view.health,
         latency=view.latency,
         rests_in=view.rests_in,
         pid=running.pid if running else None,

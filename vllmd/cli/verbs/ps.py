@@ -110,10 +110,10 @@ def replicas_of(line: ModelLine) -> str:
     """How many of a model's replicas serve; of a replica what its answers have earned it, and how soon they begin."""
     if line.replicas:
         return f"{line.serving} of {len(line.replicas)} replicas serve{', degraded' * line.degraded}"
-    if not line.standing:
+    if not line.health:
         return ""
     latency = f" ({line.latency * 1000:.0f} ms to the first byte)" if line.latency is not None else ""
-    return f"{line.standing}{latency}"
+    return f"{line.health}{latency}"
 
 
 def _queue(line: ModelLine) -> str:

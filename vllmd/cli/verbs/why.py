@@ -38,7 +38,7 @@ def now(line: ModelLine, made: bool) -> str:
         told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
     else:
         told = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
-    if line.replicas or line.standing:
+    if line.replicas or line.health:
         told += f" ({ps.replicas_of(line)})"
     if line.state != "error" and line.failure:
         told += f"; it failed: {line.failure}"
