@@ -30,7 +30,7 @@ class Following:
         self._back = back
 
     async def progress(self, model: str) -> AsyncIterator[Progress]:
-        """How it comes along, until it has come to rest."""
+        """The progress of a load or another change, until the model has come to rest."""
         began = time.monotonic()
         try:
             async for step in self._steps(model, began):
@@ -76,7 +76,7 @@ class Following:
 
 
 def _moves(seen: StatusInput, model: str) -> bool:
-    """Whether it is on its way somewhere, or about to be."""
+    """Whether the model is changing its state, or about to."""
     views = seen.snapshot.replicas_of(model) if seen.snapshot else ()
     return any(view.state in MOVING or view.waiting_for for view in views)
 

@@ -28,9 +28,9 @@ class Instances:
         self._apply_configuration = take
         self._changing = changing
         self._adding: set[asyncio.Task[None]] = set()  # one more engine is being made
-        self._made: dict[str, ReplicaConfig] = {}  # model -> the replicas that it has by us
+        self._made: dict[str, ReplicaConfig] = {}  # model -> its replicas, of those that have some by this class
 
-    # -- where they may be put
+    # -- where engines are put
 
     async def load_on(self, model: str, device: int) -> str:
         """Have one of its engines on that device; the core says which. Raises BadRequest, Conflict."""
@@ -44,7 +44,7 @@ class Instances:
     # -- further ones
 
     def add(self, command: commands.AddReplica) -> None:
-        """Give the model one more engine, on that device, which the core then loads; or tell it that there is none."""
+        """Give the model one more engine, on that device, for the core to load; or tell the core why there is none."""
         task = asyncio.ensure_future(self._add(command.model, command.device))
         self._adding.add(task)
         task.add_done_callback(lambda task: self._added(command, task))
@@ -76,7 +76,7 @@ class Instances:
                 left = tuple(one for one in rules.of if one.name != name or one is rules.of[0])
                 known = self._current.config.models.get(model)
                 if known and self._is_ours(known) and len(left) < len(rules.of):
-                    with contextlib.suppress(Conflict):  # somebody has it loaded again: it stays
+                    with contextlib.suppress(Conflict):  # a client or operator has it loaded again: it stays
                         fewer = replace(rules, of=left) if len(left) > 1 else None
                         await self._take(known, fewer, frozenset({name}))
 

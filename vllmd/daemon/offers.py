@@ -69,13 +69,13 @@ class Offers:
         return self._offers.get(name)
 
     def pool(self, name: str) -> Sequence[str] | None:
-        """The members of the pool of this name, by the names that they are offered by; None if there is none."""
+        """The members of a pool, by the names that they are offered by; None if there is no such pool."""
         return self._members.get(name)
 
     def opened_by(self, name: str) -> frozenset[str]:
         """What a key that names a model or an offer may use: of a model its variants, too, of a pool its members.
 
-        An adapter is another model: a key must name it.
+        An adapter is a model of its own: a key must name it.
         """
         members = self._members.get(name, ())
         opened = {name, *members}
@@ -99,19 +99,19 @@ def _adapters(model: ModelConfig, adapters: Mapping[str, Adapter]) -> Iterator[O
     for name, adapter in adapters.items():
         if not name:
             continue
-        told = model.adapters.get(name)
-        about = (told.display_name, told.description, told.hidden) if told else ()
+        config = model.adapters.get(name)
+        about = (config.display_name, config.description, config.hidden) if config else ()
         yield Offer(name, model.name, adapter.path, True, RequestRules(set=adapter.members), *about)
 
 
 def _variants(model: ModelConfig) -> Iterator[Offer]:
-    for name, told in model.variants.items():
-        about = (told.display_name, told.description, told.hidden)
-        yield Offer(name, model.name, "", False, told.request, *about)
+    for name, variant in model.variants.items():
+        about = (variant.display_name, variant.description, variant.hidden)
+        yield Offer(name, model.name, "", False, variant.request, *about)
 
 
 def _known(pool: PoolConfig, named: Mapping[str, str]) -> tuple[str, ...]:
-    """The members that are here; models that are meant for other machines, or not in the cache yet, are not."""
+    """The members that are configured here; others are for other machines, or not in the cache yet."""
     return tuple(dict.fromkeys(named[member] for member in pool.models if member in named))
 
 

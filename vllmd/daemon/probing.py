@@ -1,4 +1,4 @@
-"""A model's engines asked their probe all at the same time, because an operator wants to know who is fastest."""
+"""Probes to all engines of a model at the same time, for an operator who wants to know which one is fastest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one probe: its seconds, or None and why it has none; ``abandoned``: it was not waited for."""
+    """The result of one probe: its seconds, or None and why; ``abandoned``: a faster engine had answered before."""
 
     seconds: float | None
     message: str
@@ -42,12 +42,12 @@ async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bo
     asking = [asyncio.ensure_future(_ask(back, process, limit or rules.probe_limit)) for process in processes]
     try:
         await _raced(asking, everybody=everybody)
-        found = _results(asking)
+        outcomes = _results(asking)
     finally:
         for each in asking:
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
-    ranked = sorted(zip(processes, found, strict=True), key=lambda pair: _rank(pair[1]))
+    ranked = sorted(zip(processes, outcomes, strict=True), key=lambda pair: _rank(pair[1]))
     lines = tuple(ProbedReplica(process.name, each.seconds, each.message) for process, each in ranked)
     return Probed(model, lines[0].name if lines[0].seconds is not None else None, lines)
 
@@ -62,11 +62,11 @@ def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
 
 
 async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Outcome:
-    """One probe, of which the core knows while it runs."""
-    request = f"asked-{next(_numbers)}"
+    """Send one probe, which the core counts as a request of that replica."""
+    request = f"operator-{next(_numbers)}"
     try:
         await back.asked(events.ProbeAsked(request, process.name))
-    except Conflict as refusal:  # it has left since it was looked for
+    except Conflict as refusal:  # the replica has left meanwhile
         return Outcome(None, refusal.message)
     seconds, why = None, "abandoned"
     try:
@@ -77,7 +77,7 @@ async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Outcome:
 
 
 async def _raced(asking: Sequence[asyncio.Task[Outcome]], *, everybody: bool) -> None:
-    """Wait for all, or until one has answered: they began together, so whoever has not is slower than that one."""
+    """Wait for all, or until one has answered: they began together, so every other one is slower."""
     waiting = set(asking)
     while waiting:
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -93,5 +93,5 @@ def _results(asking: Sequence[asyncio.Task[Outcome]]) -> list[Outcome]:
 
 
 def _rank(each: Outcome) -> tuple[bool, bool, float]:
-    """The fastest first, then who was only slower, then who failed."""
+    """The sort key: the fastest first, then those that were slower, then those that failed."""
     return each.seconds is None, not each.abandoned, each.seconds or 0.0

@@ -1,9 +1,9 @@
-"""Processes on the devices: whose they are, and how to be rid of one.
+"""Processes on the devices: which engine each belongs to, and how to end one.
 
 The daemon has no privileges. An engine is killed by the launcher, as a whole:
 one that has lost a worker is of no use. A stranger is killed only if the operator
 insists, only if it is seen on a GPU, and with the daemon's own rights; the
-launcher, which could kill anything, is never asked to.
+launcher, which could kill anything, is not used for that.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ async def gpus(memory: Memory) -> list[GPUInfo]:
 
 
 async def kill(pid: int, engine_manager: EngineManager, memory: Memory, *, force: bool) -> str:
-    """End it; says what was done. Raises NotFound, Forbidden, Conflict."""
+    """Kill a process; returns what was done, in words. Raises NotFound, Forbidden, Conflict."""
     handle = _opened(pid)
     try:
         owner = await asyncio.to_thread(_owner, pid, dict(engine_manager.processes))

@@ -1,4 +1,4 @@
-"""What holds at addresses that other machines can reach: TLS where it is configured, and no service without keys."""
+"""The rules for addresses that other machines can reach: TLS where it is configured, and no service without keys."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Records:
         self._looked: float | None = None
 
     def configure(self, config: RecordsConfig) -> None:
-        """Apply a changed configuration."""
+        """Apply a changed configuration; what is kept stays."""
         self._config = config
         self._keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)

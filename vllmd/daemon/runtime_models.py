@@ -44,12 +44,15 @@ class RuntimeModels:
         self._models: dict[str, ModelConfig] = {}
 
     def added_to(self, config: Config) -> Config:
-        """``config`` with the run-time models, without those that it names itself by now."""
+        """``config`` with the run-time models; those that it names itself by now are dropped."""
         self._models = {name: model for name, model in self._models.items() if name not in config.models}
         return replace(config, models={**config.models, **self._models}) if self._models else config
 
     async def put(self, name: str, settings: Mapping[str, object], *, trusted: bool) -> Known:
-        """Make a model known, unless it is; says what of its settings is not as asked for. Raises BadRequest."""
+        """Add a model, unless it is there. The answer says which of its settings differ from these.
+
+        Raises BadRequest.
+        """
         await self._back.wait()
         async with self._changing:
             config = self._current.config
@@ -58,14 +61,14 @@ class RuntimeModels:
             wanted = runtime_model(name, settings, self._without(name), trusted=trusted)
             differs = _differences(self._plain(known), wanted) if known else []
             if known is None or (differs and name in self._models):
-                with contextlib.suppress(Conflict):  # it is in use, and stays as it is
+                with contextlib.suppress(Conflict):  # the model is in use, and stays as it is
                     await self._take(wanted)
                     known, differs = wanted, []
             assert known
             return Known(known.name, known.name not in self._models, tuple(differs), self._listen)
 
     async def drop(self, name: str) -> None:
-        """Forget it. Raises UnknownModel, Conflict."""
+        """Remove a run-time model. Raises UnknownModel, Conflict."""
         await self._back.wait()
         async with self._changing:
             if name in self._models:
@@ -98,7 +101,7 @@ class RuntimeModels:
 
 
 def addresses(listeners: Iterable[socket.socket]) -> tuple[str, ...]:
-    """``host:port`` of each, as a client on this machine may call it."""
+    """``host:port`` of each listener, as a client on this machine can use it."""
     found = []
     for listener in listeners:
         if listener.family in (socket.AF_INET, socket.AF_INET6):

@@ -51,7 +51,7 @@ _WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
 
 INSTALL = "vllmctl engine install vllm, or name one that is installed in command, such as /opt/vllm/bin/vllm"
 _NO_RAY = ("No module named 'ray'", "Failed to import Ray")
-# Arguments that say how it loads, or may: a file of arguments, and a second model with files of its own.
+# Arguments that say how weights are loaded, or may: a file of arguments, and a second model with files of its own.
 _LOADING = ("load-format", "model-loader-extra-config", "safetensors-load-strategy", "download-dir", "config",
             "speculative-config", "spec-model", "model-weights")  # fmt: skip
 _OWN_LOADERS = ("bitsandbytes", "gguf", "torchao")  # quantizations that load in their own way
@@ -124,7 +124,7 @@ class Vllm(Plain):
         self._accelerator = accelerator
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        """Both, unless ``sleep_mode`` is false, or is not said and there is no GPU to free."""
+        """Both, unless ``sleep_mode`` is false, or is not set and there is no GPU to free."""
         wanted = self._accelerator() if model.sleep_mode is None else model.sleep_mode
         return frozenset({1, 2}) if wanted else frozenset()
 
@@ -181,7 +181,7 @@ class Vllm(Plain):
         if adapters.takes_adapters(model) and adapters.loads_late(model):
             env[adapters.RUNTIME] = "1"
         if place.quota and not place.device_ids and not self._accelerator():
-            env[vllm_cpu.BIND] = "nobind"  # else it has a thread for each CPU that it may be on, whatever the quota
+            env[vllm_cpu.BIND] = "nobind"  # else it begins a thread for each CPU that it may run on, whatever the quota
         if not place.device_ids and not self._accelerator():
             env |= vllm_cpu.COMPILING
         return env | environment(model, place)
@@ -213,7 +213,7 @@ class Vllm(Plain):
         return vllm_standby.standby(model, launch, accelerator=self._accelerator())
 
     def loaders(self, model: ModelConfig, argv: Sequence[str]) -> Sequence[Loader]:
-        """See ``loaders``; none where its arguments say how it loads, or another program starts it."""
+        """See ``loaders``; none where the arguments say how weights are loaded, or another program starts vLLM."""
         if argument(model, *_LOADING) or argument(model, "quantization", "q") in _OWN_LOADERS:
             return ()
         python = environments.interpreter(model, argv)
@@ -224,7 +224,7 @@ class Vllm(Plain):
         return (*argv, "--load-format", load_format)
 
     def asleep(self) -> Call | None:
-        """``/is_sleeping``: at which level, it does not tell."""
+        """``/is_sleeping``, which does not tell the level."""
         return Call("GET", "/is_sleeping", timeout=PROBE)
 
     def progress(self, line: str) -> Progress | None:
@@ -232,11 +232,11 @@ class Vllm(Plain):
 
     def failure(self, lines: Sequence[str]) -> Failure:
         """What its log says; where there is no vLLM or no Ray, what to do."""
-        found = vllm_log.failure(lines)
-        if any(words in found.reason for words in _NO_RAY):
-            return dataclasses.replace(found, permanent=True, hint=ray_cluster.INSTALL)
-        absent = any(words in found.reason for words in _ABSENT)
-        return dataclasses.replace(found, permanent=True, hint=INSTALL) if absent else found
+        failure = vllm_log.failure(lines)
+        if any(words in failure.reason for words in _NO_RAY):
+            return dataclasses.replace(failure, permanent=True, hint=ray_cluster.INSTALL)
+        absent = any(words in failure.reason for words in _ABSENT)
+        return dataclasses.replace(failure, permanent=True, hint=INSTALL) if absent else failure
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
         return vllm_log.footprint(lines)
@@ -257,14 +257,14 @@ def memory_share(model: ModelConfig, place: Place) -> float | None:
 
 
 def check_ids(model: ModelConfig, place: Place) -> None:
-    """Raise ConfigError where devices can be told by their ids alone, and the vLLM that is used takes only numbers."""
-    told = place.visible.get("CUDA_VISIBLE_DEVICES", "")
-    if not told or all(word.isdecimal() for word in told.split(",")):
+    """Raise ConfigError where devices have only ids, and the vLLM that is used takes only numbers."""
+    devices = place.visible.get("CUDA_VISIBLE_DEVICES", "")
+    if not devices or all(word.isdecimal() for word in devices.split(",")):
         return
     used = environments.chosen(model)
     release = [int(part) for part in re.findall(r"\d+", used.version)[:2]] if used else []
     if used and len(release) == 2 and release < FIRST_WITH_IDS:
-        what = f"vLLM {used.version} takes devices by their numbers alone, and here they have only ids ({told})"
+        what = f"vLLM {used.version} takes devices by their numbers alone, and here they have only ids ({devices})"
         raise ConfigError(f"{model.where}: models.{model.name}: {what}; vllmctl engine install 'vllm>=0.24'"
                           .removeprefix(": "))  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What vLLM 0.32's log says of a start: its phases, why it failed, what it takes.
+"""vLLM's log (0.32) of a start: its phases, why it failed, the memory that it took.
 
 The lines are those of the wheel (``v1/worker/gpu_worker.py``, ``v1/worker/utils.py``,
 ``v1/core/kv_cache_utils.py``, ``compilation/monitor.py``, ...), with the prefix
@@ -21,7 +21,7 @@ _DETAIL = 160  # characters of a line that are worth showing: one lists vLLM's w
 _NO_PATH = re.compile(r"Repo id must be in the form.*?'(/[^']*)'")  # of a path: vLLM saw no directory there
 _CONTEXT = GiB  # what CUDA's context and the allocator keep beside what vLLM lists, roughly
 
-# Phase -> what shows that it has begun. The first match counts.
+# Phase -> the log lines that show that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("nodes", re.compile(r"^Waiting for Ray:")),
     ("configuring", re.compile(r"non-default args:|Resolved architecture")),
@@ -100,8 +100,8 @@ def failure(lines: Sequence[str]) -> Failure:
     texts = [text for text in map(clean, lines) if text]
     reason = _reason(texts)
     needed = _needed(texts)
-    told = known([reason]) or known(text for text in reversed(texts) if _error(text) or ": error: " in text)
-    advice, row = (told[1], told[2]) if told else ("", None)
+    row_of_table = known([reason]) or known(text for text in reversed(texts) if _error(text) or ": error: " in text)
+    advice, row = (row_of_table[1], row_of_table[2]) if row_of_table else ("", None)
     memory = needed is not None or _MEMORY.search(reason) is not None or (row is not None and row.memory)
     wrong = _any(_PERMANENT, [reason, *texts[-3:]]) or (row is not None and row.permanent)
     return Failure(reason, memory, wrong and not memory, needed, _no_path(reason) or advice)
@@ -114,23 +114,23 @@ def _reason(texts: Sequence[str]) -> str:
 
 
 def _error(text: str) -> str:
-    """The error that a line tells, "" if it tells none or only that there was one."""
-    if found := _VALUE_ERROR.match(text):
-        return f"ValueError: {found[1]}"
+    """The error that a line contains, "" if none, or only that there was one."""
+    if match := _VALUE_ERROR.match(text):
+        return f"ValueError: {match[1]}"
     return text if _ERROR.match(text) and not _CONSEQUENCE.search(text) else ""
 
 
 def _no_path(reason: str) -> str:
     """What Hugging Face's words for a path that is none mean."""
-    found = _NO_PATH.search(reason)
-    return f"there is no directory {found[1]}, or the engine's user may not look into it" if found else ""
+    match = _NO_PATH.search(reason)
+    return f"there is no directory {match[1]}, or the engine's user may not look into it" if match else ""
 
 
 def _needed(texts: Iterable[str]) -> int | None:
-    """Bytes per device that vLLM's check of free memory asked for."""
+    """Bytes per device that vLLM's check of free memory wanted."""
     for text in texts:
-        if found := _FREE_MEMORY.search(text):
-            return round(float(found[1]) * GiB)
+        if match := _FREE_MEMORY.search(text):
+            return round(float(match[1]) * GiB)
     return None
 
 
@@ -139,7 +139,7 @@ def _any(pattern: re.Pattern[str], texts: Iterable[str]) -> bool:
 
 
 def footprint(lines: Sequence[str]) -> Footprint | None:
-    """What a successful start says that it took per device; None where it does not (on a CPU, say)."""
+    """The memory per device that a successful start reports; None where it does not (on a CPU, say)."""
     texts = [clean(line) for line in lines]
     awake = _actual(texts) or _summed(texts)
     return Footprint(starting=awake, awake=awake, source=Source.MEASURED) if awake else None
@@ -147,8 +147,8 @@ def footprint(lines: Sequence[str]) -> Footprint | None:
 
 def _actual(texts: Iterable[str]) -> int | None:
     for text in texts:
-        if found := _ACTUAL.search(text):
-            return round(sum(map(float, found.groups())) * GiB)
+        if match := _ACTUAL.search(text):
+            return round(sum(map(float, match.groups())) * GiB)
     return None
 
 
@@ -162,5 +162,5 @@ def _summed(texts: Sequence[str]) -> int | None:
 
 
 def _size(pattern: re.Pattern[str], texts: Iterable[str]) -> int | None:
-    found = [match for text in texts if (match := pattern.search(text))]
-    return round(float(found[-1][1]) * GiB) if found else None
+    matches = [match for text in texts if (match := pattern.search(text))]
+    return round(float(matches[-1][1]) * GiB) if matches else None
