@@ -12,8 +12,8 @@ from pathlib import Path
 
 from vllmd.config.checks import good_name
 from vllmd.config.offers import names_of
-from vllmd.config.types import Config, ModelConfig
-from vllmd.hub import Found, discover, is_repository
+from vllmd.config.types import Config
+from vllmd.hub import discover, is_repository
 
 log = logging.getLogger("vllmd.discovery")
 
@@ -28,11 +28,10 @@ def with_discovered(config: Config, cache: Path) -> Config:
     wrong = [one for one in there if not (good_name(one.name) and is_repository(one.name))]
     for one in wrong:  # engines may write there: a folder's name could be a path, a flag, or several lines
         log.warning("%s is left out: it is not named like a repository", one.path)
-    discovered = {one.name: _model(config, one) for one in there if one not in wrong}
+    discovered = {}
+    for one in there:
+        if one not in wrong:
+            template = config.template_of(one.engine) if one.engine else config.template
+            discovered[one.name] = replace(template, name=one.name, where=f"found in {one.path}")
     log.info("%d models discovered in %s: %s", len(discovered), cache, ", ".join(discovered) or "none")
     return replace(config, models={**config.models, **discovered})
-
-
-def _model(config: Config, repository: Found) -> ModelConfig:
-    template = config.template_of(repository.engine) if repository.engine else config.template
-    return replace(template, name=repository.name, where=f"found in {repository.path}")

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import vllmd
 from vllmd.api.answers import Plan
 from vllmd.api.codec import parse
-from vllmd.config.types import Config
 from vllmd.daemon.current import Current, Later
 from vllmd.errors import BadRequest, Conflict, NotFound, TookTooLong, Unavailable
 from vllmd.records.trace import Arrival
@@ -87,7 +86,9 @@ class Plans:
                 raise NotFound("nothing was recorded in that time that could be planned with")
             cases = [(AS_IT_IS, base)] if present else []
             cases += [(CHANGED, changed)] if changed != base or not present else []
-            cases, cache = [(name, _bare(each)) for name, each in cases], self._cache()
+            # Without secrets, and without what a plan does not need.
+            cases = [(name, replace(each, auth=type(each.auth)(), origins={}, warnings=())) for name, each in cases]
+            cache = self._cache()
             question = await asyncio.to_thread(lambda: pickle.dumps(Question(cases, rows_of(arrivals), cache)))
             plan = await _simulated(question)
         finally:
@@ -103,11 +104,6 @@ def rows_of(arrivals: deque[Arrival]) -> list[Row]:
 
     ordered = sorted(arrivals)
     return [Row((a.at - ordered[0].at) / 1000, a.model, a.prompt, a.answer, a.key) for a in ordered]
-
-
-def _bare(config: Config) -> Config:
-    """The configuration without secrets, and without what a plan does not need."""
-    return replace(config, auth=type(config.auth)(), origins={}, warnings=())
 
 
 async def _simulated(question: bytes) -> Plan:

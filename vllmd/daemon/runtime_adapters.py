@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,7 +62,9 @@ class RuntimeAdapters:
         async with self._changing.setdefault(model, asyncio.Lock()):
             offered = self._gate.runtime_adapters(model)
             if name not in offered:
-                self._check_free(name, caller)
+                # Requests for something else of this name would be answered by the adapter.
+                if self._gate.has(name) or name in self._loading or self._means_others(name, caller):
+                    raise Conflict(f"{name!r} is the name of something else that is served here", param="lora_name")
                 if len(offered) >= MOST:
                     raise TooManyRequests(f"{model} has {MOST} such adapters; unload those that are not needed")
             elif body.get("load_inplace") is not True:
@@ -127,7 +128,8 @@ class RuntimeAdapters:
 
     def _model(self, members: ForeignJson, caller: Caller) -> str:
         """The model that an adapter is for: named, or the only one that takes any."""
-        may = [model for model in self._takers() if caller.may_use(model)]
+        models = self._current.config.models.items()
+        may = [name for name, model in models if model.runtime_adapters and caller.may_use(name)]
         name = model_name(members.get("model"))
         if not name:
             if not may:
@@ -142,19 +144,11 @@ class RuntimeAdapters:
             raise Forbidden(f"{target.called!r} loads no adapters while it runs: {what}", param="model")
         return target.model
 
-    def _takers(self) -> Iterator[str]:
-        return (name for name, model in self._current.config.models.items() if model.runtime_adapters)
-
-    def _check_free(self, name: str, caller: Caller) -> None:
-        """Raise Conflict for a name that something else has: requests for that would be answered by the adapter."""
-        if self._gate.has(name) or name in self._loading or self._means_others(name, caller):
-            raise Conflict(f"{name!r} is the name of something else that is served here", param="lora_name")
-
     def _means_others(self, name: str, caller: Caller) -> bool:
         """Whether clients reach by this name something that an operator of some models has no say in.
 
-        From habit (``names``), or because a request for it has a repository fetched (``pull.on_request``): then the
-        adapter would answer whoever asks for that.
+        By the guesses of ``api.names``, or because a request for it has a repository fetched (``pull.on_request``):
+        then the adapter would answer requests for that.
         """
         if caller.models is None:
             return False
@@ -166,8 +160,7 @@ class RuntimeAdapters:
             return False
         except VllmdError:  # several things
             return True
-        offer = self._gate.offers.get(called)
-        return not caller.may_use(offer.model if offer is not None else called)
+        return not caller.may_use(self._gate.base_of(called))
 
 
 async def _well() -> str:

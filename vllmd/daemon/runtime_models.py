@@ -56,13 +56,19 @@ class RuntimeModels:
         await self._back.wait()
         async with self._changing:
             config = self._current.config
-            known = self._known(name, config)
+            aliased = (model for model in config.models.values() if name in model.aliases)
+            known = config.models.get(name) or next(aliased, None)
             name = known.name if known else name
             wanted = runtime_model(name, settings, self._without(name), trusted=trusted)
             differs = _differences(self._plain(known), wanted) if known else []
             if known is None or (differs and name in self._models):
                 with contextlib.suppress(Conflict):  # the model is in use, and stays as it is
-                    await self._take(wanted)
+                    if name not in self._models and len(self._models) >= MOST:
+                        what = f"{MOST} models were put already; DELETE /admin/guests/NAME those that are not needed"
+                        raise TooManyRequests(what)
+                    models = {**self._current.config.models, name: wanted}
+                    await self._apply_configuration(replace(config, models=models), frozenset({name}))
+                    self._models[name] = wanted
                     known, differs = wanted, []
             assert known
             return Known(known.name, known.name not in self._models, tuple(differs), self._listen)
@@ -79,25 +85,10 @@ class RuntimeModels:
             else:
                 raise UnknownModel(f"no model {name!r} was put", param="model")
 
-    async def _take(self, model: ModelConfig) -> None:
-        if model.name not in self._models and len(self._models) >= MOST:
-            what = f"{MOST} models were put already; DELETE /admin/guests/NAME those that are not needed"
-            raise TooManyRequests(what)
-        config = self._current.config
-        models = {**config.models, model.name: model}
-        await self._apply_configuration(replace(config, models=models), frozenset({model.name}))
-        self._models[model.name] = model
-
     def _without(self, name: str) -> Config:
-        """The present configuration less one model."""
+        """The configuration in force without one model."""
         config = self._current.config
         return replace(config, models={key: model for key, model in config.models.items() if key != name})
-
-    def _known(self, name: str, config: Config) -> ModelConfig | None:
-        """The model of exactly this name or alias."""
-        if name in config.models:
-            return config.models[name]
-        return next((model for model in config.models.values() if name in model.aliases), None)
 
 
 def addresses(listeners: Iterable[socket.socket]) -> tuple[str, ...]:

@@ -39,19 +39,12 @@ class SelfDescription:
 async def describe_itself(process: EngineProcess) -> SelfDescription:
     """Ask the engine. What it does not answer, or in an unknown form, is unknown."""
     model = process.engine.served_name(process.model)
-    models, schema, props = await _asked(process)
+    questions = ["/v1/models", "/openapi.json", *(["/props"] if process.model.engine == "llama.cpp" else [])]
+    models, schema, props = (*await asyncio.gather(*(_json(process, path) for path in questions)), None)[:3]
     paths = schema.get("paths") if isinstance(schema, dict) else None
     routes = frozenset(paths) if isinstance(paths, dict) else frozenset()
     abilities = tools_of(props), modality(props, "vision"), modality(props, "audio")
     return SelfDescription(context_of(models, model), routes, *abilities)
-
-
-async def _asked(process: EngineProcess) -> list[object]:
-    questions = ["/v1/models", "/openapi.json"]
-    if process.model.engine == "llama.cpp":
-        questions.append("/props")
-    answers: list[object] = await asyncio.gather(*(_json(process, path) for path in questions))
-    return [*answers, None][:3]
 
 
 def tools_of(props: object) -> bool | None:
@@ -75,15 +68,10 @@ def context_of(models: object, name: str) -> int | None:
     named = [card for card in cards if card.get("id") == name] or (cards if len(cards) == 1 else [])
     for card in named:
         meta = card.get("meta") if isinstance(card.get("meta"), dict) else {}
-        for fields in (card, meta or {}):
-            if (context := _count(fields)) is not None:
-                return context
+        for value in (fields.get(name) for fields in (card, meta or {}) for name in CONTEXT):
+            if isinstance(value, int) and value > 0 and value is not True:
+                return value
     return None
-
-
-def _count(fields: Mapping[str, object]) -> int | None:
-    counts = (fields.get(name) for name in CONTEXT)
-    return next((value for value in counts if isinstance(value, int) and value > 0 and value is not True), None)
 
 
 async def _json(process: EngineProcess, path: str) -> object:
