@@ -108,19 +108,28 @@ class LlamaCpp(Plain):
         unknown(model, self.OPTIONS)
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
-        argv = (
-            *_program(model),
-            *_files(model, place),
-            *("--host", str(socket), "--alias", self.served_name(model), "--metrics"),
-            *_context(model, place),
-            *_layers(model, place),
-            *_threads(model, place),
-            *_options(model),
-            *adapters.llama_flags(model),
-            *model.extra_args,
-        )
-        manages = whole(model, "sleep_idle") is not None
-        return Launch(argv, Listen(uds=str(socket)), _variables(model, place), self_managed=manages)
+        argv = [*_program(model), *_files(model, place)]
+        argv += ["--host", str(socket), "--alias", self.served_name(model), "--metrics"]
+        # 1. Slots, and the context of all of them: as configured, else what fits, else its own choice.
+        slots = whole(model, "parallel")
+        tokens = model.max_model_len * (slots or 1) if model.max_model_len else place.context
+        argv += ["--parallel", str(slots)] if slots else []
+        argv += ["--ctx-size", str(tokens)] if tokens else []
+        # 2. Layers on the devices.
+        layers = whole(model, "gpu_layers")
+        if layers is not None or place.device_ids:
+            argv += ["--n-gpu-layers", str(ALL_LAYERS if layers is None else layers)]
+            argv += ["--split-mode", "row"] if model.tensor_parallel_size > 1 else []
+        # 3. Threads: llama.cpp counts the machine's cores, whatever a quota or an affinity leaves of them.
+        if place.cpus and not (has_flag(model, "-t", "--threads") or "LLAMA_ARG_THREADS" in model.env):
+            argv += ["--threads", str(place.cpus)]
+        # 4. Options, adapters, and the model's own arguments.
+        sleep_idle = whole(model, "sleep_idle")
+        argv += [*_options(model), *(["--sleep-idle-seconds", str(sleep_idle)] if sleep_idle is not None else [])]
+        argv += [*adapters.llama_flags(model), *model.extra_args]
+        env = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), "OMP_WAIT_POLICY": "passive"}
+        env |= environment(model, place) | ({"CUDA_VISIBLE_DEVICES": ""} if layers == 0 else {})
+        return Launch(tuple(argv), Listen(uds=str(socket)), env, self_managed=sleep_idle is not None)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The model's adapters, all loaded at the start; each request names its own by number."""
@@ -195,37 +204,8 @@ def _cached(source: str, hub: Path | None, revision: str) -> tuple[Path | None, 
         return None, None
 
 
-def _context(model: ModelConfig, place: Place) -> list[str]:
-    """The slots, and the context of all of them: as configured, else what fits, else its own choice."""
-    slots = whole(model, "parallel")
-    flags = ["--parallel", str(slots)] if slots else []
-    tokens = model.max_model_len * (slots or 1) if model.max_model_len else place.context
-    return [*flags, "--ctx-size", str(tokens)] if tokens else flags
-
-
-def _layers(model: ModelConfig, place: Place) -> list[str]:
-    layers = whole(model, "gpu_layers")
-    if layers is None and not place.device_ids:
-        return []
-    split = ["--split-mode", "row"] if model.tensor_parallel_size > 1 else []
-    return ["--n-gpu-layers", str(ALL_LAYERS if layers is None else layers), *split]
-
-
-def _threads(model: ModelConfig, place: Place) -> list[str]:
-    """The flag for threads: llama.cpp counts the machine's cores, whatever a quota or an affinity leaves of them."""
-    is_given = has_flag(model, "-t", "--threads") or "LLAMA_ARG_THREADS" in model.env
-    return ["--threads", str(place.cpus)] if place.cpus and not is_given else []
-
-
 def _options(model: ModelConfig) -> list[str]:
     flags = [f"--{name}" for name in ("embedding", "reranking") if switch(model, name)]
     for adapter in adapters.option_words(model):
         flags += ["--lora-scaled" if adapters.SCALED.fullmatch(adapter) else "--lora", adapter]
-    after = whole(model, "sleep_idle")
-    return flags if after is None else [*flags, "--sleep-idle-seconds", str(after)]
-
-
-def _variables(model: ModelConfig, place: Place) -> dict[str, str]:
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if whole(model, "gpu_layers") == 0 else {}
-    own = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), "OMP_WAIT_POLICY": "passive"}
-    return own | environment(model, place) | hidden
+    return flags

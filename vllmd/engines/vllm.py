@@ -134,57 +134,54 @@ class Vllm(Plain):
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
         check_ids(model, place)
-        lora = adapters.vllm_flags(model, place.hub)
-        argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args, *lora)
-        env, cluster = self._env(model, place), ray_cluster.cluster_of(model)
+        on_cpu = not place.device_ids and not self._accelerator()
+        # 1. The command. One that is configured in full names the subcommand, or runs the server as a module.
+        command = model.command or (environments.program(model, "vllm"),)
+        is_module = "-m" in command and "serve" not in command
+        if not is_module and "serve" not in command:
+            command = (*command, "serve")
+        # 2. The flags. Those of the model's own arguments come later, and of a flag given twice vLLM takes the last.
+        flags = ["--model", model.source] if is_module else [model.source]
+        flags += ["--uds", str(socket), "--served-model-name", self.served_name(model)]
+        for kind, ranks in (("tensor", model.tensor_parallel_size), ("pipeline", model.pipeline_parallel_size)):
+            flags += [f"--{kind}-parallel-size", str(ranks)] if ranks > 1 else []
+        flags += ["--dtype", model.dtype] if model.dtype else []
+        flags += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
+        flags += ["--trust-remote-code"] if model.trust_remote_code else []
+        flags += [*self._memory_flags(model, place), *self._sleep_flag(model)]
+        flags += vllm_cpu.flags(model, place.kv_cache) if on_cpu else []
+        argv = (*command, *flags, *model.extra_args, *adapters.vllm_flags(model, place.hub))
+        # 3. The environment, and a cluster of Ray where the model is split over machines.
+        env, cluster = self._env(model, place, on_cpu=on_cpu), ray_cluster.cluster_of(model)
         if cluster:
             argv, env = cluster.start(argv), env | cluster.env()
         return Launch(argv, Listen(uds=str(socket)), env)
 
-    def _command(self, model: ModelConfig) -> tuple[str, ...]:
-        """The program and its subcommand, which a command configured in full brings along."""
-        command = model.command or (environments.program(model, "vllm"),)
-        is_module = len(command) > 1 and "-m" in command
-        return command if is_module or "serve" in command else (*command, "serve")
-
-    def _flags(self, model: ModelConfig, place: Place, socket: Path) -> list[str]:
-        flags = [model.source] if not self._is_module(model) else ["--model", model.source]
-        flags += ["--uds", str(socket), "--served-model-name", self.served_name(model)]
-        flags += [*_parallel(model), *_of_model(model), *self._of_memory(model, place), *self._sleep_flag(model)]
-        on_cpu = not place.device_ids and not self._accelerator()
-        return [*flags, *vllm_cpu.flags(model, place.kv_cache)] if on_cpu else flags
-
-    def _is_module(self, model: ModelConfig) -> bool:
-        return "-m" in model.command and "serve" not in model.command
-
-    def _of_memory(self, model: ModelConfig, place: Place) -> list[str]:
-        flags = []
-        share = memory_share(model, place)
-        if share is not None and not _given(model, "--gpu-memory-utilization"):
-            flags += ["--gpu-memory-utilization", f"{share:g}"]
-        cache = size(model, "kv_cache_memory")
-        if cache is None and place.device_ids and not _given(model, "--kv-cache-memory-bytes"):
+    def _memory_flags(self, model: ModelConfig, place: Place) -> list[str]:
+        """The share of the device, and the size of the cache, unless the model's own arguments have them."""
+        given = {argument.partition("=")[0] for argument in model.extra_args}
+        share, cache = memory_share(model, place), size(model, "kv_cache_memory")
+        if cache is None and place.device_ids and "--kv-cache-memory-bytes" not in given:
             cache = place.kv_cache or None
-        if cache is not None:
-            flags += ["--kv-cache-memory-bytes", str(cache)]
-        return flags
+        flags = []
+        if share is not None and "--gpu-memory-utilization" not in given:
+            flags += ["--gpu-memory-utilization", f"{share:g}"]
+        return flags if cache is None else [*flags, "--kv-cache-memory-bytes", str(cache)]
 
     def _sleep_flag(self, model: ModelConfig) -> list[str]:
         when = choice(model, "sleep_flag", ("auto", "always", "never"))
         auto = bool(self.sleep_levels(model)) and self._accelerator()
         return ["--enable-sleep-mode"] if when == "always" or (when == "auto" and auto) else []
 
-    def _env(self, model: ModelConfig, place: Place) -> dict[str, str]:
+    def _env(self, model: ModelConfig, place: Place, *, on_cpu: bool) -> dict[str, str]:
         rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
         check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
         if adapters.takes_adapters(model) and adapters.loads_late(model):
             env[adapters.RUNTIME] = "1"
-        if place.quota and not place.device_ids and not self._accelerator():
+        if on_cpu and place.quota:
             env[vllm_cpu.BIND] = "nobind"  # else it begins a thread for each CPU that it may run on, whatever the quota
-        if not place.device_ids and not self._accelerator():
-            env |= vllm_cpu.COMPILING
-        return env | environment(model, place)
+        return env | (vllm_cpu.COMPILING if on_cpu else {}) | environment(model, place)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of the setting ``adapters``, loaded at their first request, and those of ``--lora-modules``."""
@@ -275,18 +272,3 @@ def check_path(path: Path, model: ModelConfig) -> None:
     if length > SUN_PATH:
         what = f"the socket path {path} has {length} bytes, at most {SUN_PATH} are possible"
         raise ConfigError(f"{model.where}: {what}; choose a shorter engines.run_dir".removeprefix(": "))
-
-
-def _parallel(model: ModelConfig) -> list[str]:
-    sizes = (("tensor", model.tensor_parallel_size), ("pipeline", model.pipeline_parallel_size))
-    return [part for kind, count in sizes if count > 1 for part in (f"--{kind}-parallel-size", str(count))]
-
-
-def _of_model(model: ModelConfig) -> list[str]:
-    flags = ["--dtype", model.dtype] if model.dtype else []
-    flags += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
-    return [*flags, "--trust-remote-code"] if model.trust_remote_code else flags
-
-
-def _given(model: ModelConfig, flag: str) -> bool:
-    return any(argument == flag or argument.startswith(f"{flag}=") for argument in model.extra_args)
