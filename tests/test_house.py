@@ -163,7 +163,7 @@ def test_what_is_told_has_a_type(room: str) -> None:
 
 # What is not made whole: a connection's transport comes with asyncio's ``connection_made``, before anything else. An
 # answer's relay follows the client's pauses while it lasts. A listener without keys denies all, until there are some.
-MADE_LATER = {"_transport", "on_pause", "authenticator"}
+MADE_LATER = {"_transport", "transport", "on_pause", "authenticator"}
 
 
 def late(paths: list[Path]) -> Iterator[str]:

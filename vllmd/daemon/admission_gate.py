@@ -47,7 +47,7 @@ from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.model_requests import unserved
 from vllmd.proxy.tokens import Tokens
-from vllmd.proxy.upstream import Unreached
+from vllmd.proxy.upstream import OutOfFiles, Unreached
 
 ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.ENGINE_FAILED: errors.EngineFailed,
@@ -166,9 +166,11 @@ class AdmissionGate:
         ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
         """
         self._keep_alive_limit = keep_alive_limit
-        self._models = dict(models)
-        self._engines = dict(engines)
-        self._firsts = {engine.replica_of or name: name for name, engine in reversed(list(engines.items()))}
+        self._models, self._engines = models, engines
+        self._firsts: dict[str, str] = {}  # the first engine of models that have several
+        for name, engine in engines.items():
+            if engine.replica_of:
+                self._firsts.setdefault(engine.replica_of, name)
         self._pools = pools or {}
         # An adapter that was loaded at run time goes on under its name, unless the configuration has taken that.
         before, self._runtime_adapters = self._runtime_adapters, {}
@@ -281,14 +283,18 @@ class AdmissionGate:
     def _target_of(self, configured: str) -> Target:
         """The target of a model, an adapter or a variant. What is alike in all replicas is the first one's."""
         model = self.base_of(configured)
-        return self._target(model, self._firsts[model], self._offers.get(configured))
+        return self._target(model, self._first(model), self._offers.get(configured))
+
+    def _first(self, model: str) -> str:
+        """The first engine of a model, or the only one."""
+        return self._firsts.get(model, model)
 
     def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of a model, as its first engine has them."""
         # Without adapters the engine's kind is not imported, which would take the first client's time.
         if not named_adapters(model) and model.name not in self._runtime_adapters:
             return {}
-        config = self._engines[self._firsts[model.name]]
+        config = self._engines[self._first(model.name)]
         return self._adapters_at(config, self._engine_of(config))
 
     def _adapters_at(self, config: ModelConfig, kind: Engine) -> Mapping[str, Adapter]:
@@ -371,8 +377,8 @@ class AdmissionGate:
 
     def _check_served(self, model: str, route: str) -> None:
         """Check that the model serves a public path ("" is any), once its files are known. Raises NotFound."""
-        if route and model in self._firsts:
-            target = self._target(model, self._firsts[model])
+        if route and self._first(model) in self._engines:
+            target = self._target(model, self._first(model))
             if target.routes is not None and route not in target.routes:
                 raise unserved(target, route)
 
@@ -438,7 +444,7 @@ class AdmissionGate:
         at its address: then it has just died, and the core will hear of that and start it again.
         """
         replicas = self._models[permit.model].replicas if permit.model in self._models else None
-        if self._back is None:
+        if self._back is None or isinstance(error, OutOfFiles):  # to another one there is no way, either
             raise error
         if replicas is None and isinstance(error, Unreached) and len(permit.tried) < REACH_TRIES:
             self._back.unreached(permit.replica)

@@ -65,7 +65,7 @@ from vllmd.engines.start_times import first_phase, share_begun
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
-from vllmd.proxy.upstream import describe
+from vllmd.proxy.upstream import OutOfFiles, describe
 from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.engines")
@@ -222,7 +222,12 @@ class EngineManager:
             return
 
         async def work() -> None:
-            self._post(events.ReplicaProbed(command.request, *await timed_probe(process, command.limit)))
+            try:
+                seconds, why = await timed_probe(process, command.limit)
+            except OutOfFiles as error:
+                self._post(events.ReplicaProbed(command.request, None, error.message, unasked=True))
+            else:
+                self._post(events.ReplicaProbed(command.request, seconds, why))
 
         self.spawn(work())
 

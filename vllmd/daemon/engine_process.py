@@ -8,7 +8,7 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -201,29 +201,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode  # json.dumps makes another one for each value
+
+
 def _json(value: Any) -> str:
-    return json.dumps(_plain(value), sort_keys=True, default=str)
+    return _encode(_plain(value))
 
 
 @cache
-def _defaults() -> Mapping[str, tuple[Any, str]]:
-    """By setting: the value of a model that does not give it, and that value as JSON."""
+def _defaults() -> Sequence[tuple[str, Any, str]]:
+    """Of each setting of an engine, in order of their names: its default, and that as JSON."""
     model = ModelConfig("")
-    return {each.name: (value := getattr(model, each.name), _json(value)) for each in fields(model)}
+    names = sorted({*of_the_engine(), "name", "request", "adapters"})
+    return [(name, value := getattr(model, name), _json(value)) for name in names]
 
 
 def _fingerprint(model: ModelConfig, name: str) -> str:
     """A digest of the engine's settings, as JSON in the order of their names; most are defaults, and encoded once."""
-    parts = {"name": _json(name), "request": _NO_RULES}
-    parts["adapters"] = _json({adapter: config.path for adapter, config in model.adapters.items()})
-    for key in of_the_engine():
-        value, default = getattr(model, key), _defaults()[key]
-        if key not in parts:
-            parts[key] = default[1] if value is default[0] else _json(value)
-    for setting, default_then in _SINCE_0_1_0.items():
-        if parts[setting] == default_then:  # as if there were no such setting: an engine of an older version is kept
-            del parts[setting]
-    whole = ", ".join([f'"{key}": {parts[key]}' for key in sorted(parts)])
+    own = {"name": _json(name), "request": _NO_RULES}
+    own["adapters"] = (
+        _json({adapter: config.path for adapter, config in model.adapters.items()}) if model.adapters else "{}"
+    )
+    parts = []
+    for key, default, written in _defaults():
+        text = own.get(key) or (written if (value := getattr(model, key)) is default else _json(value))
+        if text != _SINCE_0_1_0.get(key):  # else as if there were no such setting: an older version's engine is kept
+            parts.append(f'"{key}": {text}')
+    whole = ", ".join(parts)
     return hashlib.sha256(f"{{{whole}}}".encode()).hexdigest()[:16]
 
 

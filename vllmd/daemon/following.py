@@ -36,7 +36,7 @@ class Following:
             with self._changes.following():
                 while True:
                     changed = self._changes.next_change  # before looking: what changes while the reader is busy counts
-                    seen = self._status.status_input()
+                    seen = self._status.status_input(model)
                     views = seen.snapshot.replicas_of(model) if seen.snapshot else ()
                     if not any(view.state in MOVING or view.waiting_for for view in views):
                         break

@@ -9,7 +9,7 @@ every other part take it, before the core's commands start engines by it. Engine
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vllmd.api.answers import Reloaded
 from vllmd.config.reload import LATER, in_force
@@ -78,8 +78,16 @@ async def apply_configuration(
     if was_broken:
         await adopt_running(front, back)
     added, removed = sorted(config.models.keys() - models_before), sorted(models_before.keys() - config.models)
-    done = Reloaded(len(config.models), tuple(added), tuple(removed), tuple(sorted(changed)), later, config.warnings)
-    _log(done)
+    # ``expect`` has logged the problems of models. The answer has those of them, too, that no warning names by its
+    # line.
+    unmentioned = [
+        why
+        for model, why in expected.problems.items()
+        if not any(f": models.{model}." in each for each in config.warnings)
+    ]
+    warnings = (*config.warnings, *unmentioned)
+    done = Reloaded(len(config.models), tuple(added), tuple(removed), tuple(sorted(changed)), later, warnings)
+    _log(done, config.warnings)
     return done
 
 
@@ -116,13 +124,13 @@ async def _renewed_devices(front: FrontEnd, back: BackEnd, config: Config) -> De
     return await back.devices.renew(opener(config, front.runtime.environment))
 
 
-def _log(done: Reloaded) -> None:
-    """Log what ``vllmctl reload`` prints."""
+def _log(done: Reloaded, warnings: Iterable[str]) -> None:
+    """Log what ``vllmctl reload`` prints; the problems of models are in the log already."""
     log.info(
         *("configuration reloaded: %d models, added %s, removed %s, changed %s", done.models),
         *(", ".join(names) or "none" for names in (done.added, done.removed, done.changed)),
     )
-    for warning in done.warnings:
+    for warning in warnings:
         log.warning("%s", warning)
     for path, what in done.later.items():
         log.log(logging.WARNING if what == LATER else logging.INFO, "%s %s", path, what)

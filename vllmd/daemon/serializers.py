@@ -115,6 +115,7 @@ def line(
     process: EngineProcess | None = None,
     *,
     since: float | None = None,
+    silent: float | None = None,
     last_start: Start | None = None,
     power: float | None = None,
     unused: float | None = None,
@@ -124,8 +125,8 @@ def line(
     """The status line of a model, or of a replica.
 
     ``power``: watts of its share of its devices; ``unused``: joules of that since its last request. ``since``: seconds
-    in its state, where the core does not know. ``process``: its engine; of a model with ``replicas`` the engine that
-    stands for it.
+    in its state, where the core does not know. ``silent``: seconds for which it has answered none of the requests that
+    wait in it. ``process``: its engine; of a model with ``replicas`` the engine that stands for it.
     """
     running = process.running if process else None
     starting = process if process and view.state is State.STARTING else None
@@ -150,6 +151,8 @@ def line(
         leases=view.leases,
         waiting_for=view.waiting_for,
         failure=view.failure,
+        never=view.never,
+        silent=silent,
         health=view.health,
         latency=view.latency,
         rests_in=view.rests_in,

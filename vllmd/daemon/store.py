@@ -356,7 +356,7 @@ def _owners(wanted: Wanted) -> set[str]:
 
 def _pulled(line: DownloadLine) -> Pulled:
     """A download's line, in the form of the answer to a pull."""
-    return Pulled(line.model, line.phase, line.source, line.completed, line.total, line.rate, line.elapsed)
+    return Pulled(line.model, line.phase, line.source, line.completed, line.total, line.rate, line.elapsed, line.behind)
 
 
 def settings_of(result: Mapping[str, object], wanted: Wanted) -> dict[str, object]:
