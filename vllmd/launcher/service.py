@@ -94,7 +94,7 @@ class Service:
     # --- connections ---
 
     def listen(self, listener: socket.socket) -> None:
-        """Accept clients on ``listener``."""
+        """Accept clients on ``listener`` from now on."""
         listener.setblocking(False)
         self._listeners.append(listener)
         self._loop.watch(listener.fileno(), lambda: self._accept(listener))

@@ -33,7 +33,7 @@ class Hosts:
         self.configure(names)
 
     def configure(self, names: Iterable[str]) -> None:
-        """Replace the configured names."""
+        """Replace the names that the configuration adds."""
         self._names = self._machine | {_plain(name) for name in names}
         self._accepted: set[str] = set()  # Host fields that were accepted: clients repeat themselves
 
