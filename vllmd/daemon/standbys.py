@@ -82,7 +82,7 @@ class Standbys:
         self._launcher, self._find, self._on_held = launcher, find, held
         self._spare, self._machine = spare, machine
         self.kept: dict[str, StandbyProcess] = {}
-        self._count: int | None = 0
+        self.count: int | None = 0
         self._models: Iterable[ModelConfig] = ()
         self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,7 +94,7 @@ class Standbys:
 
     def configure(self, count: int | None, models: Iterable[ModelConfig]) -> None:
         """Keep so many from now on (None: as many as the machine's size allows), for these models' engines."""
-        self._count, self._models, self._running_then = count, models, None
+        self.count, self._models, self._running_then = count, models, None
         for standby in self._recent:
             self._recent[standby] = 0
 
@@ -116,7 +116,7 @@ class Standbys:
         ``needs``: bytes of host memory that the start will take; for that standbys may be ended.
         """
         self._busy_until = time.monotonic() + CALM
-        if standby is None or self._launcher is None or self._count == 0:
+        if standby is None or self._launcher is None or self.count == 0:
             chosen = None
         else:
             self._recent.setdefault(standby, 0)
@@ -209,11 +209,11 @@ class Standbys:
             self._begin(wanted[0])
 
     def _reserve(self) -> int:
-        return SPARE_AUTO if self._count is None else SPARE
+        return SPARE_AUTO if self.count is None else SPARE
 
     def _wanted(self, running: frozenset[str], now: float) -> list[Standby]:
         """The standbys that there should be now; several of one kind where there are fewer kinds than places."""
-        count = self._count
+        count = self.count
         if count is None:
             count = 1 if self._machine() >= SMALLEST_MACHINE else 0
         if not count or self._launcher is None:
