@@ -10,8 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
@@ -19,6 +18,7 @@ from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.idle_exit import IdleExit
 from vllmd.daemon.suspension import SleptTime
+from vllmd.daemon.tasks import Tasks
 from vllmd.systemd.notify import Notifier
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Chores:
         self._slept_time = slept_time or SleptTime()
         self._last_status = ""  # as systemd has it
         self._sampling = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def run(self) -> None:
         """Do what is due, for ever: once a second, or as often as the idle exit wants; at rest see the file's head."""
@@ -84,13 +84,13 @@ class Chores:
                 # 5. What a later daemon must know: failures at once, everything else with a sample now and then.
                 if (bad_now := failed(seen)) != bad:
                     if bad is not None:
-                        self._spawn(back.keep_learnt())
+                        self._tasks.spawn(back.keep_learnt())
                     bad = bad_now
                 now = time.monotonic()
                 if now >= looked + self._look_interval(back, seen):
                     keep, looked = now >= kept + SAMPLE_INTERVAL, now
                     kept = now if keep else kept
-                    self._spawn(self._sample(back, keep=keep))
+                    self._tasks.spawn(self._sample(back, keep=keep))
             await self._pause(back, seen)
 
     async def _pause(self, back: BackEnd | None, seen: Snapshot | None) -> None:
@@ -162,8 +162,3 @@ class Chores:
         )
         after, accepted = front.current.config.server.idle_exit, front.listeners.accepted
         return self._idle_exit.due(time.monotonic(), after, busy=busy, accepted=accepted)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

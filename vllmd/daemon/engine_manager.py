@@ -26,10 +26,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vllmd.config import secrets
 from vllmd.config.types import ModelConfig
@@ -57,6 +56,7 @@ from vllmd.daemon.logfile import LogFile, forget_old_runs, forget_removed_models
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.daemon.standbys import Standbys
+from vllmd.daemon.tasks import Tasks
 from vllmd.engines.base import Listen, Progress
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
@@ -129,7 +129,7 @@ class EngineManager:
         self.standbys = standbys or Standbys(None, launch_planner.standby_of)
         self.loaders = loaders or Loaders()
         self._sleeps = Sleeps(memory, self.annotate, usual)
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks = Tasks()
         self._annotate_trouble = Repeated(log)
         self._ended: dict[str, ExitReport] = {}  # instance -> the end of an engine that may be about to be adopted
         self._unmanaged: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
@@ -229,7 +229,7 @@ class EngineManager:
             else:
                 self._post(events.ReplicaProbed(command.request, seconds, why))
 
-        self.spawn(work())
+        self.tasks.spawn(work())
 
     def rename(self, command: commands.RenameReplica) -> None:
         """Give an engine another id, since its model has got replicas or lost them.
@@ -242,7 +242,7 @@ class EngineManager:
         if process:
             process.model = self.launch_planner.renamed(process.model, command.now)
             self.processes[command.now] = process
-            self.spawn(self.annotate(process, model=command.now))
+            self.tasks.spawn(self.annotate(process, model=command.now))
 
     # -- the tasks -----------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class EngineManager:
             self._forget(process)
             return events.EngineStartFailed(process.name, failure)
         process.phases.now, process.ready_after = READY, time.monotonic() - process.started
-        self.spawn(self._watch(process))
+        self.tasks.spawn(self._watch(process))
         log.info("%s: %s answers", process.name, describe(process.listen), extra=of(process))
         return events.EngineReady(process.name, None)
 
@@ -563,7 +563,7 @@ class EngineManager:
         process.exited.set()
         if process.stop and not process.ending:  # its processes may be a container's, which outlives its client
             process.ending = True
-            self.spawn(self._run_stop(process))
+            self.tasks.spawn(self._run_stop(process))
         if process.task is None and process.instance not in self._unmanaged:  # else whoever waits for it tells the core
             self._forget(process)
             self._post(events.EngineExited(process.name, process.reason()))
@@ -675,13 +675,6 @@ class EngineManager:
                 fields=of(process)["journal"],
             )
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a side task, kept alive until it ends."""
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
-
     def _run(
         self, process: EngineProcess, work: Awaitable[events.Event], failed: Callable[[str], events.Event]
     ) -> None:
@@ -713,7 +706,7 @@ class EngineManager:
                 event = events.EngineExited(process.name, process.reason())
             self._post(event)
 
-        process.task = self.spawn(carry_out())
+        process.task = self.tasks.spawn(carry_out())
 
     def _by_instance(self, instance: str) -> EngineProcess | None:
         known = (process for process in self.processes.values() if process.instance == instance)

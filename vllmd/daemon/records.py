@@ -30,7 +30,8 @@ from vllmd.api.codec import encoded
 from vllmd.config.checks import without_otlp
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
-from vllmd.daemon.current import state_file
+from vllmd.daemon.state_files import state_file
+from vllmd.daemon.tasks import Tasks
 from vllmd.errors import BadRequest, NotFound, RequestCancelled, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.account import Account, Trace
@@ -104,7 +105,7 @@ class Records:
         self._store: Store | None = None
         self._writing = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._trouble, self._log_trouble = Repeated(log), Repeated(log)
         self.trouble = ""  # why nothing can be written now
         self.spans: Spans | None = None  # None where none are sent
@@ -253,9 +254,7 @@ class Records:
 
     def _on_timer(self) -> None:
         self._timer = None
-        task = asyncio.ensure_future(self.flush())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self.flush())
 
     async def flush(self) -> None:
         """Write what has gathered; what cannot be written stays for the next time."""

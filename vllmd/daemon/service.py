@@ -21,8 +21,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Reloaded
 from vllmd.api.names import FIRST_MODEL
@@ -34,6 +34,7 @@ from vllmd.daemon.chores import STATUS_INTERVAL, Chores
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.discovery import with_discovered
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
+from vllmd.daemon.tasks import Tasks
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
@@ -80,7 +81,7 @@ class Daemon:
         self._read = read
         self._runtime = runtime
         self._notify = Notifier()
-        self._side_tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._stopping, self._second_signal = asyncio.Event(), asyncio.Event()
         self._born = time.monotonic()
 
@@ -113,8 +114,8 @@ class Daemon:
             back: BackEnd = await startup.back_end(self.front)
             collector.exempt_existing()
             self.front.open(back)
-            self.side_task(self._load_use())
-            self.side_task(back.devices.run(lambda devices: startup.apply_devices(self.front, back, devices)))
+            self._tasks.spawn(self._load_use())
+            self._tasks.spawn(back.devices.run(lambda devices: startup.apply_devices(self.front, back, devices)))
             back.post(events.TimePassed())
         except Exception:  # a defect, by which nothing can be served: end, for the next start may fare better
             log.exception("vllmd cannot start its engines' side, and ends")
@@ -229,7 +230,7 @@ class Daemon:
             with contextlib.suppress(ConfigError):  # which ``reload`` has logged
                 await self.reload()
 
-        self.side_task(reload())
+        self._tasks.spawn(reload())
 
     async def reload(self) -> Reloaded:
         """Read the configuration anew and apply it; an invalid one changes nothing. Raises ConfigError."""
@@ -255,12 +256,6 @@ class Daemon:
         from vllmd.daemon.reload import apply_configuration  # most daemons are never told to
 
         return await apply_configuration(self.front, await self.front.back.wait(), config, unless_used)
-
-    def side_task(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work`` beside everything else."""
-        task = asyncio.ensure_future(work)
-        self._side_tasks.add(task)
-        task.add_done_callback(self._side_tasks.discard)
 
 
 def _has_terminal() -> bool:

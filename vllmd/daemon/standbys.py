@@ -14,18 +14,17 @@ for it.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
+from vllmd.daemon.tasks import Tasks
 from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
@@ -65,7 +64,7 @@ class StandbyProcess:
 
 
 class Standbys:
-    """Owns them. Nothing here waits: the work is in tasks of ``spawn``."""
+    """Owns them. Nothing here waits: the work is in side tasks."""
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class Standbys:
         self.count: int | None = 0
         self._models: Iterable[ModelConfig] = ()
         self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._busy_until = self._reviewed_at = 0.0
         self._running_then: frozenset[str] | None = None  # replicas with an engine, when the models were looked through
         self._searched_at = 0.0  # when that was
@@ -135,7 +134,7 @@ class Standbys:
     def not_used(self, instance: str) -> None:
         """End a standby that was claimed and does not become an engine after all."""
         if self._launcher:
-            self._spawn(self._kill(instance))
+            self._tasks.spawn(self._kill(instance))
 
     def make_room(self, wanted: int) -> None:
         """End as many standbys as it takes until ``wanted`` bytes are available."""
@@ -248,7 +247,7 @@ class Standbys:
             metadata={"standby": "yes"},
             waits=True,
         )
-        self._spawn(self._start(one, order))
+        self._tasks.spawn(self._start(one, order))
 
     async def _start(self, one: StandbyProcess, order: StartOrder) -> None:
         assert self._launcher
@@ -268,7 +267,7 @@ class Standbys:
         del self.kept[one.instance]
         log.info("the standby %s is ended: %s", one.instance, why)
         self._report_held()
-        self._spawn(self._kill(one.instance))
+        self._tasks.spawn(self._kill(one.instance))
 
     async def _kill(self, instance: str) -> None:
         assert self._launcher
@@ -282,8 +281,3 @@ class Standbys:
         if (held := self.held) != self._reported:
             self._reported = held
             self._on_held(held)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
