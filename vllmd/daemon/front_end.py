@@ -116,7 +116,7 @@ def front_end(
 
     def note_outcome(model: str, status: int, failed: bool) -> None:
         if back.now is not None:
-            back.now.engines.answered(model, status, failed=failed)
+            back.now.engines.note_answer(model, status, failed=failed)
 
     # 2. Keys, which come before everything else that a request meets.
     key_store = KeyStore(
@@ -135,8 +135,7 @@ def front_end(
     relay = Relay(gate, limits, records.recordings, records)
     # 4. What operators see and do.
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
-    disabled = Disabled(runtime.disabled)
-    disabled.load()
+    (disabled := Disabled(runtime.disabled)).load()
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
