@@ -39,9 +39,17 @@ class Expectations:
 
 
 async def expect(
-    config: Config, runtime: RuntimeEnvironment, devices: Sequence[Device], resolver: EngineResolver
+    config: Config,
+    runtime: RuntimeEnvironment,
+    devices: Sequence[Device],
+    resolver: EngineResolver,
+    known: Mapping[str, ModelSpec] | None = None,
 ) -> Expectations:
-    """What the models will take, told to the log as well; reads their files."""
+    """What the models will take, told to the log as well; reads their files.
+
+    ``known``: what the core knows; of a model for which that is so still it gets the same object again, which it need
+    not look into.
+    """
     engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
@@ -54,8 +62,12 @@ async def expect(
             name = each.model.replica_of or each.model.name
             replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.estimate, cpu))
             estimates[each.model.name] = each.estimate
-        specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
-        return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
+        specs = []
+        for name, of in replicas.items():
+            spec = model_spec(config.models[name], of)
+            before = known.get(name) if known else None
+            specs.append(before if before == spec else spec)
+        return Expectations(paths, engines, tuple(specs), estimates, {each.model.name: each.kind for each in prospects})
 
     return await asyncio.to_thread(reckon)
 
