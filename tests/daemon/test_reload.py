@@ -26,6 +26,8 @@ import yaml
 from vllmd.admin.models import ModelEndpoints
 from vllmd.admin.responses import json_in_turns
 from vllmd.api.answers import Decision, Reloaded
+from vllmd.cli import standing
+from vllmd.cli.verbs import doctor, ps
 from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
 from vllmd.config.reload import BY_SYSTEMD, LATER
@@ -411,6 +413,33 @@ def test_nothing_more_is_put_on_a_device_than_a_reload_says_that_it_has(tmp_path
         assert states == {"a": State.STARTING, "b": State.STOPPED}
 
     lives(one, tmp_path, reload)
+
+
+def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_served(tmp_path: Path) -> None:
+    """With the arithmetic, before anybody asks for it; once the device is larger nothing of it is left."""
+
+    def of(memory: str) -> Config:
+        models = {"good": {"engine": "sim", "gpu_memory": "10GiB"}, "bad": {"engine": "sim", "gpu_memory": "90GiB"}}
+        return read(tmp_path, {"devices": [{"memory": memory}], "models": models})
+
+    async def look(living: Living) -> None:
+        bad, good = living.front.status.status().models
+        assert (good.never, bad.state) == ("", "stopped")
+        assert bad.never == (
+            "'bad' needs 90.0 GiB on each of 1 device; device 0 has 80.0 GiB less a reserve of 0.5 GiB: 79.5 GiB"
+        )
+        told = f"can never be loaded: {bad.never}"
+        assert ps.note(bad) == told
+        assert standing.now(bad, made=True) == f"bad is stopped; it {told}"
+        assert [what for _, what, _ in doctor.models(living.front.status.status())] == [f"bad {told}"]
+        (warning,) = (await living.daemon.apply_configuration(small)).warnings
+        assert "models.bad.gpu_memory: 90GiB does not fit" in warning
+        answer = await living.daemon.apply_configuration(of("100GiB"))
+        assert answer.warnings == ()
+        assert [line.never for line in living.front.status.status().models] == ["", ""]
+
+    small = of("80GiB")
+    lives(small, tmp_path, look)
 
 
 def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Path) -> None:

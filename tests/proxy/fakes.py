@@ -25,7 +25,7 @@ from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.proxy.tokens import Tokens
-from vllmd.proxy.upstream import Unreached
+from vllmd.proxy.upstream import OutOfFiles, Unreached
 
 BOUND = 10.0  # seconds that nothing in these tests may take
 
@@ -109,6 +109,8 @@ class FakeGate:
 
     async def retry(self, permit: FakePermit, error: VllmdError) -> FakePermit:
         """Where nobody listened, and to the other replicas one after another."""
+        if isinstance(error, OutOfFiles):
+            raise error
         if self.replicas:
             return await self.acquire("m", "")
         if not isinstance(error, Unreached) or len(self.permits) >= 20:

@@ -1,4 +1,4 @@
-"""What a configuration means on this machine: where engines live, what they take, what the core is told of them."""
+"""What a configuration means on this machine: engines' paths, their footprints, and the core's view of the models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Expectations:
 
     ``specs``: what the core knows of the models. ``estimates``: what each engine is told of the memory for it, such as
     the size of its cache: as estimated, never as measured. ``kinds``: what each engine's model is for, as its files
-    tell.
+    tell. ``problems``: why a model can never be loaded here, by model.
     """
 
     paths: Paths
@@ -36,6 +36,7 @@ class Expectations:
     specs: tuple[ModelSpec, ...]
     estimates: Mapping[str, Estimate]
     kinds: Mapping[str, str]
+    problems: Mapping[str, str]
 
 
 async def expect(
@@ -45,10 +46,9 @@ async def expect(
     resolver: EngineResolver,
     known: Mapping[str, ModelSpec] | None = None,
 ) -> Expectations:
-    """What the models will take, told to the log as well; reads their files.
+    """The models' footprints, which are logged as well; reads the models' files.
 
-    ``known``: what the core knows; of a model for which that is so still it gets the same object again, which it need
-    not look into.
+    ``known``: the specifications that the core has; an equal one is that same object, which the core need not compare.
     """
     engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
@@ -67,7 +67,9 @@ async def expect(
             spec = model_spec(config.models[name], of)
             before = known.get(name) if known else None
             specs.append(before if before == spec else spec)
-        return Expectations(paths, engines, tuple(specs), estimates, {each.model.name: each.kind for each in prospects})
+        kinds = {each.model.name: each.kind for each in prospects}
+        problems = {each.model.replica_of or each.model.name: each.problem for each in prospects if each.problem}
+        return Expectations(paths, engines, tuple(specs), estimates, kinds, problems)
 
     return await asyncio.to_thread(reckon)
 
@@ -79,7 +81,7 @@ def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:
 
 
 def settings_of(config: Config, devices: Sequence[Device] = ()) -> Settings:
-    """What the core is told of the machine's policy."""
+    """The settings of the core."""
     return Settings(config.policy, host_budget(config, devices), config.server.queue_limit)
 
 
@@ -94,7 +96,7 @@ def host_budget(config: Config, devices: Sequence[Device] = ()) -> int:
 
 
 def files_of(config: Config) -> dict[int, Path]:
-    """The files in which stand-ins keep who holds how much of declared devices."""
+    """The files in which stand-ins write how much they hold of declared devices."""
     return {index: device.file for index, device in enumerate(config.devices or ()) if device.file}
 
 
@@ -104,5 +106,5 @@ def opener(config: Config, environment: Mapping[str, str]) -> Open:
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
-    """The devices, for whoever can wait for the answer."""
+    """The devices, for a caller that can wait for the answer."""
     return await DeviceWatch(opener(config, environment)).begin(LIMIT)

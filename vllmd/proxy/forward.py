@@ -45,7 +45,7 @@ from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
 from vllmd.proxy.tokens import TAIL_BYTES
-from vllmd.proxy.upstream import Pool, Upstream, host_field
+from vllmd.proxy.upstream import OutOfFiles, Pool, Upstream, host_field
 
 # Fields of the client's that no engine gets: its credentials, and those that ``request_head`` writes itself.
 KEPT_BACK = frozenset(
@@ -264,7 +264,9 @@ class AnswerRelay:
         if used is None and self._status == 200 and attempt.route.endswith(tokens.COUNTED):  # no usage, or broken off
             used = tokens.estimate(attempt.route, attempt.parsed.raw, self._size, stream=attempt.parsed.stream)
         self.account.tokens = used
-        permit.release(used, self._size, self._error.message if self._error is not None else "")
+        error = self._error  # that we could not ask the engine is no failure of its
+        failed = error.message if error is not None and not isinstance(error, OutOfFiles) else ""
+        permit.release(used, self._size, failed)
 
     def _settle(self, error: VllmdError | None) -> None:
         self._error = self._error or error
@@ -302,6 +304,8 @@ class AnswerRelay:
         tail = self._tail
         if size >= TAIL_BYTES or not tail:
             self._tail = data[-TAIL_BYTES:]
+            if size:
+                self.account.answered = True
         elif len(tail) > TAIL_BYTES_BEFORE_CUT:  # cut when much has collected: at each piece it would be copied anew
             self._tail = tail[-TAIL_BYTES:] + data
         else:

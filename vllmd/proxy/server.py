@@ -9,14 +9,14 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from vllmd.errors import TooManyRequests, Unavailable, VllmdError
+from vllmd.errors import OUT_OF_FILES, BadRequest, TooManyRequests, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.connection import Connection
 from vllmd.proxy.departures import SWEEP
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
 from vllmd.proxy.http import error_response
-from vllmd.proxy.limits import OUT_OF_FILES, Limits, keep_alive
+from vllmd.proxy.limits import RECEIVE, Limits, keep_alive
 from vllmd.proxy.routing import Router
 
 log = logging.getLogger(__name__)
@@ -128,10 +128,16 @@ class Server:
         return None
 
     async def _open(self, sock: socket.socket) -> None:
+        tls = self.tls
         try:
-            limit = HANDSHAKE_LIMIT if self.tls else None
+            if tls is not None and await _speaks_plainly(sock):
+                sock.recv(RECEIVE)  # what is left unread would reset the connection, and take the answer with it
+                _turn_away(
+                    sock, BadRequest("TLS is spoken here, and this is plain HTTP: the URL must begin with https://")
+                )
+                return
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Connection(self), sock, ssl=self.tls, ssl_handshake_timeout=limit
+                lambda: Connection(self), sock, ssl=tls, ssl_handshake_timeout=HANDSHAKE_LIMIT if tls else None
             )
         except OSError as error:
             log.debug("a connection was gone before it was served: %s", error)
@@ -226,6 +232,18 @@ class Server:
         except TimeoutError:
             return not self.connections
         return True
+
+
+async def _speaks_plainly(sock: socket.socket) -> bool:
+    """Whether a client begins with a letter, as requests in plain HTTP do, and no TLS. Raises OSError."""
+    loop, came = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sock.fileno(), came.set)
+    try:
+        async with asyncio.timeout(HANDSHAKE_LIMIT):
+            await came.wait()
+    finally:
+        loop.remove_reader(sock.fileno())
+    return sock.recv(1, socket.MSG_PEEK).isalpha()
 
 
 def _turn_away(sock: socket.socket, refusal: VllmdError) -> None:

@@ -27,7 +27,7 @@ from vllmd.proxy.limits import read_small
 from vllmd.proxy.model_requests import KEY_IN_QUERY
 from vllmd.proxy.response_heads import HeadCollector
 from vllmd.proxy.routing import RECHECK
-from vllmd.proxy.upstream import connect, host_field
+from vllmd.proxy.upstream import OutOfFiles, connect, host_field
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,8 @@ class Tunnels:
         """
         try:
             far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
+        except OutOfFiles:
+            raise
         except UpstreamFailed as error:  # which names an address of ours
             log.warning("%s: %s", target.model, error.message)
             raise UpstreamFailed(f"the engine of {target.model!r} cannot be reached") from None

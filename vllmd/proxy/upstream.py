@@ -12,10 +12,12 @@ that is not at rest after an answer (bytes of the request unsent, more bytes tha
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json as json_codec
 import logging
 import os
+import select
 import socket
 import ssl
 from collections import deque
@@ -23,11 +25,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
 from vllmd.addresses import is_loopback
-from vllmd.errors import UpstreamFailed
+from vllmd.errors import OUT_OF_FILES, UpstreamFailed, out_of_files
 from vllmd.proxy.framing import BadFraming, Framing
 from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
-from vllmd.proxy.limits import OUT_OF_FILES, UNACKNOWLEDGED, Limits, keep_alive, read_small
+from vllmd.proxy.limits import UNACKNOWLEDGED, Limits, keep_alive, read_small
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.peers import Impostor, connected
 from vllmd.proxy.response_heads import HeadCollector
@@ -39,6 +41,10 @@ WRITE_BYTES = 256 << 10  # given to the transport at a time
 
 class Unreached(UpstreamFailed):
     """No process listens there: no engine has seen the request, so it may be sent again."""
+
+
+class QueueFull(Unreached):
+    """The engine listens, and has not come to accept what others have begun: it never saw the request, either."""
 
 
 class OutOfFiles(UpstreamFailed):
@@ -109,6 +115,7 @@ class Upstream(asyncio.Protocol):
         self._paused = False
         self._unsent: deque[memoryview] = deque()  # of the request's body, while the engine takes it slowly
         self._write_paused = False
+        self._poll: select.poll | None = None  # made when it is reused
 
     # -- asyncio's side
 
@@ -178,6 +185,20 @@ class Upstream(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether another request may be sent on it."""
         return not self._broken and not self.transport.is_closing()
+
+    def is_silent(self) -> bool:
+        """Whether nothing has come of it since the last answer, be it its end, that the event loop has yet to read.
+
+        What comes between two requests is no answer to the second one, and would be taken for it.
+        """
+        poll = self._poll
+        if poll is None:
+            sock = self.transport.get_extra_info("socket")
+            if sock is None:
+                return True
+            poll = self._poll = select.poll()
+            poll.register(sock.fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     def send(self, method: str, head: bytes, body: Parts, size: int, sink: Sink) -> None:
         """Send one request, whose body has ``size`` bytes in all; ``sink`` gets the answer.
@@ -277,7 +298,7 @@ class Pool:
         oldest = asyncio.get_running_loop().time() - self._limits.now.upstream_idle
         while idle:
             connection = idle.pop()
-            if connection.idle_since > oldest and connection.usable:
+            if connection.idle_since > oldest and connection.usable and connection.is_silent():
                 connection.reused = True
                 return connection
             connection.abort()
@@ -340,8 +361,8 @@ P = TypeVar("P", bound=asyncio.BaseProtocol)
 async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> P:
     """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not.
 
-    Unreached if no process listens there, Impostor if one of another user than ``address.owner`` does, OutOfFiles if
-    this process has no file descriptor left.
+    Unreached if no process listens there (QueueFull if one does, and is busy), Impostor if one of another user than
+    ``address.owner`` does, OutOfFiles if this process has no file descriptor left.
     """
     loop = asyncio.get_running_loop()
     place = "the engine's socket" if address.uds else describe(address)  # clients are not told the socket's path
@@ -360,17 +381,27 @@ async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> 
         raise Impostor(f"no connection to {describe(address)}: {error.message}") from None
     except TimeoutError:
         raise UpstreamFailed(f"no connection to {place} within {limit:g} s") from None
-    except ssl.SSLError as error:
-        why = getattr(error, "verify_message", "") or error.reason or error
-        raise UpstreamFailed(f"no connection to {place}: TLS: {why}") from None
     except OSError as error:
-        if error.errno in OUT_OF_FILES:
-            message = f"vllmd cannot connect to the engine: {os.strerror(error.errno)}"
-            raise OutOfFiles(message, retry_after=5) from None
-        # asyncio's own text has the address in the place of the reason, and several addresses' errors in one.
-        number = error.errno or 0
-        reason = os.strerror(number) if number > 0 else str(error.strerror or error)
-        raise Unreached(f"no connection to {place}: {reason}") from None
+        raise _unconnected(address, place, error) from None
+
+
+def _unconnected(address: Address, place: str, error: OSError) -> UpstreamFailed:
+    """Why there is no connection, and whose fault that is. ``place``: the address as clients may be told of it."""
+    number = error.errno
+    if isinstance(error, ssl.SSLError | socket.gaierror):  # certificates and names are looked up in files
+        number = errno.EMFILE if out_of_files() else None
+    elif number == errno.EADDRNOTAVAIL and ":" in address.host:  # of IPv6 it may say that there is none
+        number = None
+    if number in OUT_OF_FILES or number == errno.EADDRNOTAVAIL:  # our own ports may be used up, too
+        return OutOfFiles(f"vllmd cannot connect to the engine: {os.strerror(number or 0)}", retry_after=5)
+    if isinstance(error, ssl.SSLError):
+        why = getattr(error, "verify_message", "") or error.reason or error
+        return UpstreamFailed(f"no connection to {place}: TLS: {why}")
+    # asyncio's own text has the address in the place of the reason, and several addresses' errors in one.
+    code = error.errno or 0
+    reason = os.strerror(code) if code > 0 else str(error.strerror or error)
+    kind = QueueFull if code == errno.EAGAIN else Unreached
+    return kind(f"no connection to {place}: {reason}")
 
 
 @functools.lru_cache(100)
