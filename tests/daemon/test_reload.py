@@ -423,7 +423,7 @@ def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_s
         return read(tmp_path, {"devices": [{"memory": memory}], "models": models})
 
     async def look(living: Living) -> None:
-        bad, good = living.front.status.status().models
+        bad, good = (await living.front.status.status()).models
         assert (good.never, bad.state) == ("", "stopped")
         assert bad.never == (
             "'bad' needs 90.0 GiB on each of 1 device; device 0 has 80.0 GiB less a reserve of 0.5 GiB: 79.5 GiB"
