@@ -268,18 +268,18 @@ async def in_effect(living: Living) -> dict[str, Any]:
     server, records = living.config.server, living.front.records
     living.back.post(events.TimePassed())  # what is to be preloaded is looked at
     return {
-        "limits": {each: getattr(listeners._limits.now, each) for each in READ} | {"buffered": listeners._memory.limit},
-        "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
-        "stranger": replace(listeners._keys._anonymous, refusal=None),
-        "quotas": {name: quota.key for name, quota in listeners._quotas._quotas.items()},
-        "ranks": listeners._quotas._ranks,
-        "page": (listeners._ui, listeners._tls),
-        "records": (records._config, records._keeps, records._ring._entries.maxlen),
-        "hosts": listeners._keys.hosts._names,
-        "origins": listeners._cors.origins,
+        "limits": {each: getattr(listeners.limits.now, each) for each in READ} | {"buffered": listeners.memory.limit},
+        "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners.keys.callers],
+        "stranger": replace(listeners.keys.anonymous, refusal=None),
+        "quotas": {name: quota.key for name, quota in listeners.quotas.by_key.items()},
+        "ranks": listeners.quotas.ranks,
+        "page": (listeners.ui, listeners.tls),
+        "records": (records.config, records.keeps, records._ring._entries.maxlen),
+        "hosts": listeners.keys.hosts._names,
+        "origins": listeners.cors.origins,
         "policy": (core.settings, core.policy.name, core.engines.ledger.host_budget),
         "devices": [(a.device, a.capacity) for a in core.engines.ledger.accounts.values()],
-        "files": (living.back.memory._files, living.back.memory.inventory),
+        "files": (living.back.memory.files, living.back.memory.inventory),
         "models": {name: model.spec for name, model in core.models.items()},
         "pinned": {name: r.pinned for name, r in core.replicas.items()},
         "targets": {name: living.front.gate.resolve(name)
@@ -287,13 +287,13 @@ async def in_effect(living: Living) -> dict[str, Any]:
         "names": [resolved(living, name) for name in ("m", "one", "two")],
         "cards": await living.front.status.models(),
         "launches": {name: launch(living, name) for name in living.front.current.engines},
-        "standbys": living.back.engines.standbys._count,
-        "ports": living.back.engines._launch_planner._ports._range,
+        "standbys": living.back.engines.standbys.count,
+        "ports": living.back.engines.launch_planner.ports.range,
         "level": logging.getLogger().level,
         "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)
                      for name, model in living.config.models.items()},
         # read each time when they are needed
-        "keep_alive": living.front.gate._keep_alive_limit,
+        "keep_alive": living.front.gate.keep_alive_limit,
         "pull": living.config.pull,
         "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous,
                  living.config.engines.read_ahead, living.config.engines.fast_loaders),
@@ -309,7 +309,7 @@ def resolved(living: Living, name: str) -> str:
 
 def launch(living: Living, name: str) -> Any:
     """How its engine would be started now."""
-    planner = living.back.engines._launch_planner
+    planner = living.back.engines.launch_planner
     try:
         process, order = planner.prepare(commands.StartEngine(name, Placement((0,)), 10 * GiB))
     except VllmdError as error:
