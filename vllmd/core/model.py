@@ -244,7 +244,7 @@ class Replica:
 
     @property
     def costs(self) -> Costs:
-        """Its figures, opened in the book when they are first asked for: most of ten thousand models have none."""
+        """The replica's figures, opened when they are first asked for: of ten thousand models most have none."""
         if self.learnt is None:
             self.learnt = self.book.open(self.spec)
         return self.learnt
