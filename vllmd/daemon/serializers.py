@@ -142,6 +142,7 @@ def line(
         leases=view.leases,
         waiting_for=view.waiting_for,
         failure=view.failure,
+        expected=view.expected,
         never=view.never,
         silent=silent,
         standing=view.standing,
