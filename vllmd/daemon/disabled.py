@@ -87,7 +87,7 @@ class Disabled:
             try:
                 await asyncio.to_thread(_write, self._path, text)
             except OSError as error:
-                raise Unavailable(f"it cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
+                raise Unavailable(f"the order cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
         self._orders = dict(orders)
 
 
