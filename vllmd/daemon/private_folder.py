@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,8 @@ FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
     """A directory of our own. Raises ConfigError, which says what to do, where none can be made."""
-    import tempfile  # a daemon of a unit needs none
+    import shutil  # a daemon of a unit needs neither
+    import tempfile
 
     try:
         remove_abandoned(Path(tempfile.gettempdir()))
