@@ -66,13 +66,20 @@ class Balancer:
         now, other = self._engines.now, r.model.nominee is not r
         if down(r, now) or self._fit.never(r):
             return None
+        once_open = {HealthStatus.NEW: 1, HealthStatus.EJECTED: DOUBTFUL}.get(health_status(r), 0)
         if r.state is State.READY:
-            rank = {HealthStatus.NEW: 1, HealthStatus.EJECTED: DOUBTFUL}.get(health_status(r), 0)
-            return rank, other, len(r.running)
+            return once_open, other, len(r.running)
         if r.state in (State.STARTING, State.WAKING):
             return 1, other, remaining(r, now)
-        if r in self._swaps or (r.state is State.DRAINING and r.job and r.job.yields):
+        if r in self._swaps:
             return 2, other, 0.0
+        if r.state is State.DRAINING and r.job and r.job.yields:
+            # Not better than once its gate is open again: else an ejected one would be nominated, opened, passed over,
+            # drained for its proof and nominated again, for ever.
+            return max(2, once_open), other, 0.0
+        if r.state in OFF and self._fit.unknown(r) and not self._fit.asking:
+            # 9.1: it cannot come up. Ranked as high as one that can, two such would be nominated in turn for ever.
+            return DOUBTFUL + 1, other, 0.0
         if r.state in OFF and r.retry_at <= now:
             return 3 if self._fit.has_room(r) else 4, other, load_time(r)
         return DOUBTFUL + (r.state is State.FAILED), other, r.retry_at
@@ -159,7 +166,7 @@ def down(r: Replica, now: float) -> bool:
         return r.given_up and r.retry_at > now
     if r.health is None or r.model.rules is None:
         return False
-    ejected = r.state is State.READY and r.health.status is HealthStatus.EJECTED
+    ejected = r.on and r.health.status is HealthStatus.EJECTED
     return ejected and r.health.failed > r.model.rules.retries
 
 

@@ -69,11 +69,13 @@ class Ledger:
         self._host: dict[Hashable, int] = {}
 
     def take(self, devices: Iterable[Device]) -> None:
-        """Take the devices as they are now. One that is gone keeps its account as long as a model holds some of it."""
+        """Take the devices as they are now. One that is gone keeps its account as long as an engine is on it."""
         now = {device.index: device for device in devices}
+        # By who is there, not by bytes: an engine whose footprint is 0 has to be unbooked from its account as well.
+        held = {index for shares in self._held.values() for index in shares}
         for index, account in list(self.accounts.items()):
             account.gone = index not in now
-            if account.gone and not account.promised:
+            if account.gone and index not in held:
                 del self.accounts[index]
         for index in sorted(now):
             if index in self.accounts:
