@@ -19,7 +19,8 @@ from vllmd.core.events import (
     StopAsked,
     TimePassed,
 )
-from vllmd.core.types import Device, GiB, Placement, State
+from vllmd.core.types import Device, Placement, State
+from vllmd.sizes import GiB
 
 WHY = "NVML: Driver/library version mismatch; reboot"
 CPU = model("cpu", 0, device_count=0)
@@ -55,7 +56,7 @@ def test_who_waited_for_the_answer_is_told_when_it_does_not_come() -> None:
 
 @pytest.mark.timeout(60)
 def test_several_replicas_none_of_which_can_come_up_are_not_nominated_in_turn() -> None:
-    """Each would be given up for the sake of the other, without an end; whoever waits is told why there is no device."""
+    """Each would be given up for the sake of the other, without an end; whoever waits is told why."""
     w = World(replicas(2), [])
     w.do(DevicesChanged((), "not asked yet", asking=True))
     w.ask("r1", "m")

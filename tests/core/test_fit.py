@@ -11,7 +11,8 @@ from vllmd.core.costs import Costs
 from vllmd.core.fit import Fit, freed_asleep, need
 from vllmd.core.ledger import Ledger
 from vllmd.core.model import Model, Replica
-from vllmd.core.types import Device, GiB, Placement, State, WhenFree
+from vllmd.core.types import Device, Placement, State, WhenFree
+from vllmd.sizes import GiB
 
 
 def replica(name: str, gib: int, **fields: Any) -> Replica:
@@ -79,7 +80,7 @@ def test_the_supplies_of_a_device() -> None:
     ("size", "count", "devices", "never"),
     [
         (80, 1, (), ""),
-        (81, 1, (), "needs 81.0 GiB on each of 1 device; device 0 has 80.0 GiB"),
+        (81, 1, (), "needs 81 GiB on each of 1 device; device 0 has 80 GiB"),
         (10, 3, (), "needs 3 devices, and there are 2 for it"),
         (10, 1, (7,), "needs 1 device, and there are none for it"),
         (500, 0, (), ""),
@@ -111,7 +112,7 @@ def test_who_has_room_now() -> None:
     sleeper = m.add(replica("sleeper", 31), State.SLEEPING, 1, 0)
     assert not m.fit.has_room(sleeper)
     assert not m.fit.has_room_on(sleeper, (0,))
-    assert m.fit.shortage(sleeper, (0,)) == "device 0 has 29.0 GiB of 30.0 GiB needed"
+    assert m.fit.shortage(sleeper, (0,)) == "device 0 has 29 GiB of 30 GiB needed"
     new = m.add(replica("new", 40))
     assert m.fit.has_room(new)
     assert [m.fit.has_room_on(new, (index,)) for index in (0, 1)] == [False, True]

@@ -16,7 +16,8 @@ from vllmd.core.costs import CostBook, Costs
 from vllmd.core.ledger import Ledger
 from vllmd.core.queues import Queue
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, Footprint, GiB, ReplicaSpec, Settings, Source
+from vllmd.core.types import Device, Footprint, ReplicaSpec, Settings, Source
+from vllmd.sizes import GiB
 
 
 def of(name: str, **fields: Any) -> ReplicaSpec:

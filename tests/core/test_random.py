@@ -45,7 +45,6 @@ from vllmd.core.policy_input import PolicyInputBuilder
 from vllmd.core.types import (
     Device,
     Footprint,
-    GiB,
     IdleRules,
     ModelSpec,
     Placement,
@@ -55,6 +54,7 @@ from vllmd.core.types import (
     State,
     WhenFree,
 )
+from vllmd.sizes import GiB
 
 NAMES = ("a", "b", "c", "d", "e")
 models = st.sampled_from(NAMES)

@@ -31,7 +31,8 @@ from vllmd.core.events import (
     StopAsked,
 )
 from vllmd.core.model import HealthStatus
-from vllmd.core.types import Device, GiB, IdleRules, ReplicaRules, State
+from vllmd.core.types import Device, IdleRules, ReplicaRules, State
+from vllmd.sizes import GiB
 
 REMOTE = {"device_count": 0, "sleep_levels": frozenset()}
 
@@ -262,7 +263,7 @@ def test_a_slow_one_is_better_than_none() -> None:
 
 @pytest.mark.timeout(60)
 def test_an_ejected_one_at_its_proof_is_not_nominated_for_being_idle() -> None:
-    """Its gate would be opened for the queue, which passes it over, and closed for the proof, in turn, without an end."""
+    """Its gate would be opened for the queue, which passes it over, and closed for the proof, without an end."""
     w = World(replicas(2, preempt=True, rules=ReplicaRules(least=2, retries=0)), PAIR)
     w.ask("r0", "m")
     w.answer("m@1")

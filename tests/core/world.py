@@ -59,8 +59,9 @@ from vllmd.core.lifecycle import MOVING, Kind
 from vllmd.core.planner import RECENT
 from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, GiB, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
+from vllmd.core.types import Device, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
 from vllmd.core.views import _model
+from vllmd.sizes import GiB
 
 
 def said(commands: Iterable[Command]) -> list[Command]:

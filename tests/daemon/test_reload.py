@@ -31,7 +31,7 @@ from vllmd.config.settings import Group, Leaf, Reload, leaves
 from vllmd.config.types import Config
 from vllmd.config.value_types import Wrong
 from vllmd.core import commands, events
-from vllmd.core.types import GiB, Placement, State
+from vllmd.core.types import Placement, State
 from vllmd.daemon import startup
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.current import RuntimeEnvironment
@@ -39,6 +39,7 @@ from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
+from vllmd.sizes import GiB
 
 BASE: dict[str, Any] = {
     "devices": [{"memory": "80GiB"}, {"memory": "80GiB"}],

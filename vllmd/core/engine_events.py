@@ -6,10 +6,10 @@ from vllmd.core import events as ev
 from vllmd.core.admission import Admission
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
-from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import Kind, LifecycleError, Reason, Step
 from vllmd.core.model import Job, Replica
 from vllmd.core.types import CPU, Footprint, State
+from vllmd.sizes import in_words
 
 STABLE = 60.0  # seconds; an engine that served so long has put its failures behind it
 LONGEST_BACKOFF = 300.0
@@ -68,7 +68,7 @@ class EngineEvents:
         missing = {index: size for index, size in e.missing.items() if index in devices and size > 0}
         core.engines.ledger.wedge(missing)
         for index, size in missing.items():
-            why = f"{gib(size)} of device {index} did not come back: it is avoided until they do"
+            why = f"{in_words(size)} of device {index} did not come back: it is avoided until they do"
             core.engines.record("wedged", r, why, {"device": index, "missing": size})
         self._settled(r)
 
@@ -196,7 +196,7 @@ class EngineEvents:
         grown = max(r.booking, min(largest, r.booking * 11 // 10))
         r.costs.footprint = Footprint(grown, f.awake, f.asleep, f.host, f.source)
         self._core.engines.retry(r)
-        room = "what is free then" if r.spec.when_free else f"room for {gib(r.booking)} per device"
+        room = "what is free then" if r.spec.when_free else f"room for {in_words(r.booking)} per device"
         why = f"it failed for lack of memory ({e.reason}); once more with {room}"
         self._core.engines.record("retry", r, why, {"booking": r.booking})
 

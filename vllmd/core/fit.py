@@ -23,10 +23,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vllmd.core.ledger import Account, Ledger, gib
+from vllmd.core.ledger import Account, Ledger
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import NOBODY, DeviceSupply, PolicyInput, Resident, Tenants, Waiting
 from vllmd.core.types import State
+from vllmd.sizes import in_words
 
 Supply = Mapping[int, int]  # device index -> bytes
 
@@ -167,8 +168,8 @@ class Fit:
 
     def _short(self, a: Account, size: int | None) -> str:
         if size is None:
-            return f"others do not leave device {a.device.index} free: strangers hold {gib(a.external)} there"
-        return f"device {a.device.index} has {gib(a.free)} of {gib(size)} needed"
+            return f"others do not leave device {a.device.index} free: other programs hold {in_words(a.external)} there"
+        return f"device {a.device.index} has {in_words(a.free)} of {in_words(size)} needed"
 
     # -- what can never be, with the arithmetic, so that nobody waits for it
 
@@ -185,12 +186,8 @@ class Fit:
         if self.starts(r, self.alone()) >= count:
             return ""
         most = max(need(r, a, 0) or 0 for a in accounts)
-        sizes = "; ".join(
-            f"device {a.device.index} has {gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: "
-            f"{gib(a.capacity)}"
-            for a in accounts
-        )
-        return f"{r.id!r} needs {gib(most)} on each of {_devices(count)}; {sizes}"
+        sizes = "; ".join(f"device {a.device.index} has {_size_less_reserve(a)}" for a in accounts)
+        return f"{r.id!r} needs {in_words(most)} on each of {_devices(count)}; {sizes}"
 
     def pinned_out(self, r: Replica) -> str:
         """Why pinned models leave no room for ``r``; empty if they do.
@@ -207,7 +204,7 @@ class Fit:
         names = ", ".join(f"{p.id!r}" for p in list(without) or pinned)
         if r.spec.when_free:
             return f"{r.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
-        return f"{r.id!r} needs {gib(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
+        return f"{r.id!r} needs {in_words(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
     def stuck(self, sleepers: Iterable[Replica]) -> dict[Replica, str]:
         """Sleepers that cannot wake where they are although they could start elsewhere, and why."""
@@ -240,7 +237,7 @@ class Fit:
             key=lambda pair: -_free_ratio(pair[1], pair[0]),
         )
         free = _free_ratio(fullest, used)
-        why = f"others hold {gib(used)} of device {fullest.device.index}{', the fullest' * (len(accounts) > 1)}"
+        why = f"others hold {in_words(used)} of device {fullest.device.index}{', the fullest' * (len(accounts) > 1)}"
         why = f"{why}, {free:.3f} of it is free"
         where = ",".join(map(str, devices))
         numbers: dict[str, float | int | str] = {"devices": where, "used": used, "free": round(free, 4)}
@@ -248,7 +245,7 @@ class Fit:
         if share is None:
             return Grant(None, why, numbers)
         size = math.ceil(share * min(a.device.memory for a in accounts))
-        return Grant(size, f"{why}: it takes {share:g}, {gib(size)}", {**numbers, "share": share, "memory": size})
+        return Grant(size, f"{why}: it takes {share:g}, {in_words(size)}", {**numbers, "share": share, "memory": size})
 
     def held_back(self, r: Replica, since: float) -> Wait | None:
         """What keeps a start of ``r`` waiting, and for what; None where others leave it enough devices."""
@@ -262,7 +259,7 @@ class Fit:
         devices = "a free device" if r.spec.device_count == 1 else f"{r.spec.device_count} free devices"
         least = f", at least {min(rule.shares):g} of it free" if rule.shares else ""
         reasons = filter(None, (_reason(r, a, others, since) for a, others in used.values()))
-        why = f"{devices} (others use less than {gib(rule.used_below)}{least}): {'; '.join(reasons)}"
+        why = f"{devices} (others use less than {in_words(rule.used_below)}{least}): {'; '.join(reasons)}"
         numbers = {f"used_{index}": others for index, (_, others) in used.items()}
         return Wait(why, {"used_below": rule.used_below, **numbers}, not all(_read(a, since) for a, _ in used.values()))
 
@@ -280,9 +277,14 @@ def _reason(r: Replica, a: Account, others: int, since: float) -> str:
     if need(r, a, others) is not None:
         return ""
     kept = others - a.external
-    holders = [f"strangers hold {gib(a.external)}"] * (a.external > 0)
-    holders += [f"models that stay hold {gib(kept)}"] * (kept > 0)
+    holders = [f"other programs hold {in_words(a.external)}"] * (a.external > 0)
+    holders += [f"models that stay hold {in_words(kept)}"] * (kept > 0)
     return f"{' and '.join(holders)} on device {index}, {_free_ratio(a, others):.3f} is free"
+
+
+def _size_less_reserve(a: Account) -> str:
+    less = f" less a reserve of {in_words(a.device.reserve)}: {in_words(a.capacity)}" if a.device.reserve else ""
+    return in_words(a.device.memory) + less
 
 
 def _devices(count: int) -> str:

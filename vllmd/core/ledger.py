@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping
 
-from vllmd.core.types import CPU, Device, GiB
+from vllmd.core.types import CPU, Device
+from vllmd.sizes import in_words
 
 
 class Account:
@@ -46,7 +47,7 @@ class Account:
         if self.gone:
             return "it is not there any more"
         if self.missing and not self.ill:
-            return f"{gib(self.missing)} did not come back after a stop"
+            return f"{in_words(self.missing)} did not come back after a stop"
         return self.ill or self.drained
 
     @property
@@ -131,7 +132,7 @@ class Ledger:
         return self.host_budget - self.host_promised + self._host.get(holder, 0)
 
     def external(self, held: Mapping[int, int], now: float, largest: int = 0) -> None:
-        """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size.
+        """Take NVML's word for what other programs hold; what cannot be (negative, more than there is) is cut to size.
 
         What they hold of the CPU's memory never keeps an engine of ``largest`` bytes from running there alone: the
         machine's own programs hold some at all times, and an engine that is short of it is slow and does not fail.
@@ -159,8 +160,3 @@ class Ledger:
             if index in self.accounts and size > 0:
                 self.accounts[index].missing = size
                 self.accounts[index].external = max(self.accounts[index].external, size)
-
-
-def gib(size: float) -> str:
-    """Bytes for people: ``23.5 GiB``."""
-    return f"{size / GiB:.1f} GiB"

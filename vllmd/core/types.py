@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllmd.frozen import frozen
-from vllmd.sizes import GiB as GiB
 
 CPU = "cpu"  # as a device's runtime
 

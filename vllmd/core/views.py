@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from vllmd.core.balancing import best, in_flight, level, resting, serves
 from vllmd.core.common import Core
 from vllmd.core.idle import idle_due
-from vllmd.core.ledger import Account, gib
+from vllmd.core.ledger import Account
 from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy import PolicyInput
 from vllmd.core.policy_input import waited_since
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
+from vllmd.sizes import in_words
 
 UNWELL = frozenset({"slow", "ejected"})
 
@@ -178,7 +179,11 @@ def _waiting_for_room(core: Core, r: Replica, now: float, outlook: Ask) -> str:
         return told
     accounts = engines.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
-    taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
+    taken = [
+        f"other programs hold {in_words(a.external)} on device {a.device.index}"
+        for a in accounts
+        if a.external > a.missing
+    ]
     kept = [other for other in core.replicas.values() if other.kept and other.loaded and other is not r]
     beside = [f"{other.id} ({'pinned' if other.pinned else 'leased'})" for other in kept]
     room = f"room beside {', '.join(beside)}" if beside else "room"
