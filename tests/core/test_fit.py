@@ -26,7 +26,7 @@ class Machine:
     def __init__(self, devices: tuple[Device, ...] = PAIR) -> None:
         self.ledger = Ledger(devices, 0)
         self.replicas: dict[str, Replica] = {}
-        self.fit = Fit(self.ledger, self.replicas.values())
+        self.fit = Fit(self.ledger, self.replicas.values(), {})
 
     def add(self, r: Replica, state: State = State.STOPPED, gib: int = 0, *devices: int) -> Replica:
         r.state, r.placement = state, Placement(devices)
@@ -62,7 +62,7 @@ def test_the_supplies_of_a_device() -> None:
     idle = m.add(replica("idle", 30), State.READY, 30, 0)
     pinned = m.add(replica("pinned", 20), State.READY, 20, 1)
     pinned.pinned = True
-    m.ledger.external({0: 5 * GiB}, now=1.0)
+    m.ledger.set_external({0: 5 * GiB}, now=1.0)
     assert gib(m.fit.alone()) == {0: 80, 1: 80}
     assert gib(m.fit.beside([pinned])) == {0: 80, 1: 60}
     assert gib(m.fit.beside_kept(idle)) == {0: 75, 1: 60}

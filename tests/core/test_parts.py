@@ -29,7 +29,7 @@ def test_what_is_held_is_not_free() -> None:
     """Promises, the reserve and strangers are subtracted; a release gives all of it back."""
     ledger = Ledger([Device(0, "x", 80 * GiB, 2 * GiB)], 0)
     ledger.hold("m", {0: 50 * GiB})
-    ledger.external({0: 5 * GiB}, now=1.0)
+    ledger.set_external({0: 5 * GiB}, now=1.0)
     assert ledger.accounts[0].free == 23 * GiB
     ledger.hold("m", {0: 1 * GiB})
     assert ledger.accounts[0].free == 72 * GiB
@@ -51,9 +51,9 @@ def test_a_wedged_device_recovers_when_its_memory_is_seen_free() -> None:
     """Half of it is still missing: wedged; less: not."""
     ledger = Ledger([GPU], 0)
     ledger.wedge({0: 40 * GiB})
-    ledger.external({0: 30 * GiB}, now=1.0)
+    ledger.set_external({0: 30 * GiB}, now=1.0)
     assert ledger.accounts[0].missing
-    ledger.external({0: 1 * GiB}, now=1.0)
+    ledger.set_external({0: 1 * GiB}, now=1.0)
     assert not ledger.accounts[0].missing
 
 

@@ -120,7 +120,7 @@ def slowness(r: Replica, now: float) -> float:
 
 def fastest(model: Model, streamed: bool, but: Replica | None = None) -> float | None:
     """Seconds to the first byte of the fastest that serves, by more than a few answers; None if none is known."""
-    serving = [r for r in model.replicas if r is not but and r.on and health_status(r) is HealthStatus.SERVING]
+    serving = [r for r in model.replicas if r is not but and r.is_on and health_status(r) is HealthStatus.SERVING]
     known = [r.health.latencies.get(streamed) for r in serving if r.health]
     return min([latency.value for latency in known if latency and latency.answers >= ENOUGH], default=None)
 
@@ -160,13 +160,13 @@ def level(r: Replica) -> int:
 
 def down(r: Replica, now: float) -> bool:
     """Whether the replica serves no request that comes now: it is gone, failed for good, or failed several probes."""
-    if r.removed or r.off or (r.health and r.health.halted):
+    if r.removed or r.disabled_because or (r.health and r.health.halted):
         return True
     if r.state is State.FAILED:
         return r.given_up and r.retry_at > now
     if r.health is None or r.model.rules is None:
         return False
-    ejected = r.on and r.health.status is HealthStatus.EJECTED
+    ejected = r.is_on and r.health.status is HealthStatus.EJECTED
     return ejected and r.health.failed > r.model.rules.retries
 
 
@@ -177,8 +177,8 @@ def trouble(replicas: Iterable[Replica]) -> str:
 
 def ailment(r: Replica) -> str:
     """Why a replica does not serve although it should; "" if nothing is wrong with it."""
-    if r.off:
-        return f"disabled: {r.off}"
+    if r.disabled_because:
+        return f"disabled: {r.disabled_because}"
     if r.state is State.FAILED:
         return r.failure
     return r.health.why if r.health and r.state is State.READY else ""
