@@ -100,10 +100,10 @@ def test_a_new_model_leaves_the_large_device_to_large_ones() -> None:
 class Watched(Clock):
     """Notes which transfers begin, and when."""
 
-    def _later(self, model: str, kind: str, event: object) -> None:
+    def answer_later(self, model: str, kind: str, event: object) -> None:
         self.begun: list[tuple[float, str, str]] = getattr(self, "begun", [])
         self.begun.append((self.now, model, kind))
-        super()._later(model, kind, event)  # type: ignore[arg-type]
+        super().answer_later(model, kind, event)  # type: ignore[arg-type]
 
 
 def machine(rng: random.Random, devices: int, share: float) -> Machine:

@@ -73,10 +73,7 @@ class Calibration:
         self._logs: dict[str, float] = {}  # the logarithms of the ratios, by kind of command
         self._seen: dict[str, int] = {}
         self._in_force: dict[str, float] = {}  # the logarithms that factors are made of; they follow in steps
-
-    def factor(self, kind: str) -> float:
-        """What to multiply a prior by."""
-        return math.exp(self._in_force[kind]) if kind in self._in_force else 1.0
+        self.factors: dict[str, float] = {}  # what to multiply a prior by, where something is known
 
     def observe(self, kind: str, ratio: float) -> bool:
         """Learn from a command that took ``ratio`` times its prior. Returns whether the factor changed."""
@@ -85,7 +82,7 @@ class Calibration:
         new = self._logs[kind] = known + max(NEWEST, 1.0 / seen) * (math.log(max(ratio, LEAST)) - known)
         if abs(new - self._in_force.get(kind, 0.0)) < STEP:
             return False
-        self._in_force[kind] = new
+        self._in_force[kind], self.factors[kind] = new, math.exp(new)
         return True
 
 
@@ -95,6 +92,7 @@ class Costs:
     __slots__ = (
         "_calibration",
         "_known",
+        "_priors",
         "_seen",
         "_start_time",
         "_weights",
@@ -110,6 +108,7 @@ class Costs:
     ) -> None:
         self._weights, self._start_time = weights, start_time
         self._known: dict[str, float] = {}
+        self._priors: dict[str, float] = {}  # those that were needed
         self._seen: dict[str, int] = {}
         self._calibration = calibration or Calibration()
         self.rate, self.rate_long = Rate(SHORT), Rate(LONG)
@@ -118,14 +117,21 @@ class Costs:
         self.of = ""  # the specification whose footprint was measured
 
     def _prior(self, kind: str) -> float:
-        return self._start_time if kind == "start" and self._start_time is not None else _PRIORS[kind](self._weights)
+        if kind not in self._priors:
+            given = self._start_time if kind == "start" else None
+            self._priors[kind] = _PRIORS[kind](self._weights) if given is None else given
+        return self._priors[kind]
 
     def seconds(self, kind: str) -> float:
-        """The expected time of ``kind``, one of KINDS."""
+        """The expected time of ``kind``, one of KINDS. It is asked for a dozen times in each look of the policy."""
         known = self._known.get(kind)
-        if known is None and kind == "stop":  # whoever starts in no time is gone in no time
-            return min(self._prior(kind) * self._calibration.factor(kind), self._known.get("start", math.inf))
-        return self._prior(kind) * self._calibration.factor(kind) if known is None else known
+        if known is not None:
+            return known
+        prior = self._priors.get(kind)
+        expected = (self._prior(kind) if prior is None else prior) * self._calibration.factors.get(kind, 1.0)
+        if kind == "stop":  # an engine that starts in no time is gone in no time
+            return min(expected, self._known.get("start", math.inf))
+        return expected
 
     def learnt(self, kind: str) -> float:
         """The expected time of ``kind`` if it was ever measured; else 0."""
