@@ -47,7 +47,7 @@ PAIR = ModelConfig(name="pair", engine="sim", replicas=ReplicaConfig(of=()))
 ENGINES = {"org/alone": ALONE, "pair@1": replace(PAIR, name="pair@1"), "pair@2": replace(PAIR, name="pair@2")}
 VIEWS = (
     model("org/alone", replica("org/alone", State.STARTING, since=None, waiting_for="its start (2 of about 37 s)")),
-    model("pair", replica("pair@1", standing="serving", latency=0.25, rests_in=12.0),
+    model("pair", replica("pair@1", health="serving", latency=0.25, rests_in=12.0),
           replica("pair@2", State.SLEEPING, level=1, devices=(), idle=3.0), balanced=True),
     model("gone", replica("gone", State.FAILED, failure="the engine exited with status 1\nTraceback", devices=())),
 )  # fmt: skip
@@ -90,13 +90,14 @@ def without_now(value: Any) -> Any:
 def told() -> Any:
     """Everything that is told of the scene, decoded from its bytes."""
     seen = status_input()
-    whole, alone = status.status(seen, 0.0), status.line_of(seen, "org/alone")
+    lines = tuple(status.model_line(seen, view) for view in VIEWS)
+    whole, alone = status.status(seen, 0.0, lines), status.line_of(seen, "org/alone")
     card = serializers.card(ALONE, ["/v1/chat/completions", "/tokenize"], VIEWS[0], "generate", SelfDescription(8192))
     some = Caller(name="narrow", models=frozenset({"pair"}))
     said = {
         "status": whole,
-        "opening": status.status(status_input(back=None, snapshot=None), 0.0),
-        "broken, for some": status.of_caller(status.status(status_input(broken="vllmd.yaml:1: x"), 0.0), some),
+        "opening": status.status(status_input(back=None, snapshot=None), 0.0, ()),
+        "broken, for some": status.of_caller(status.status(status_input(broken="vllmd.yaml:1: x"), 0.0, lines), some),
         "line": alone,
         "replica": status.line_of(seen, "pair@2"),
         "health": serializers.health(VIEWS, [DEVICE], "", "", ready=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,10 +82,13 @@ class Status(Protocol):
     async def models(self) -> list[Card]:
         """Every model, adapter, variant and pool."""
 
+    async def model(self, name: str) -> Card | None:
+        """One of them by its name; None if none is called so."""
+
     def health(self) -> Health:
         """Whether vllmd is well, with devices, and the state of every model."""
 
-    def status(self, caller: Caller = ANYBODY) -> answers.Status:
+    async def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl ps``, ``info`` and ``gpus`` show, of the models that the caller may use."""
 
     def line(self, model: str) -> ModelLine:
@@ -100,8 +103,8 @@ class Status(Protocol):
     def types(self) -> list[str]:
         """The kinds of engines that there are."""
 
-    def settings(self, model: str) -> str:
-        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+    def settings(self, model: str) -> Iterator[str]:
+        """The configuration in force, or one model's part, as lines of YAML with each setting's origin; no secrets."""
 
     def decisions(self, model: str) -> Decisions:
         """The last decisions, oldest first; all of them, or one model's."""
@@ -247,7 +250,7 @@ class Records(Protocol):
     def cancel(self, request_id: str, caller: Caller) -> Cancelled:
         """End those under way that have this id: what waits leaves its queue, what runs its engine. Raises NotFound."""
 
-    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
+    def watch(self, filter: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops."""
 
     def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> Recordings:

@@ -43,7 +43,7 @@ class MetricsEndpoints:
 
     async def engines(self, request: Request) -> Response:
         """``GET /metrics/engines``: those of every loaded engine, labelled with its model, or its replica's name."""
-        models = self._control.status.status(request.caller).models
+        models = (await self._control.status.status(request.caller)).models
         lines = [each for line in models for each in line.replicas or (line,)]
         loaded = [line.name for line in lines if line.state not in UNLOADED]
         texts = await asyncio.gather(*(self._scraped(model) for model in loaded))

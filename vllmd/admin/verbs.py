@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import TypeVar
 
 from vllmd.admin.control import Control
-from vllmd.admin.responses import json
+from vllmd.admin.responses import json, json_in_turns
 from vllmd.admin.schemas import doc, takes
 from vllmd.api import verbs
 from vllmd.api.codec import encoded
@@ -62,7 +62,7 @@ class VerbEndpoint:
             told = await told if inspect.isawaitable(told) else told
         if verb.settles:
             return await self._settled(request, model, wait=bool(wait))
-        return json(told if told is not None else control.status.line(model))
+        return await json_in_turns(told if told is not None else control.status.line(model))
 
     def _arguments(self, request: Request) -> dict[str, object]:
         """The parameters by name; a model by its configured name. Raises UnknownModel, Forbidden for one of others.

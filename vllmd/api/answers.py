@@ -25,7 +25,7 @@ STATES = (
 )
 NO_ENGINE = frozenset({"stopped", "error"})  # of STATES: nothing runs
 State = Annotated[str, {"enum": list(STATES)}]
-Standing = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
+HealthStatus = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
 Watts = Annotated[float, "watts"]
 Moment = Annotated[str, {"format": "date-time"}]
 
@@ -131,7 +131,9 @@ class ModelLine(Answer):
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
-    standing: Standing = ""
+    never: Annotated[str, "why it can never be loaded on these devices; empty if it can, or is"] = ""
+    silent: Annotated[float | None, "seconds for which it has answered nothing, while requests wait in it"] = None
+    health: HealthStatus = ""
     latency: Annotated[float | None, "of a replica: seconds to the first byte of its answers"] = None
     rests_in: Annotated[float | None, "seconds until it would sleep, sleep deeper or stop for its age"] = None
     pid: int | None = None
@@ -282,6 +284,7 @@ class Download(Answer):
     rate: Annotated[float, "bytes per second"] = 0.0
     elapsed: float = 0.0
     error: Annotated[str, "why it failed"] = ""
+    behind: Annotated[tuple[str, ...], "while it waits: the downloads that run before it"] = ()
 
 
 @answer
@@ -297,6 +300,7 @@ class Pulled(Answer):
     total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
     rate: Annotated[float, "bytes per second"] = 0.0
     elapsed: float = 0.0
+    behind: tuple[str, ...] = ()
     done: bool | None = None
     added: Annotated[bool | None, "whether it is served from now on"] = None
     settings: Annotated[Object | None, "with which it is, or would be, served"] = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vllmd.errors import BadRequest, UnknownModel
 
@@ -55,6 +55,20 @@ class Meanings:
         return {known} if isinstance(known, str) else known
 
 
+class Guesses:
+    """What names can mean that are none exactly, by other case, and by their ends. ``names``: each with its model."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.folded, self.suffixes, self.folded_suffixes = Meanings(), Meanings(), Meanings()
+        for name, model in names.items():
+            self.folded.note(folded(name), model)
+            if name.endswith(LATEST):
+                self.folded.note(folded(name.removesuffix(LATEST)), model)
+            for suffix in _suffixes(name):
+                self.suffixes.note(suffix, model)
+                self.folded_suffixes.note(folded(suffix), model)
+
+
 class Names:
     """The names of all models, and of what else is offered (``offers``).
 
@@ -72,19 +86,20 @@ class Names:
         for model, aliases in models:
             for name in (model, *aliases):
                 self._exact[name] = model
-        self._models = frozenset(self._exact.values())
+        self._of_models = len(self._exact)  # so many names, the first ones, are models'
         for name in offers:
             self._exact.setdefault(name, name)
-        self._folded, self._suffixes, self._folded_suffixes = Meanings(), Meanings(), Meanings()
-        for name, model_name in self._exact.items():
-            for kept in (name, name.removesuffix(LATEST)):
-                self._folded.note(folded(kept), model_name)
-            for suffix in _suffixes(name):
-                self._suffixes.note(suffix, model_name)
-                self._folded_suffixes.note(folded(suffix), model_name)
+        self._known_guesses: Guesses | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._exact
+
+    @property
+    def _guesses(self) -> Guesses:
+        """Made when a name is asked for that is none exactly: of ten thousand models they take megabytes."""
+        if self._known_guesses is None:
+            self._known_guesses = Guesses(self._exact)
+        return self._known_guesses
 
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
         """The configured name, of a model or another offer. Raises UnknownModel, or BadRequest if it is missing or
@@ -132,17 +147,18 @@ class Names:
         for tagged in (plain, plain + LATEST):
             if tagged in self._exact:
                 yield {self._exact[tagged]}
-        yield self._folded.of(folded(plain))
+        guesses = self._guesses
+        yield guesses.folded.of(folded(plain))
         lowered = plain.lower()
         for prefix in PREFIXES:
             if lowered.startswith(prefix):
-                yield self._folded.of(folded(plain[len(prefix) :]))
-        for known, wanted in _by_suffix(self._suffixes, self._folded_suffixes, plain):
+                yield guesses.folded.of(folded(plain[len(prefix) :]))
+        for known, wanted in _by_suffix(guesses, plain):
             yield known.of(wanted)
 
     def _only(self, visible: Callable[[str], bool]) -> str:
         """The model of a request that names none, as llama.cpp's own clients do: the only one there is."""
-        models = set(filter(visible, self._models))
+        models = set(filter(visible, itertools.islice(self._exact.values(), self._of_models)))
         if len(models) != 1:
             raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
         return models.pop()
@@ -178,12 +194,15 @@ def _suffixes(name: str) -> Iterable[str]:
 
 def folded(name: str) -> str:
     """``name`` without the difference between cases, and between the ways in which Unicode writes one letter."""
+    if name.isascii():  # of these there is one way, and a name that is so already is not kept twice
+        lowered = name.lower()
+        return name if lowered == name else lowered
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
-def _by_suffix(suffixes: Meanings, folded_suffixes: Meanings, name: str) -> Iterator[tuple[Meanings, str]]:
+def _by_suffix(guesses: Guesses, name: str) -> Iterator[tuple[Meanings, str]]:
     """Where to look for a name that is the end of another one, also behind a provider's prefix."""
     lowered = name.lower()
     for asked in (name, *(name[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix))):
-        yield suffixes, asked
-        yield folded_suffixes, folded(asked)
+        yield guesses.suffixes, asked
+        yield guesses.folded_suffixes, folded(asked)

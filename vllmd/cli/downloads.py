@@ -19,6 +19,8 @@ PHASES = {"waiting": "waiting for its turn", "looking": "asking", "unpacking": "
 def line(told: Download | Pulled, since: float = 0.0) -> str:
     """``34.1MiB of 93.8MiB, 36 %, 4.2MiB/s, 14s left``; before and after that what is done."""
     phase = told.phase
+    if phase == "waiting" and told.behind:
+        return f"waiting for the {'download' if len(told.behind) == 1 else 'downloads'} of {', '.join(told.behind)}"
     if phase != "downloading":
         return " ".join(filter(None, (PHASES.get(phase, phase), told.source if phase == "looking" else "")))
     done, total, rate = told.completed, told.total, told.rate

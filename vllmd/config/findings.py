@@ -19,6 +19,7 @@ class Problem:
     what: str
     accepted: str = ""
     nearest: str = ""
+    alone: bool = False  # it concerns one model, which cannot be loaded; all others can be served
 
     def __str__(self) -> str:
         told = self.what
@@ -47,9 +48,11 @@ class Findings:
         self.warnings: list[Problem] = []
         self.origins: dict[str, Where] = {}
 
-    def complain(self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "") -> None:
-        """Each place and reason once, however many models inherit it."""
-        self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest))
+    def complain(
+        self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "", *, alone: bool = False
+    ) -> None:
+        """Each place and reason once, however many models inherit it. ``alone``: it is a matter of one model."""
+        self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest, alone))
 
     def warn(self, where: Where, path: str, what: str) -> None:
         """What works, but should be looked at."""

@@ -25,13 +25,13 @@ def as_yaml(reading: Reading) -> str:
     return "".join(_Writer(reading.origins, reading.config).group(ROOT, reading.config, "", 0))
 
 
-def of_config(config: Config, model: str = "") -> str:
-    """The same of a configuration in force; ``model``: of that model only, "" where it has no settings."""
+def of_config(config: Config, model: str = "") -> Iterator[str]:
+    """The same of a configuration in force, line by line; ``model``: of that model only, nothing where it has none."""
     writer = _Writer(config.origins, config)
     if not model:
-        return "".join(writer.group(ROOT, config, "", 0))
-    known = config.models.get(model)
-    return "" if known is None else "".join(writer.group(MODEL, known, f"models.{model}.", 0))
+        yield from writer.group(ROOT, config, "", 0)
+    elif (known := config.models.get(model)) is not None:
+        yield from writer.group(MODEL, known, f"models.{model}.", 0)
 
 
 def as_data(reading: Reading) -> Any:

@@ -94,8 +94,9 @@ def _rows(group: Group) -> dict[str, Setting]:
     return {name: row for row in group.rows for name in (row.name, *row.also)}
 
 
+@cache
 def default(group: Group, row: Setting) -> Any:
-    """The value when nobody says anything."""
+    """The value when nobody says anything; not to be changed, for it is one object for all."""
     if row.field is None:
         return None
     found = next(f for f in fields(group.target) if f.name == (row.field or row.name))

@@ -75,13 +75,14 @@ def _model(core: Core, model: Model, now: float, outlook: Outlooks) -> ModelView
         leases=tuple(model.leases),
         waiting_for=next((view.waiting_for for view in views if view.waiting_for and (view.queued or not up)), ""),
         failure="; ".join(f"{name}: {why}" if model.rules else why for name, why in failures),
-        standing=first.standing,
+        health=first.health,
         latency=min([view.latency for view in up if view.latency is not None], default=None),
         replicas=views,
         balanced=model.rules is not None,
         serving=len(up),
-        degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
+        degraded=bool(model.rules) and any(view.state is State.FAILED or view.health in UNWELL for view in views),
         disabled=model.disabled_because,
+        never=first.never if all(view.never for view in views) else "",
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
 
@@ -93,12 +94,13 @@ def _unused(core: Core, model: Model) -> ModelView | None:
         return None
     if model.disabled_because:
         return None
-    bound = r.devices[0] if len(r.devices) == 1 else None
+    bound, never = r.devices[0] if len(r.devices) == 1 else None, core.fit.never(r)
     at_rest = (State.STOPPED, 0, (), 0, 0, 0, None, None, None, r.pinned, (), "", "")
     model.unused_view = ModelView(
         model.name,
         *at_rest,
-        replicas=(ReplicaView(r.id, *at_rest, bound=bound),),
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never),),
+        never=never,
         balanced=False,
         serving=0,
         degraded=False,
@@ -109,9 +111,9 @@ def _unused(core: Core, model: Model) -> ModelView | None:
 def _replica(core: Core, r: Replica, now: float, outlook: Outlooks) -> ReplicaView:
     engines, oldest = core.engines, r.oldest
     unused = (r.is_on or r.state is State.SLEEPING) and not in_flight(r)
-    standing = ""
+    health = ""
     if r.health and r.is_on:
-        standing = "resting" if r in resting(r.model) else r.health.status.value
+        health = "resting" if r in resting(r.model) else r.health.status.value
     return ReplicaView(
         name=r.id,
         state=r.state,
@@ -127,10 +129,11 @@ def _replica(core: Core, r: Replica, now: float, outlook: Outlooks) -> ReplicaVi
         leases=tuple(r.leases),
         waiting_for=_waiting_for(core, r, now, outlook) if r.demand else "",
         failure=r.failure or (r.health.why if r.health else ""),
-        standing=standing,
+        health=health,
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
         disabled=r.disabled_because,
+        never="" if r.loaded else core.fit.never(r),
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 

@@ -1,4 +1,4 @@
-"""What is behind the listeners: the core, the engines, the devices, the launcher. ``startup`` builds it, whole."""
+"""The core, the engines, the devices, the launcher: what is behind the listeners. ``startup`` builds it, whole."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BackEnd:
 
     @property
     def perform(self) -> Callable[[events.Event], None]:
-        """Hands it an operator's event. Raises InternalError if the core fails at it."""
+        """Hands an operator's event to the core. Raises InternalError if the core fails at it."""
         return self.dispatcher.perform
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
@@ -62,15 +62,16 @@ class BackEnd:
             raise ERRORS[answer.error](answer.refused)
         return answer
 
-    def snapshot(self) -> Snapshot:
-        """A snapshot of all models, devices and decisions.
+    def snapshot(self, model: str = "") -> Snapshot:
+        """A snapshot of all models, devices and decisions; ``model``: of that one alone, by its name or a replica's.
 
         It is computed anew at each call: call once and pass it on.
         """
-        return self.dispatcher.scheduler.snapshot(self.dispatcher.now())
+        scheduler, now = self.dispatcher.scheduler, self.dispatcher.now()
+        return scheduler.snapshot_of(model, now) if model else scheduler.snapshot(now)
 
     def activity(self) -> Snapshot:
-        """The same of those models only of which something runs, is wanted or has failed."""
+        """A snapshot without models of which nothing runs, is wanted or has failed."""
         return self.dispatcher.scheduler.activity(self.dispatcher.now())
 
     def replicas_of(self, name: str) -> list[ReplicaView]:
@@ -91,14 +92,14 @@ class BackEnd:
 
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""
-        self.engines.answered(replica, 0, failed=True)
+        self.engines.note_answer(replica, 0, failed=True)
 
     def serves(self, model: str) -> bool:
         """Whether an engine of the model is awake."""
         return self.dispatcher.scheduler.foremost(model)[1] is State.READY
 
     def phase_of(self, model: str) -> str:
-        """The phase that waiting clients are told: ``weights``, ``waking``, ...; "" while nothing is under way."""
+        """The phase that clients who wait are told: ``weights``, ``waking``, ...; "" while nothing is under way."""
         replica, state = self.dispatcher.scheduler.foremost(model)
         if state is State.WAKING:
             return str(state.value)
@@ -119,7 +120,7 @@ class BackEnd:
         async with self.keeping:
             self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
             if known := self.engines.configured:  # with a broken configuration nothing is known of them
-                self.learnt.failures = failures_to_keep(self.snapshot(), known, self.learnt.failures, time.time())
+                self.learnt.failures = failures_to_keep(self.activity(), known, self.learnt.failures, time.time())
             await asyncio.to_thread(self.learnt.save)
 
     async def close(self) -> None:

@@ -8,13 +8,14 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
+from vllmd.core.commands import StartEngine
 from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
 from vllmd.daemon.loaders import Loading
@@ -24,24 +25,23 @@ from vllmd.engines.base import Engine, Listen, Progress
 from vllmd.engines.standby import Standby
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
-from vllmd.launcher.client import ExitReport, Running, StartOrder
+from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
-PlainOrder = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
 
 
 @dataclass
 class Health:
     """What is known of one engine's health; times by ``time.monotonic``."""
 
-    heard: float = field(default_factory=time.monotonic)  # when it last did something right
+    heard: float = field(default_factory=time.monotonic)  # when it last answered a request well
     errors: int = 0  # answers with 5xx since then
     doubt: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, status: int, failed: bool) -> None:
-        """A request was answered with ``status`` by the engine, or ``failed`` on the way to it or back."""
+        """Note that a request was answered with ``status`` by the engine, or ``failed`` on the way to it or back."""
         if failed:
             self.doubt.set()
         elif status >= 500:
@@ -79,10 +79,10 @@ class EngineProcess:
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     standby: Standby | None = None  # what a standby has to be to become it
     given: str = ""  # the instance of the standby that its order names
-    plain_order: PlainOrder | None = None  # writes its order once more, should its standby or its loader be at fault
+    command: StartEngine | None = None  # that it was started by; None: it cannot be started once more
     loading: Loading | None = None  # how its weights are read, where that is to be measured
     is_first_start: bool = False  # no start of such an engine is known that came through
-    ending: bool = False  # it was told to go
+    ending: bool = False  # it has been ordered to stop
     asleep: bool = False
     health: Health = field(default_factory=Health)
     watcher: asyncio.Task[None] | None = None  # of its health
@@ -92,22 +92,22 @@ class EngineProcess:
 
     @property
     def phase(self) -> Progress:
-        """The phase that its start is in, with the log line that told of it."""
+        """The phase of its start, with the log line that shows the phase."""
         return self.phases.now
 
     @property
     def phase_text(self) -> str:
-        """The same in words, as whoever waits is told it."""
+        """The phase in words, for clients who wait."""
         return f"{self.phase.phase}, first time only" if self.phase.once and self.is_first_start else self.phase.phase
 
     @property
     def loader(self) -> str:
-        """The load format that was chosen for it; "" where it loads as it would by itself."""
+        """The load format that was chosen for it; "" for the engine's own choice."""
         return self.loading.format if self.loading else ""
 
     @property
     def is_special(self) -> bool:
-        """Whether there is a plainer way to start it: without a standby, with the engine's own loader."""
+        """Whether it was not started in the plain way, but from a standby or with a loader that vllmd has chosen."""
         return bool(self.running and (self.running.standby or self.loader))
 
     @property
@@ -117,19 +117,19 @@ class EngineProcess:
 
     @property
     def name(self) -> str:
-        """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
+        """The id of its replica. It changes when the model gets replicas or loses them, so do not keep it."""
         return self.model.name
 
     def restart_as(self, other: EngineProcess) -> None:
         """Go on as another attempt at this start, once the one before has exited; the time of both counts."""
         for name in ("model", "instance", "listen", "fingerprint", "environment", "stop", "stop_signal"):
             setattr(self, name, getattr(other, name))
-        self.running = self.ordered = self.report = self.watcher = self.file = self.plain_order = self.loading = None
+        self.running = self.ordered = self.report = self.watcher = self.file = self.command = self.loading = None
         self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
         self.lines.clear()
 
     def reason(self) -> str:
-        """Why it is gone, with its last words where they are at hand."""
+        """Why it is gone, with the last lines of its log where they are at hand."""
         lines, how = self.last_lines(), self.verdict or how_it_ended(self.report)
         if not lines:
             return how
@@ -142,7 +142,7 @@ class EngineProcess:
             self.lines.popleft()
 
     def all_lines(self) -> list[str]:
-        """What was read of its log as it came, ended by the launcher's copy of the end, which is complete."""
+        """The log lines that came while it was followed, completed by the launcher's copy of the last ones."""
         read, end = list(self.lines), list(self.report.log_tail) if self.report else []
         if end and end[0] in read:
             read = read[: len(read) - 1 - read[::-1].index(end[0])]
@@ -166,14 +166,14 @@ def of(process: EngineProcess) -> dict[str, dict[str, str]]:
 def environment_now(model: ModelConfig) -> str:
     """The environment that an engine of this model would be started in now; "" where it has none."""
     try:
-        found = environments.chosen(model)
+        used = environments.chosen(model)
     except ConfigError:  # which its start will say
         return ""
-    return str(found.path) if found else ""
+    return str(used.path) if used else ""
 
 
 def is_outdated(process: EngineProcess, model: ModelConfig) -> bool:
-    """Whether a reload is to replace it: another version of its engine is in use since it was started."""
+    """Whether a reload is to replace it, because another version of its engine is in use since its start."""
     now = environment_now(model)
     return process.environment is not None and now not in ("", process.environment)
 
@@ -184,12 +184,12 @@ def fingerprint(model: ModelConfig) -> str:
 
 
 def noted_by_older(model: ModelConfig) -> str:
-    """The fingerprint as versions up to 0.1.0 noted it, which knew each replica but the first by its own name."""
+    """The fingerprint as written by versions up to 0.1.0, which knew each replica but the first by its own name."""
     return _fingerprint(model, model.name)
 
 
 def _plain(value: Any) -> Any:
-    """As ``asdict`` has it, for JSON; without its copy of everything, which took most of a start with 10,000 models."""
+    """``value`` as ``asdict`` makes it, without the deep copy, which took most of a start with 10,000 models."""
     if value is None or isinstance(value, str | int | float):
         return value
     if is_dataclass(value) and not isinstance(value, type):
@@ -201,29 +201,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode  # json.dumps makes another one for each value
+
+
 def _json(value: Any) -> str:
-    return json.dumps(_plain(value), sort_keys=True, default=str)
+    return _encode(_plain(value))
 
 
 @cache
-def _defaults() -> Mapping[str, tuple[Any, str]]:
-    """Of each setting the value of a model that does not give it, and that as JSON."""
+def _defaults() -> Sequence[tuple[str, Any, str]]:
+    """Of each setting of an engine, in order of their names: its default, and that as JSON."""
     model = ModelConfig("")
-    return {each.name: (value := getattr(model, each.name), _json(value)) for each in fields(model)}
+    names = sorted({*of_the_engine(), "name", "request", "adapters"})
+    return [(name, value := getattr(model, name), _json(value)) for name in names]
 
 
 def _fingerprint(model: ModelConfig, name: str) -> str:
-    """Of the settings in JSON, in the order of their names. Most are nobody's own, and written once for all."""
-    parts = {"name": _json(name), "request": _NO_RULES}
-    parts["adapters"] = _json({adapter: told.path for adapter, told in model.adapters.items()})
-    for key in of_the_engine():
-        value, default = getattr(model, key), _defaults()[key]
-        if key not in parts:
-            parts[key] = default[1] if value is default[0] else _json(value)
-    for setting, default_then in _SINCE_0_1_0.items():
-        if parts[setting] == default_then:  # as if there were no such setting: an engine of an older version is kept
-            del parts[setting]
-    whole = ", ".join([f'"{key}": {parts[key]}' for key in sorted(parts)])
+    """A digest of the engine's settings, as JSON in the order of their names; most are defaults, and encoded once."""
+    own = {"name": _json(name), "request": _NO_RULES}
+    own["adapters"] = (
+        _json({adapter: config.path for adapter, config in model.adapters.items()}) if model.adapters else "{}"
+    )
+    parts = []
+    for key, default, written in _defaults():
+        text = own.get(key) or (written if (value := getattr(model, key)) is default else _json(value))
+        if text != _SINCE_0_1_0.get(key):  # else as if there were no such setting: an older version's engine is kept
+            parts.append(f'"{key}": {text}')
+    whole = ", ".join(parts)
     return hashlib.sha256(f"{{{whole}}}".encode()).hexdigest()[:16]
 
 

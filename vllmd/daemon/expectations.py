@@ -1,4 +1,4 @@
-"""What a configuration means on this machine: where engines live, what they take, what the core is told of them."""
+"""What a configuration means on this machine: engines' paths, their footprints, and the core's view of the models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Expectations:
 
     ``specs``: what the core knows of the models. ``estimates``: what each engine is told of the memory for it, such as
     the size of its cache: as estimated, never as measured. ``kinds``: what each engine's model is for, as its files
-    tell.
+    tell. ``problems``: why a model can never be loaded here, by model.
     """
 
     paths: Paths
@@ -36,12 +36,13 @@ class Expectations:
     specs: tuple[ModelSpec, ...]
     estimates: Mapping[str, Estimate]
     kinds: Mapping[str, str]
+    problems: Mapping[str, str]
 
 
 async def expect(
     config: Config, runtime: RuntimeEnvironment, devices: Sequence[Device], resolver: EngineResolver
 ) -> Expectations:
-    """What the models will take, told to the log as well; reads their files."""
+    """The models' footprints, which are logged as well; reads the models' files."""
     engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
@@ -55,7 +56,9 @@ async def expect(
             replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.estimate, cpu))
             estimates[each.model.name] = each.estimate
         specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
-        return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
+        kinds = {each.model.name: each.kind for each in prospects}
+        problems = {each.model.replica_of or each.model.name: each.problem for each in prospects if each.problem}
+        return Expectations(paths, engines, specs, estimates, kinds, problems)
 
     return await asyncio.to_thread(reckon)
 
@@ -67,7 +70,7 @@ def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:
 
 
 def settings_of(config: Config, devices: Sequence[Device] = ()) -> Settings:
-    """What the core is told of the machine's policy."""
+    """The settings of the core."""
     return Settings(config.policy, host_budget(config, devices), config.server.queue_limit)
 
 
@@ -82,7 +85,7 @@ def host_budget(config: Config, devices: Sequence[Device] = ()) -> int:
 
 
 def files_of(config: Config) -> dict[int, Path]:
-    """The files in which stand-ins keep who holds how much of declared devices."""
+    """The files in which stand-ins write how much they hold of declared devices."""
     return {index: device.file for index, device in enumerate(config.devices or ()) if device.file}
 
 
@@ -92,5 +95,5 @@ def opener(config: Config, environment: Mapping[str, str]) -> Open:
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
-    """The devices, for whoever can wait for the answer."""
+    """The devices, for a caller that can wait for the answer."""
     return await DeviceWatch(opener(config, environment)).begin(LIMIT)

@@ -27,7 +27,7 @@ from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.public_listeners import PublicListeners, public_address
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
-from vllmd.errors import VllmdError
+from vllmd.errors import SpokenTls, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.ollama.store import DaemonStore
 from vllmd.proxy.body_memory import BodyMemory
@@ -38,16 +38,17 @@ from vllmd.proxy.gate import Authenticator
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.limits import Limits, clients_files
 from vllmd.proxy.models import add_model_routes
-from vllmd.proxy.peers import are_ours
+from vllmd.proxy.peers import register_own_sockets
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.records.ring import Entry
+from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.http")
 
 ADMIN, READ = "admin", "read"  # what their sockets are called
 ENGINES_FAULTS = frozenset({"UpstreamFailed", "Unreached"})  # errors by which a request failed at its engine
-OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to what operators are being told
+OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to answers for operators, which may be streams without an end
 
 
 class Listeners:
@@ -66,10 +67,10 @@ class Listeners:
         ended: Callable[[Exchange], Entry | None] = lambda exchange: None,
         sessions: Path | None = None,
     ) -> None:
-        """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it.
+        """``outcome`` is called at the end of each request for a model: name, status, and whether the engine failed it.
 
-        ``ended`` is called at the end of every request, and says what is kept of it. ``sessions``: the file in which
-        those of the page outlive the daemon; None: they do not.
+        ``ended`` is called at the end of every request, and returns the entry that is kept of it, if one is.
+        ``sessions``: the file in which sessions of the page outlive the daemon; None: they do not.
         """
         self._ui, self._tls = config.server.ui, config.server.tls
         self._sessions = PageSessions(time.time, lambda digest: self._keys.of_key(digest), sessions)
@@ -85,6 +86,7 @@ class Listeners:
         self._relay = relay
         self._public = PublicListeners(self._keys)
         self._outcome = outcome
+        self._spoken_tls = Repeated(log)
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
@@ -117,7 +119,10 @@ class Listeners:
             yield server
 
     def _router(self, authenticator: Authenticator, *, public: bool) -> Router:
-        """``public``: other machines can reach it, so that the page is served only where the configuration says so."""
+        """The routes of a listener.
+
+        ``public``: other machines can reach it, so the page is served only if so configured.
+        """
         router = Router(authenticator, self._cors)
         page = PageEndpoints(
             self._sessions,
@@ -138,12 +143,12 @@ class Listeners:
 
     @property
     def connections(self) -> int:
-        """Clients and operators who are connected."""
+        """The number of connections of clients and operators."""
         return sum(server.connections for server in self._servers)
 
     def open(self) -> None:
         """Accept connections on every listener."""
-        are_ours(sock for sockets in self._listeners.values() for sock in sockets)
+        register_own_sockets(sock for sockets in self._listeners.values() for sock in sockets)
         for server in self._servers:
             server.start()
 
@@ -172,9 +177,18 @@ class Listeners:
         """The requests for models that are under way."""
         return (each for server in self._servers for each in server.exchanges() if each.model)
 
+    def unanswered(self) -> dict[str, float]:
+        """By engine, when the oldest of its requests was admitted of whose answer nothing has come (monotonic)."""
+        found: dict[str, float] = {}
+        for exchange in self.exchanges():
+            account = exchange.account
+            if account is not None and account.admitted is not None and not account.answered:
+                found[account.replica] = min(account.admitted, found.get(account.replica, account.admitted))
+        return found
+
     @property
     def busy(self) -> int:
-        """Clients who are sending a request, or wait for an answer."""
+        """The number of clients that are sending a request or waiting for an answer."""
         return sum(server.busy for server in self._clients)
 
     def drain(self, *, turn_away: bool) -> None:
@@ -184,19 +198,19 @@ class Listeners:
         are let in to be refused.
         """
         for server in self._clients:
-            server.last_ones()
+            server.disable_keep_alive()
             if not turn_away:
                 server.stop_accepting()
 
     def refuse_unread(self, error: VllmdError) -> None:
-        """Answer clients whose requests are still coming."""
+        """Refuse the requests whose bodies are still arriving."""
         for server in self._clients:
             server.refuse_unread(error)
 
     async def close(self, limit: float) -> None:
         """Let what is under way end within ``limit`` seconds, then cut it off. The listeners stay open.
 
-        Operators watch for as long as they like: they get ``OPERATORS_LIMIT``.
+        Operators' streams end when the operator wants: they get ``OPERATORS_LIMIT``.
         """
         closing = [server.close(limit) for server in self._clients]
         await asyncio.gather(*closing, *(server.close(OPERATORS_LIMIT) for server in self._operators))
@@ -213,11 +227,17 @@ class Listeners:
             self._control.counters.recorded(entry)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
+        if exchange.error == SpokenTls.__name__:  # the client shows an error of its TLS library, which tells nobody
+            self._spoken_tls.say(
+                logging.WARNING,
+                "a client (%s) speaks TLS where plain HTTP is spoken: its URL must begin with http://",
+                exchange.request.peer.address,
+            )
         log_ended(exchange)
 
 
 def anybody_can_connect(listener: socket.socket) -> bool:
-    """Whether the mode of a Unix socket lets every user connect (or cannot be told)."""
+    """Whether the mode of a Unix socket lets every user connect; True where the mode cannot be read."""
     path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
     try:
         return bool(os.stat(path).st_mode & stat.S_IWOTH)
@@ -226,7 +246,7 @@ def anybody_can_connect(listener: socket.socket) -> bool:
 
 
 def log_ended(exchange: Exchange) -> None:
-    """One record per request, for whoever looks for a request id; what the client did not get is told in any case."""
+    """Log one record for each request, to be found by its id; an answer that was broken off is logged in any case."""
     broken_off = exchange.status < 400 and exchange.error not in ("", "ClientGone")
     level = logging.INFO if exchange.status >= 500 or broken_off else logging.DEBUG
     if not log.isEnabledFor(level):

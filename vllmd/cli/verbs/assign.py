@@ -71,9 +71,13 @@ def _check(kind: Any, flag: str, text: str) -> None:
 
 
 def write(model: str, settings: dict[str, str], config_file: Path | None) -> tuple[Path, str]:
-    """Change the file that configures the model (else the main one), if the whole is valid then. Its path and name."""
+    """Change the file that configures the model (else the main one), if the whole is valid then, and the model fits.
+
+    Its path and name.
+    """
     from vllmd.config import edit
     from vllmd.config.loader import default_file, read
+    from vllmd.gpu.present import present, unfit
 
     main = config_file or default_file()
     config = read(main).config
@@ -89,9 +93,14 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
         new = edit.assign(old, name, settings, flat)
     except edit.CannotEdit as error:
         raise Failure(f"{path}: {error}", EX_DATAERR) from None
-    problems = read(main, texts={path: new}).problems
-    if problems:
-        raise Failure("nothing was changed, for it would not be valid:\n" + "\n".join(map(str, problems)), EX_CONFIG)
+    reading = read(main, texts={path: new})
+    if reading.problems:
+        told = "\n".join(map(str, reading.problems))
+        raise Failure(f"nothing was changed, for it would not be valid:\n{told}", EX_CONFIG)
+    assigned = reading.config.models.get(name)
+    why = unfit(assigned, present(reading.config)) if assigned else ""
+    if why:
+        raise Failure(f"nothing was changed, for {name} could never be loaded: {why}", EX_CONFIG)
     files.replace(path, new)
     return path, name
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vllmd.api.answers import ModelLine, Status
-from vllmd.cli import downloads, nothing, show
+from vllmd.cli import downloads, nothing, show, standing
 from vllmd.cli.admin import Admin
 from vllmd.text import shortened
 
@@ -106,14 +106,11 @@ def row(line: ModelLine) -> tuple[str, ...]:
     )
 
 
-def replicas_of(line: ModelLine) -> str:
-    """How many of a model's replicas serve; of a replica what its answers have earned it, and how soon they begin."""
-    if line.replicas:
-        return f"{line.serving} of {len(line.replicas)} replicas serve{', degraded' * line.degraded}"
-    if not line.standing:
-        return ""
-    latency = f" ({line.latency * 1000:.0f} ms to the first byte)" if line.latency is not None else ""
-    return f"{line.standing}{latency}"
+def _pin(line: ModelLine) -> str:
+    """That it is pinned; of one that is down, as after a drain, what brings it back: no rule does."""
+    down = line.state == "stopped" and not (line.disabled or line.never or line.waiting_for)
+    back = ", and not loaded before its next request or vllmctl start" if down else ""
+    return f"pinned{back}" if line.pinned else ""
 
 
 def _queue(line: ModelLine) -> str:
@@ -124,10 +121,12 @@ def _queue(line: ModelLine) -> str:
 def note(line: ModelLine) -> str:
     """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
     parts = [show.phase(line)]
-    parts.append(replicas_of(line))
+    parts.append(standing.replicas_of(line))
+    parts.append(standing.silence(line))
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
-    parts.append("pinned" if line.pinned else "")
+    parts.append(_pin(line))
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
+    parts.append("" if line.replicas or not line.never else f"can never be loaded: {line.never}")
     parts.append("" if line.replicas else shortened(show.first_line(line.failure), CAUSE))  # else its replicas have it
     return "; ".join(part for part in parts if part)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from vllmd.api.answers import Decision, Decisions, ModelLine
+from vllmd.api.answers import Decision, Decisions
 from vllmd.api.verbs import verb
-from vllmd.cli import models, show
+from vllmd.cli import models, show, standing
 from vllmd.cli.admin import Admin
-from vllmd.cli.verbs import ps
 from vllmd.cli.verbs.events import told
 
 
@@ -27,30 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for decision in made:
         show.say(told(decision) + (_numbers(decision) if arguments.numbers else ""))
-    show.say(now(line, bool(made)))
+    show.say(standing.now(line, bool(made)))
     return 0
-
-
-def now(line: ModelLine, made: bool) -> str:
-    """How it stands at present, in a sentence."""
-    name, ago = line.name, "" if line.since is None else show.age(line.since)
-    if line.state == "error":
-        told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
-    else:
-        told = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
-    if line.replicas or line.standing:
-        told += f" ({ps.replicas_of(line)})"
-    if line.state != "error" and line.failure:
-        told += f"; it failed: {line.failure}"
-    if "\n" in line.failure:
-        told += f"\nvllmctl logs {name} shows all of its output"
-    if line.disabled:
-        told += f"; an operator has disabled it: {line.disabled}"
-    if line.waiting_for:
-        queued = line.queued
-        who = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"
-        told += f"; {who} {line.waiting_for}"
-    return told if made or line.waiting_for else f"{told}; nothing has been decided about it yet"
 
 
 def _numbers(decision: Decision) -> str:
