@@ -158,7 +158,7 @@ def test_a_damaged_cache_is_no_cache(damage: object) -> None:
 def test_every_event_has_a_handler() -> None:
     """One without is an operator's verb that answers 200 and does nothing."""
     told = {each for each in vars(events).values() if isinstance(each, type) and issubclass(each, events.Event)}
-    handled = Scheduler([], [], Settings())._handlers_by_event()
+    handled = Scheduler([], [], Settings()).handlers
     assert told - {events.Event} == set(handled)
 
 

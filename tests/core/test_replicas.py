@@ -257,7 +257,7 @@ def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
 def test_a_slow_one_is_better_than_none() -> None:
     """When the fast one goes, requests go where they are answered at all."""
     w = serving(2)
-    w.scheduler._core.replicas["m@1"].health.status = HealthStatus.SLOW  # type: ignore[union-attr]
+    w.scheduler.core.replicas["m@1"].health.status = HealthStatus.SLOW  # type: ignore[union-attr]
     w.do(EngineExited("m@2", "gone"))
     assert w.ask("r", "m") == [Admit("r", "m@1")]
 

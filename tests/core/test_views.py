@@ -141,7 +141,7 @@ def test_the_view_of_an_unused_model_is_kept_until_something_changes() -> None:
     """Of ten thousand models nearly all are never used; a lease, a request or a reload is seen at once all the same."""
     w = World([model("m"), model("other")], [GPU])
     unused = view(w, "other")
-    core = w.scheduler._core
+    core = w.scheduler.core
     assert unused == _model(core, core.models["other"], 0.0, lambda r: ""), "drawn by a shorter way"
     w.now = 100.0
     assert view(w, "other") is unused

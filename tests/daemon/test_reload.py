@@ -265,7 +265,7 @@ READ = {name for text in SOURCES for name in re.findall(r"limits\.now\.(\w+)", t
 
 async def in_effect(living: Living) -> dict[str, Any]:
     """Everything by which the daemon acts, read where it acts by it and not from the configuration."""
-    listeners, core = living.front.listeners, living.back.dispatcher.scheduler._core
+    listeners, core = living.front.listeners, living.back.dispatcher.scheduler.core
     server, records = living.config.server, living.front.records
     living.back.post(events.TimePassed())  # what is to be preloaded is looked at
     return {

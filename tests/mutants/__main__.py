@@ -195,7 +195,7 @@ MUTATIONS = (
         "core/test_policies.py",
     ),
     Mutation("the policy sees each request", "core/common.py", "self.used[r] = None", "pass", ALL_CORE),
-    Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
+    Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH_ANSWERS and", "if", REPLICAS),
     Mutation(
         "two choices weigh what runs",
         "core/balancing.py",

@@ -227,7 +227,7 @@ class Admission:
         """Why a request that no replica can take now is not to wait either; ``r``: the replica that would come up."""
         fit, settings = self._core.fit, self._core.settings
         unknown = fit.unknown(r)
-        if unknown and r.at_rest and not fit.asking:  # 9.1
+        if unknown and r.at_rest and not self._core.engines.ledger.asking:  # 9.1
             return Refusal(RejectReason.UNAVAILABLE, unknown, 5.0)
         least = 0 if r.is_on else 1  # with a limit of 0 a request waits all the same for the load that it causes itself
         if len(model.queue) >= max(least, model.spec.queue_limit):  # 1.3

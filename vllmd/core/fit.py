@@ -122,11 +122,6 @@ class Fit:
         """Why nobody knows what there is that it could run on; "" if it is known, or it needs no device."""
         return self._ledger.unknown if r.spec.device_count else ""
 
-    @property
-    def asking(self) -> bool:
-        """Whether that may yet be known in a moment."""
-        return self._ledger.asking
-
     def allowed(self, r: Replica) -> list[Account]:
         """The devices that it may use."""
         accounts = self._ledger.accounts

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from vllmd.core.balancing import ENOUGH, fastest, quickest
+from vllmd.core.balancing import ENOUGH_ANSWERS, fastest, quickest
 from vllmd.core.common import Core
 from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
 from vllmd.core.lifecycle import Kind, Reason
@@ -70,10 +70,10 @@ class HealthChecks:
         bound = INFINITY if best is None else max(QUICK, self._rules(r).growth * best)
         if took <= bound or latency <= bound:
             h.late, h.timely = 0, h.timely + 1
-            h.rounds = 0 if h.timely >= ENOUGH else h.rounds
+            h.rounds = 0 if h.timely >= ENOUGH_ANSWERS else h.rounds
             return
         h.late, h.timely = h.late + 1, 0
-        if h.late >= ENOUGH and best is not None:
+        if h.late >= ENOUGH_ANSWERS and best is not None:
             numbers = {"latency": round(latency, 3), "fastest": round(best, 3), "bound": round(bound, 3)}
             why = f"its answers begin after {latency:.2f} s, those of the fastest after {best:.2f} s"
             self._set_aside(r, h, HealthStatus.SLOW, why, numbers)

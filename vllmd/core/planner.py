@@ -43,7 +43,7 @@ class Planner:
         self._looked_at = -INFINITY
         self._level_1_chosen_at = -INFINITY
         self._relocated_at = -INFINITY
-        self._deep: frozenset[str] = frozenset()  # ids of replicas that do not sleep at level 1
+        self.deep: frozenset[str] = frozenset()  # ids of replicas that do not sleep at level 1
         self.held_back: frozenset[Replica] = frozenset()  # who was recorded to wait for others to leave a device free
 
     @property
@@ -185,7 +185,7 @@ class Planner:
     def preview(self) -> PolicyInput:
         """What the policy would see, to tell others: looking changes nothing of what is decided."""
         begun = self._core.swaps.targets()
-        return self.builder.look([r for r in self._core.waiting if r not in begun], self._deep)
+        return self.builder.look([r for r in self._core.waiting if r not in begun], self.deep)
 
     def _choose_level_1(self) -> None:
         """Choose anew which replicas sleep at level 1, of those that have an engine or are wanted."""
@@ -194,7 +194,7 @@ class Planner:
             return
         self._level_1_chosen_at = core.now
         running = sum(r.spec.host_running for r in core.active if core.engines.ledger.host_held(r))
-        self._deep = sleep_deep(core.engines, core.active, core.settings.host_memory - running)
+        self.deep = sleep_deep(core.engines, core.active, core.settings.host_memory - running)
 
     def outlook(self, r: Replica, s: PolicyInput | None = None) -> Outlook | None:
         """What a replica that is wanted and not on waits for, and how long; None where that cannot be said.
@@ -219,7 +219,7 @@ class Planner:
     def level(self, r: Replica, wish: int) -> int:
         """The sleep level wished for, the other one where that cannot be, or 0: stop."""
         self._choose_level_1()
-        usable = levels(self._core.engines, r, self._deep)
+        usable = levels(self._core.engines, r, self.deep)
         if wish == 0 or wish in usable:
             return wish
         return usable[0] if usable else 0

@@ -55,7 +55,11 @@ DEFAULTS = Settings()
 
 
 class Scheduler:
-    """Decides everything about models and memory. Not thread-safe: one loop owns it."""
+    """Decides everything about models and memory. Not thread-safe: one loop owns it.
+
+    ``core`` and ``planner`` are its state. A program posts events and reads snapshots; only what checks
+    the invariants (``tests/core/world.py``) looks there.
+    """
 
     def __init__(
         self,
@@ -66,16 +70,16 @@ class Scheduler:
         policy: Policy | None = None,
     ) -> None:
         self.costs = costs or CostBook()
-        core = self._core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
-        self._planner = Planner(core)
+        core = self.core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
+        self.planner = Planner(core)
         self._health = HealthChecks(core)
-        self._scaling = Scaling(core, self._planner, self._health)
-        self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps, core.fit), self._health)
+        self._scaling = Scaling(core, self.planner, self._health)
+        self._admission = Admission(core, self.planner, Balancer(core.engines, core.swaps, core.fit), self._health)
         self._engine_events = EngineEvents(core, self._admission)
         self._devices = Devices(core, self._admission)
         self._operator = OperatorCommands(core, self._admission, self._scaling, self._devices)
-        self._unloading = Unloading(core, self._planner)
-        self._handlers = self._handlers_by_event()
+        self._unloading = Unloading(core, self.planner)
+        self.handlers = self._handlers_by_event()
         for spec in models:
             self._operator.configure(spec)
         core.regroup()
@@ -84,21 +88,21 @@ class Scheduler:
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """The commands that follow from ``event``. Raises LifecycleError, nothing changed, if it cannot be."""
-        core, engines = self._core, self._core.engines
+        core, engines = self.core, self.core.engines
         if now > engines.now:
             engines.now = now
-        self._handlers[type(event)](event)
+        self.handlers[type(event)](event)
         if core.timers.none_before <= engines.now:
             self._expire()
         if core.for_review:
             self._settle()
         # Where no model waits, none has several replicas, none is to be preloaded or moved, there is nothing to begin.
-        anything_to_begin = core.waiting or core.balanced or self._operator.preload or self._planner.held_back
+        anything_to_begin = core.waiting or core.balanced or self._operator.preload or self.planner.held_back
         if anything_to_begin or (engines.displaced and (core.news_for_all or core.news)):
-            for _ in self._planner.plan():  # 7
+            for _ in self.planner.plan():  # 7
                 self._settle()
             if self._operator.preload and self._operator.preloading:
-                for _ in self._planner.preload(self._operator.preload):  # 7.2
+                for _ in self.planner.preload(self._operator.preload):  # 7.2
                     self._settle()
             for _ in self._scaling.upkeep():  # 8.3 to 8.5
                 self._settle()
@@ -110,18 +114,18 @@ class Scheduler:
     def next_timer(self) -> float | None:
         """The moment at which the daemon is to post ``TimePassed`` if nothing else happens before; None: never."""
         if self._operator.preload and not self._operator.preloading:
-            return self._core.now
-        core = self._core
+            return self.core.now
+        core = self.core
         due = core.timers.due
         if core.waiting:
-            due = min(due, self._planner.due)
+            due = min(due, self.planner.due)
         if core.balanced:
             due = min(due, self._scaling.due)
         return None if due == INFINITY else due
 
     def wants_time_before(self, moment: float) -> bool:
         """Whether ``next_timer`` may be earlier than that; cheap where only requests come and go."""
-        core = self._core
+        core = self.core
         if not (core.waiting or core.balanced or self._operator.preload):
             return core.timers.none_before < moment
         due = self.next_timer()
@@ -129,14 +133,14 @@ class Scheduler:
 
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""
-        core = self._core
-        return snapshot(core, self._planner, max(now, core.now), core.models.values())
+        core = self.core
+        return snapshot(core, self.planner, max(now, core.now), core.models.values())
 
     def activity(self, now: float) -> Snapshot:
         """The same of those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
-        core = self._core
+        core = self.core
         models = dict.fromkeys(r.model for r in core.active)
-        return snapshot(core, self._planner, max(now, core.now), models)
+        return snapshot(core, self.planner, max(now, core.now), models)
 
     def replicas_of(self, name: str, now: float) -> list[ReplicaView]:
         """How each engine of the model stands, or the one of that id; none if nothing is called so."""
@@ -144,28 +148,28 @@ class Scheduler:
 
     def snapshot_of(self, name: str, now: float) -> Snapshot:
         """The snapshot of one model alone, by its name or a replica's id; of none if nothing is called so."""
-        core, r = self._core, self._core.replicas.get(name)
+        core, r = self.core, self.core.replicas.get(name)
         model = core.models.get(name) or (r.model if r else None)
-        return snapshot(core, self._planner, max(now, core.now), [model] if model else [])
+        return snapshot(core, self.planner, max(now, core.now), [model] if model else [])
 
     def would_load(self, name: str) -> preview.Loading:
         """What a load of the model, or of the replica of that id, would do as things stand. Raises LifecycleError."""
-        return preview.load(self._core, self._planner, name)
+        return preview.load(self.core, self.planner, name)
 
     def would_leave(self, name: str, level: int) -> tuple[preview.Leaving, ...]:
         """What putting it to sleep at ``level``, or stopping it (0), would do. Raises LifecycleError."""
-        return preview.leave(self._core, self._planner, name, level)
+        return preview.leave(self.core, self.planner, name, level)
 
     def would_drain(self, device: int) -> tuple[preview.Leaving, ...]:
         """What draining the device would do."""
-        return preview.drained(self._core, self._planner, device)
+        return preview.drained(self.core, self.planner, device)
 
     def foremost(self, model: str) -> tuple[str, State]:
         """The replica of the model that is nearest to serving, and its state: what a client waits for.
 
         Cheap, unlike ``snapshot``: it may be asked for every waiting client. ``("", STOPPED)`` for no such model.
         """
-        known = self._core.models.get(model)
+        known = self.core.models.get(model)
         if not known or not known.replicas:
             return "", State.STOPPED
         r = best(known.replicas)
@@ -222,10 +226,10 @@ class Scheduler:
 
     def _expire(self) -> None:
         """Act on each replica whose timer is due."""
-        engines, now = self._core.engines, self._core.now
-        for r in self._core.timers.expired(now):
+        engines, now = self.core.engines, self.core.now
+        for r in self.core.timers.expired(now):
             model = r.model
-            self._core.mark_for_review(r)
+            self.core.mark_for_review(r)
             self._admission.expire(model)  # 4.1
             for lease in [name for name, lease in model.leases.items() if lease.deadline <= now]:
                 self._operator.end_lease(model, lease, stop=True)  # 4.2
@@ -235,9 +239,9 @@ class Scheduler:
             self._scaling.share_age(r)
             self._unloading.age(r)  # 4.4
 
-    def _due_of(self, r: Replica) -> float:
+    def due_of(self, r: Replica) -> float:
         """The next moment at which time alone changes something for ``r``, whatever other replicas do."""
-        due, model, now = idle_due(r), r.model, self._core.now
+        due, model, now = idle_due(r), r.model, self.core.now
         if model.leases:
             due = min([due, *(lease.deadline for lease in model.leases.values())])
         oldest = model.queue.oldest
@@ -257,7 +261,7 @@ class Scheduler:
 
     def _settle(self) -> None:
         """Review the models marked for it, let engines leave, and go on with swaps, until nothing is left to do."""
-        core = self._core
+        core = self.core
         while core.for_review:
             while core.for_review:
                 model, _ = core.for_review.popitem()
@@ -278,15 +282,15 @@ class Scheduler:
         if model.queue:
             self._admission.serve(model)  # 5.1
         if model.rules:
-            self._core.for_upkeep[model] = None  # 5.5
+            self.core.for_upkeep[model] = None  # 5.5
         for r in (*model.replicas, *model.retired) if model.retired else model.replicas:
             self._review_replica(r)
         if not model.replicas and not model.retired:
-            del self._core.models[model.name]
+            del self.core.models[model.name]
 
     def _review_replica(self, r: Replica) -> None:
         """Have it do what its state and its job allow, and note anew whether it waits, is active, and its timer."""
-        core = self._core
+        core = self.core
         if r.state is State.READY:
             self._review_ready(r)
         elif r.state is State.SLEEPING:
@@ -304,11 +308,11 @@ class Scheduler:
         else:
             core.active.pop(r, None)
         core.changed[r] = None
-        core.timers.set(r, self._due_of(r))
+        core.timers.set(r, self.due_of(r))
 
     def _review_ready(self, r: Replica) -> None:
         """A replica that serves, and has let in what waits, drains for its job, or proves freezing."""
-        engines, job = self._core.engines, r.job
+        engines, job = self.core.engines, r.job
         if job:
             if job.yields and r.running:
                 engines.call_off(r)
@@ -318,11 +322,11 @@ class Scheduler:
         if not r.spec.preempt or r.freezes is not None or r.running or r.demand or not sleep_levels(r):
             return
         if engines.free_to_move(r):  # 5.4
-            engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self._core.now))
+            engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self.core.now))
 
     def _review_sleeper(self, r: Replica) -> None:
         """5.3: requests call off a sleeper's job; one that is to sleep deeper wakes for that once there is room."""
-        engines = self._core.engines
+        engines = self.core.engines
         engines.thaw(r)
         if r.demand and r.job and (r.job.yields or r.job.kind is Kind.SLEEP):
             engines.call_off(r)
@@ -331,7 +335,7 @@ class Scheduler:
 
     def _wait(self, r: Replica) -> None:
         """5.2: it waits for the policy from now on. If it can never fit, everybody who waits for it is told so."""
-        core, unknown = self._core, self._core.fit.unknown(r)
+        core, unknown = self.core, self.core.fit.unknown(r)
         if unknown:  # 9.1
             if not core.engines.ledger.asking:
                 self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, unknown, 5.0)
@@ -346,7 +350,7 @@ class Scheduler:
 
     def _forget(self, r: Replica) -> None:
         """The configuration has the replica no more, and its engine is gone: nothing is left of it."""
-        core = self._core
+        core = self.core
         r.model.retired.remove(r)
         r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it
         core.replicas.pop(r.id, None)
