@@ -197,7 +197,16 @@ class Fit:
         if self.starts(r, self.alone()) >= count:
             return ""
         most = max(need(r, a, 0) or 0 for a in accounts)
-        sizes = "; ".join(f"device {a.device.index} has {_size_less_reserve(a)}" for a in accounts)
+        alike: dict[str, list[str]] = {}
+        for a in accounts:
+            reserve = f" less a reserve of {in_words(a.device.reserve)}: {in_words(a.capacity)}" * (
+                a.device.reserve > 0
+            )
+            alike.setdefault(in_words(a.device.memory) + reserve, []).append(str(a.device.index))
+        sizes = "; ".join(
+            f"device {on[0]} has {has}" if len(on) == 1 else f"devices {', '.join(on)} have {has} each"
+            for has, on in alike.items()
+        )
         return f"{r.id!r} needs {in_words(most)} on each of {_devices(count)}; {sizes}"
 
     def pinned_out(self, r: Replica) -> str:
@@ -291,11 +300,6 @@ def _reason(r: Replica, a: Account, others: int, since: float) -> str:
     holders = [f"other programs hold {in_words(a.external)}"] * (a.external > 0)
     holders += [f"models that stay hold {in_words(kept)}"] * (kept > 0)
     return f"{' and '.join(holders)} on device {index}, {_free_ratio(a, others):.3f} is free"
-
-
-def _size_less_reserve(a: Account) -> str:
-    less = f" less a reserve of {in_words(a.device.reserve)}: {in_words(a.capacity)}" if a.device.reserve else ""
-    return in_words(a.device.memory) + less
 
 
 def _devices(count: int) -> str:

@@ -82,6 +82,7 @@ def _model(core: Core, model: Model, now: float, outlook: Outlooks) -> ModelView
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.health in UNWELL for view in views),
         disabled=model.disabled_because,
+        expected=0 if model.rules else first.expected,
         never=first.never if all(view.never for view in views) else "",
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
@@ -99,8 +100,9 @@ def _unused(core: Core, model: Model) -> ModelView | None:
     model.unused_view = ModelView(
         model.name,
         *at_rest,
-        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never),),
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never, expected=r.engine_memory),),
         never=never,
+        expected=r.engine_memory,
         balanced=False,
         serving=0,
         degraded=False,
@@ -133,6 +135,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Outlooks) -> ReplicaVi
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
         disabled=r.disabled_because,
+        expected=r.engine_memory,
         never="" if r.loaded else core.fit.never(r),
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
