@@ -81,10 +81,9 @@ class Unloading:
         core = self._core
         for r in core.named(e.model):
             kept = r.model.keep_alive
-            kept.until = {name: until for name, until in kept.until.items() if until > core.now and name != e.client}
-            if e.seconds > 0:
-                kept.until[e.client] = core.now + e.seconds
-            elif not kept.until:
+            others = {name: until for name, until in kept.until.items() if until > core.now and name != e.client}
+            kept.until = {**others, e.client: core.now + e.seconds} if e.seconds > 0 else others
+            if not kept.until:
                 kept.let_go = core.now
             core.mark_for_review(r)
 
@@ -104,7 +103,8 @@ class Unloading:
                 r.idle_since -= e.seconds
         for model in self._core.models.values():
             kept = model.keep_alive
-            kept.until = {client: until - e.seconds for client, until in kept.until.items()}
+            if kept.until:
+                kept.until = {client: until - e.seconds for client, until in kept.until.items()}
             kept.let_go -= e.seconds
             for lease in model.leases.values():
                 lease.deadline -= e.seconds
