@@ -272,7 +272,7 @@ class _Parser:
             for name, value in inner.value.items() if inner is not None and inner.is_map else ():
                 if setting == "options" and name == "key_file" and isinstance(value.value, str):
                     self.warn_of_file(secrets.place(value.text, Path(value.where.source).parent, self.env), value, path)
-                elif secrets.is_named_so(name) and value.text:
+                elif secrets.is_secret_name(name) and value.text:
                     self.warn_if_readable(value, f"{path}.{setting}.{name}")
 
     def model_keys(self, models: Node | None) -> list[KeyConfig]:
