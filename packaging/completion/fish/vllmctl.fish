@@ -41,7 +41,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l cold -d 'measure i
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l prompt -r -d 'what is asked'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -F
-complete -c vllmctl -n __fish_use_subcommand -a cancel -d 'End requests that are under way, by their ids in vllmctl requests'
+complete -c vllmctl -n __fish_use_subcommand -a cancel -d 'Cancel requests that are under way, by their ids in vllmctl requests'
 complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l user -d 'the vllmd of systemctl --user'
@@ -79,7 +79,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from config' -l key -r -d 'API ke
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -a 'check show schema'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -F
-complete -c vllmctl -n __fish_use_subcommand -a disable -d 'Take models out of use: who asks for them gets your message'
+complete -c vllmctl -n __fish_use_subcommand -a disable -d 'Take models out of use; their clients get your message'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l user -d 'the vllmd of systemctl --user'
@@ -97,7 +97,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l url -r -d 'over H
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -F
-complete -c vllmctl -n __fish_use_subcommand -a drain -d 'Take GPUs out of use for maintenance: what runs there ends with its requests, and nothing new comes'
+complete -c vllmctl -n __fish_use_subcommand -a drain -d 'Take GPUs out of use for maintenance: engines there end after their requests, and no new one starts'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l user -d 'the vllmd of systemctl --user'
@@ -206,7 +206,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from key' -l share -r -d 'turns t
 complete -c vllmctl -n '__fish_seen_subcommand_from key' -a 'create list revoke limit'
 complete -c vllmctl -n '__fish_seen_subcommand_from key' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from key' -F
-complete -c vllmctl -n __fish_use_subcommand -a kill -d 'Kill the engine that has a process, as a whole: for one that nothing else ends'
+complete -c vllmctl -n __fish_use_subcommand -a kill -d 'Kill the whole engine that a process belongs to, where nothing else ends it'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l user -d 'the vllmd of systemctl --user'
@@ -500,7 +500,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from unload' -s f -l force -d 'br
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -l no-wait -d 'ask for it and return'
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -F
-complete -c vllmctl -n __fish_use_subcommand -a suspend -d 'Have engines leave the GPUs, before the machine sleeps'
+complete -c vllmctl -n __fish_use_subcommand -a suspend -d 'Take the engines off the GPUs, before the machine sleeps'
 complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l user -d 'the vllmd of systemctl --user'
