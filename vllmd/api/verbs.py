@@ -259,7 +259,7 @@ REQUEST_ID = Param("request_id", Text("the id of a request"), "its x-request-id"
                    missing="there is no request {value!r}")  # fmt: skip
 
 PROBES = """\
-Probe the model's engines, all at the same time: which is ``fastest``, and the seconds of each of its ``replicas``.
+Probe the model's engines, all at once. Returns the ``fastest``, and the seconds of each of the ``replicas``.
 
 Without ``all`` none is waited for once another has answered; with it each has ``limit`` seconds.
 Raises Conflict where none of them serves."""
@@ -337,7 +337,7 @@ VERBS: tuple[Verb, ...] = (
                "own does it, one plan at a time, with the last 20,000 requests at most.",
          python=Method("plan", "Simulate the recorded traffic as it is, and with other devices, models or rules.")),
     Verb("reload", "POST", "/admin/reload", "Read the configuration again", Reloaded, does="commands.reload",
-         python=Method("reload", "Read the configuration again. Raises ConfigError, and changes nothing, if it is invalid.")),
+         python=Method("reload", "Read the configuration again. Raises ConfigError where it is invalid.")),
     Verb("kill", "POST", "/admin/processes/{pid}/kill", "Kill the engine that has a process", Killed,
          (PID, FORCE_KILL), does="commands.kill",
          python=Method("kill_process", "Kill the whole engine that a process belongs to."),

@@ -155,7 +155,7 @@ class Client:
         return self._told("enable", answers.ModelLine, model=model)
 
     def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
-        """Probe the model's engines, all at the same time: which is ``fastest``, and the seconds of each of its ``replicas``.
+        """Probe the model's engines, all at once. Returns the ``fastest``, and the seconds of each of the ``replicas``.
 
         Without ``all`` none is waited for once another has answered; with it each has ``limit`` seconds.
         Raises Conflict where none of them serves.
@@ -167,7 +167,7 @@ class Client:
         return self._told("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
 
     def release_model(self, model: str, lease: str, *, stop: bool = False) -> answers.ModelLine:
-        """Give a lease back; ``stop``: if it was the last one, stop the model at once."""
+        """Give a lease back; ``stop``: if it was the last, stop the model at once."""
         return self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
     def preview(self, model: str, action: str) -> answers.Preview:
@@ -200,7 +200,7 @@ class Client:
         )
 
     def reload(self) -> answers.Reloaded:
-        """Read the configuration again. Raises ConfigError if it is invalid: nothing changed."""
+        """Read the configuration again. Raises ConfigError where it is invalid."""
         return self._told("reload", answers.Reloaded)
 
     def kill_process(self, pid: int, *, force: bool = False) -> answers.Killed:
