@@ -47,13 +47,8 @@ class StreamEndpoints:
         query = into(LogRequest, LOG, request)
         model = self._control.status.resolve(query.model, request.caller)
         follow = query.follow and request.method != "HEAD"
-        lines = self._control.following.log(model, query.lines, follow=follow)
-        # The first line is awaited for a moment: an error should be an error, and not an answer that breaks off.
-        first = asyncio.ensure_future(anext(lines, None))
-        await asyncio.wait({first}, timeout=FIRST_LINE)
-        if first.done():
-            first.result()
-        return Response(200, _text(first, lines), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
+        text = await begun(self._control.following.log(model, query.lines, follow=follow))
+        return Response(200, text, "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
 
 
 async def framed(events: AsyncIterator[object], about: bytes) -> AsyncIterator[bytes]:
@@ -77,8 +72,20 @@ async def framed(events: AsyncIterator[object], about: bytes) -> AsyncIterator[b
         await _close(events)
 
 
-async def _text(first: asyncio.Future[str | None], lines: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    """The lines of a log as bytes; ``first`` is the first of them, which may be yet to come."""
+async def begun(lines: AsyncIterator[str]) -> AsyncIterator[bytes]:
+    """The lines of a log as bytes, once the first one is there or ``FIRST_LINE`` has passed.
+
+    So an error that comes at once, as of a model without an engine, is raised here and is an error answer, not an
+    answer that breaks off.
+    """
+    first = asyncio.ensure_future(anext(lines, None))
+    await asyncio.wait({first}, timeout=FIRST_LINE)
+    if first.done():
+        first.result()
+    return _from(first, lines)
+
+
+async def _from(first: asyncio.Future[str | None], lines: AsyncIterator[str]) -> AsyncIterator[bytes]:
     try:
         line = await first
         while line is not None:

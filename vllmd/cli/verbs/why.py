@@ -1,15 +1,15 @@
-"""Show the decisions about a model, with their numbers, and what it waits for."""
+"""Show the decisions about a model, with their numbers, and the reason why it waits."""
 
 from __future__ import annotations
 
 import argparse
 
-from vllmd.api.answers import Decision, Decisions, ModelLine
+from vllmd.api.answers import Decisions, ModelLine
 from vllmd.api.verbs import verb
 from vllmd.cli import models, show
 from vllmd.cli.admin import Admin
 from vllmd.cli.verbs import ps
-from vllmd.cli.verbs.events import told
+from vllmd.cli.verbs.events import in_words
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,35 +26,31 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json({"model": line, "decisions": made}))
         return 0
     for decision in made:
-        show.say(told(decision) + (_numbers(decision) if arguments.numbers else ""))
+        items = decision.numbers.items() if arguments.numbers else ()
+        numbers = " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+                           for key, value in items)  # fmt: skip
+        show.say(in_words(decision) + (f" [{numbers}]" if numbers else ""))
     show.say(now(line, bool(made)))
     return 0
 
 
 def now(line: ModelLine, made: bool) -> str:
-    """How it stands at present, in a sentence."""
+    """The state of a model in a sentence. ``made``: whether any decision about it is known."""
     name, ago = line.name, "" if line.since is None else show.age(line.since)
     if line.state == "error":
-        told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
+        text = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
     else:
-        told = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
+        text = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
     if line.replicas or line.standing:
-        told += f" ({ps.replicas_of(line)})"
+        text += f" ({ps.replicas_of(line)})"
     if line.state != "error" and line.failure:
-        told += f"; it failed: {line.failure}"
+        text += f"; it failed: {line.failure}"
     if "\n" in line.failure:
-        told += f"\nvllmctl logs {name} shows all of its output"
+        text += f"\nvllmctl logs {name} shows all of its output"
     if line.disabled:
-        told += f"; an operator has disabled it: {line.disabled}"
+        text += f"; an operator has disabled it: {line.disabled}"
     if line.waiting_for:
         queued = line.queued
-        who = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"
-        told += f"; {who} {line.waiting_for}"
-    return told if made or line.waiting_for else f"{told}; nothing has been decided about it yet"
-
-
-def _numbers(decision: Decision) -> str:
-    shown = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-             for key, value in decision.numbers.items())  # fmt: skip
-    text = " ".join(shown)
-    return f" [{text}]" if text else ""
+        waiting = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"
+        text += f"; {waiting} {line.waiting_for}"
+    return text if made or line.waiting_for else f"{text}; nothing has been decided about it yet"
