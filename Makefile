@@ -9,7 +9,7 @@ COLD   ?= "swap" "vllm --standby" "vllm --cold" "vllm --compiled --standby"
 ROUNDS ?= 3
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint generate fast asyncio mutants soak demo stopwatch images bench-start standbys bench-proxy bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
+.PHONY: help check unit lint generate fast asyncio mutants soak demo stopwatch images bench-start standbys bench-proxy bench-large bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -48,6 +48,9 @@ soak: ## an hour of kills, stops and restarts from a seed, under load (SECONDS=3
 
 bench-proxy: ## the proxy beside nginx and HAProxy
 	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.proxy
+
+bench-large: ## ten thousand models, ten thousand streams, a thousand waiting requests: time, memory, the longest gap
+	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.large
 
 bench-records: ## what records, bodies and an open page cost a request; questions to a store of ten million requests
 	@$(SETUP) host bench venv && $(PYTHON) -m tests.bench.records && $(PYTHON) -m tests.bench.watched

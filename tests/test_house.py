@@ -161,6 +161,66 @@ def test_what_is_told_has_a_type(room: str) -> None:
     assert [each for path in files_of(room) for each in untyped(path)] == []
 
 
+# What is not made whole: a connection's transport comes with asyncio's ``connection_made``, before anything else. An
+# answer's relay follows the client's pauses while it lasts. A listener without keys denies all, until there are some.
+MADE_LATER = {"_transport", "transport", "on_pause", "authenticator"}
+
+
+def late(paths: list[Path]) -> Iterator[str]:
+    """Attributes that are announced and have no value, and callables put into an object that was made elsewhere."""
+    trees = {path: ast.parse(path.read_text()) for path in paths}
+    nodes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
+    protocols = {n.name for _, n in nodes if isinstance(n, ast.ClassDef) and "Protocol" in map(ast.unparse, n.bases)}
+    callables = set[str]()
+    for path, node in nodes:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Attribute):
+            if {"Callable", *protocols} & set(re.findall(r"\w+", ast.unparse(node.annotation))):
+                callables.add(node.target.attr)
+            if node.value is None and node.target.attr not in MADE_LATER:
+                yield f"{path}:{node.lineno} {ast.unparse(node)}"
+    for path, node in nodes:
+        if not isinstance(node, ast.Assign):
+            continue
+        for target, value in pairs(node):
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) not in ("self", "cls"):
+                is_function = isinstance(value, ast.Lambda)
+                is_function |= isinstance(value, ast.Name | ast.Attribute) and target.attr in callables
+                if is_function and target.attr not in MADE_LATER:
+                    yield f"{path}:{node.lineno} {ast.unparse(target)} = {ast.unparse(value)}"
+
+
+def pairs(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Each target of an assignment with its value."""
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            yield from zip(target.elts, node.value.elts, strict=False)
+        else:
+            yield target, node.value
+
+
+def test_what_is_made_is_whole() -> None:
+    """Whoever reads where an object is made sees all that it can do; a part that is put in later may be missing."""
+    assert list(late(sorted(PACKAGE.rglob("*.py")))) == []
+
+
+def test_a_part_that_is_put_in_later_is_found(tmp_path: Path) -> None:
+    """The forms in which this was done here once."""
+    (tmp_path / "made.py").write_text(
+        "class Recorder(Protocol): ...\n"
+        "class Relay:\n"
+        "    def __init__(self):\n"
+        "        self.pool: Pool\n"
+        "        self.live: Callable[[], int] = lambda: 0\n"
+        "        self.recorder: Recorder | None = None\n"
+        "relay.live, relay.size = listeners.exchanges, 3\n"
+        "relay.recorder = records\n"
+        "relay.ended = lambda: None\n"
+    )
+    assert [each.partition(" ")[2] for each in late([tmp_path / "made.py"])] == [
+        "self.pool: Pool", "relay.live = listeners.exchanges", "relay.recorder = records", "relay.ended = lambda: None",
+    ]  # fmt: skip
+
+
 def run_tool(*argv: str) -> str:
     """What a checker complains of; empty when it is content."""
     done = subprocess.run([sys.executable, "-m", *argv], cwd=REPOSITORY, capture_output=True, text=True)

@@ -6,7 +6,22 @@ the code that catches one knows whose fault it is and what to answer.
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any, ClassVar
+
+# What the kernel says where this process, or the machine, has no more files, sockets or memory to give: of whoever
+# was to be asked it says nothing.
+OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def out_of_files() -> bool:
+    """Whether this process can open no file at this moment, so that what just failed says nothing of anybody else."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in OUT_OF_FILES
+    return False
 
 
 class VllmdError(Exception):
@@ -64,6 +79,10 @@ class BadRequest(VllmdError):
     """The client's request is malformed."""
 
     status, type, code = 400, "invalid_request_error", None
+
+
+class SpokenTls(BadRequest):
+    """The client speaks TLS to an address where plain HTTP is spoken."""
 
 
 class Unauthorized(VllmdError):

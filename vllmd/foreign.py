@@ -22,19 +22,21 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import contextvars
 import json
 import os
 import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllmd import sizes
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 JSON_SIZE = 8 << 20  # bytes of a JSON file that is read whole
@@ -309,6 +311,41 @@ class _Text:
 
 _stuck = 0
 _counting = threading.Lock()
+_guarded = threading.local()  # has ``by_whoever_waits`` in a thread of ``each_within``
+
+
+def each_within(seconds: float, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """What ``function`` returns for each item; what it raises is raised. In one thread as long as that comes along.
+
+    A thread for each of ten thousand models takes ten seconds of CPU time. An item at which nothing comes along for
+    ``seconds`` is tried once more by itself, as are those behind it: what reads files there has limits of its own
+    (``within``), which are not heeded in the common thread.
+    """
+    came: list[T] = []
+    failed: list[BaseException] = []
+    over = threading.Event()
+
+    def run() -> None:
+        _guarded.by_whoever_waits = True
+        try:
+            for item in items:
+                if over.is_set():
+                    return
+                came.append(function(item))
+        except BaseException as error:  # whatever it is, it belongs to whoever waits
+            failed.append(error)
+        finally:
+            over.set()
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="files", daemon=True).start()
+    before = -1
+    while not over.wait(seconds) and len(came) > before:
+        before = len(came)
+    over.set()
+    if failed:
+        raise failed[0]
+    done = came[: len(items)]
+    return [*done, *(function(item) for item in items[len(done) :])]
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
@@ -317,6 +354,8 @@ def within(seconds: float, function: Callable[[], T]) -> T:
     To be called from a thread: it waits.
     """
     global _stuck
+    if getattr(_guarded, "by_whoever_waits", False):
+        return function()
     if _stuck >= STUCK:
         raise Unreadable("the file system does not answer: nothing more is read")
     came: list[T] = []

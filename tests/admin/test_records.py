@@ -33,6 +33,7 @@ models:
   small: {{engine: sim, gpu_memory: 20GiB, aliases: [s], options: {{load_time: 0.3s}}}}
   slow: {{engine: sim, gpu_memory: 20GiB, options: {{load_time: 1s}}}}
   endless: {{engine: sim, gpu_memory: 20GiB, concurrency: 1, options: {{load_time: 0.1s, tokens_per_second: 1}}}}
+  deaf: {{engine: sim, gpu_memory: 10GiB, options: {{load_time: 0.1s, fail: hang}}}}
 """
 ALICE, BOB, LOOKER, BOSS = "a-secret-key-of-alice", "b-secret-key-of-bob", "looker-secret", "boss-secret"
 
@@ -395,3 +396,20 @@ def test_use_survives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         answer = second.ask("GET", "/admin/usage", admin=True)
         assert answer.status == 503
         assert "later vllmd" in answer.error
+
+
+def test_an_engine_that_answers_nothing_is_told_though_it_seems_well(site: Site) -> None:
+    """Its health is fine and it runs; for how long it has had a request without a byte of an answer is in the status.
+
+    Not that of one which is in the middle of an answer.
+    """
+    body = {"messages": [{"role": "user", "content": WORDS}], "stream": True}
+    with closing(site.connect()) as deaf, closing(site.connect()) as endless:
+        for connection, model in ((deaf, "deaf"), (endless, "endless")):
+            fields = {"Authorization": f"Bearer {ALICE}", "Content-Type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps({**body, "model": model}), fields)
+        assert endless.getresponse().readline()
+        until(lambda: (site.line("deaf")["silent"] or 0.0) > 0.1)
+        assert site.line("deaf")["state"] == "running"
+        until(lambda: site.line("endless")["silent"] is None)
+    until(lambda: site.line("deaf")["silent"] is None)

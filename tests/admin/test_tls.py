@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.admin.site import Site, running, until
+from vllmd.cli import main
 from vllmd.config.loader import load
 from vllmd.errors import ConfigError
 
@@ -96,10 +97,19 @@ def test_the_pages_cookie_is_for_tls_only_then(site: Site) -> None:
     assert status == 200 and "; Secure" in headers["set-cookie"]
 
 
-def test_a_client_without_tls_is_not_served_and_harms_nobody(site: Site) -> None:
+def test_a_client_without_tls_is_told_so_and_harms_nobody(site: Site) -> None:
+    """Whoever says nothing, or what is neither, gets no answer, and keeps nobody waiting."""
     with socket.create_connection(("127.0.0.1", site.port), timeout=30) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert not plain.recv(100).startswith(b"HTTP/")
+        answer = b"".join(iter(lambda: plain.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"TLS is spoken here, and this is plain HTTP: the URL must begin with https://" in answer
+    with (
+        socket.create_connection(("127.0.0.1", site.port), timeout=30),
+        socket.create_connection(("127.0.0.1", site.port), timeout=30) as odd,
+    ):
+        odd.sendall(b"\x00" * 40)
+        assert not odd.recv(1000).startswith(b"HTTP/")
     assert ask(site, "GET", "/health/live")[0] == 200
 
 
@@ -122,6 +132,16 @@ def test_loopback_stays_plain(tmp_path: Path) -> None:
     certificate(tmp_path, "own")
     with running(tmp_path, CONFIG.format(folder=tmp_path)) as site:
         assert site.ask("GET", "/health/live").status == 200
+
+
+def test_who_speaks_tls_to_a_plain_address_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A TLS library shows its own error whatever we answer: so our client says it, and the log does for all others."""
+    certificate(tmp_path, "own")
+    with running(tmp_path, CONFIG.format(folder=tmp_path)) as site:
+        assert main(["--url", f"https://127.0.0.1:{site.port}", "--key", "a-key-for-the-lab", "ps"]) == 69
+        assert "TLS is not spoken there; if that is vllmd, its URL begins with http://" in capsys.readouterr().err
+        told = "a client (127.0.0.1) speaks TLS where plain HTTP is spoken: its URL must begin with http://"
+        until(lambda: told in site.log)
 
 
 @pytest.mark.parametrize(

@@ -90,13 +90,14 @@ def without_now(value: Any) -> Any:
 def told() -> Any:
     """Everything that is told of the scene, decoded from its bytes."""
     seen = status_input()
-    whole, alone = status.status(seen, 0.0), status.line_of(seen, "org/alone")
+    lines = tuple(status.model_line(seen, view) for view in VIEWS)
+    whole, alone = status.status(seen, 0.0, lines), status.line_of(seen, "org/alone")
     card = serializers.card(ALONE, ["/v1/chat/completions", "/tokenize"], VIEWS[0], "generate", SelfDescription(8192))
     some = Caller(name="narrow", models=frozenset({"pair"}))
     said = {
         "status": whole,
-        "opening": status.status(status_input(back=None, snapshot=None), 0.0),
-        "broken, for some": status.of_caller(status.status(status_input(broken="vllmd.yaml:1: x"), 0.0), some),
+        "opening": status.status(status_input(back=None, snapshot=None), 0.0, ()),
+        "broken, for some": status.of_caller(status.status(status_input(broken="vllmd.yaml:1: x"), 0.0, lines), some),
         "line": alone,
         "replica": status.line_of(seen, "pair@2"),
         "health": serializers.health(VIEWS, [DEVICE], "", "", ready=True),

@@ -42,7 +42,7 @@ import asyncio, json, os, signal, subprocess, time
 from vllmd.launcher.client import LauncherClient, StartOrder
 async def main():
     ended = asyncio.Queue()
-    client = await LauncherClient.connect("/run/vllmd/launcher.sock", ended.put_nowait)
+    client = await LauncherClient.at("/run/vllmd/launcher.sock", ended.put_nowait).open()
     starts, stops, plain_starts, plain_stops = [], [], [], []
     for n in range(ROUNDS):
         began = time.perf_counter()

@@ -13,6 +13,8 @@ import pytest
 from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import main
 from vllmd.config.loader import load
+from vllmd.core.types import Device
+from vllmd.sizes import GiB
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +125,35 @@ def test_assign_that_would_not_be_valid_changes_nothing(file: Path, capsys: pyte
         "vllmctl: nothing was changed, for it would not be valid:\n"
         f"{file}:2: models.m.devices: there is no device 3; the only declared device is 0\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "room"),
+    [
+        (["--devices", "auto", "--gpu-memory", "100GiB"], "100GiB", "1 has 24GiB less a reserve of 512MiB: 23.5GiB"),
+        (["--devices", "auto", "--gpu-memory", "0.99"], "23.76GiB", "1 has 24GiB less a reserve of 512MiB: 23.5GiB"),
+        (["--devices", "0", "--gpu-memory", "12GiB"], "12GiB", "0 has 8GiB less a reserve of 512MiB: 7.5GiB"),
+    ],
+)
+def test_assign_refuses_what_no_device_has(
+    settings: list[str],
+    asked: str,
+    room: str,
+    file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The GPUs are asked, which no file declares: with what they have it is said at once, not at the next start."""
+    there = tuple(Device(index, str(index), size * GiB, GiB // 2) for index, size in enumerate((8, 24)))
+    monkeypatch.setattr("vllmd.gpu.present.present", lambda config: there)
+    before = file.read_text()
+    assert main(["assign", "Qwen3-0.6B", *settings]) == 78
+    refused = "vllmctl: nothing was changed, for Qwen/Qwen3-0.6B could never be loaded: "
+    assert capsys.readouterr().err == f"{refused}it would take {asked}, and device {room}\n"
+    assert main(["assign", "Qwen3-0.6B", "--devices", "3"]) == 78
+    assert capsys.readouterr().err == f"{refused}there is no device 3; this machine has 0, 1\n"
+    assert file.read_text() == before
+    assert main(["assign", "Qwen3-0.6B", "--devices", "auto", "--gpu-memory", "20GiB"]) == 0
 
 
 def test_assign_on_a_full_disk_leaves_the_file(

@@ -124,11 +124,31 @@ def test_start_of_a_model_that_fails(daemon: FakeDaemon, capsys: pytest.CaptureF
     assert capsys.readouterr().err == "vllmctl: bad: the engine exited with status 1:\nImportError: x\n"
 
 
+def test_V_ps_says_what_brings_a_pinned_model_back_and_that_one_is_silent(
+    daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a drain no rule loads it again; and an engine that answers nothing for long is not simply running."""
+    hung = model("hung", "running", in_flight=2, silent=95.0)
+    daemon.answers["GET /admin/status"] = (
+        200,
+        status(model("p", "stopped", pinned=True), hung, QWEN | {"silent": 3.0}),
+    )
+    assert main(["ps"]) == 0
+    stopped, silent, well = capsys.readouterr().out.splitlines()[1:]
+    assert "pinned, and not loaded before its next request or vllmctl start" in stopped
+    assert silent.endswith("no answer for 95s")
+    assert well.endswith("pinned; leased to ann")
+    daemon.answers["GET /admin/decisions?model=hung"] = (200, {"decisions": []})
+    assert main(["why", "hung"]) == 0
+    told = "hung is running since 5.0s; no answer for 95s, with 2 requests in it (vllmctl logs hung; "
+    assert capsys.readouterr().out.startswith(f"{told}vllmctl restart hung --force if it hangs)")
+
+
 def test_start_without_waiting(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
-    """For scripts that load several."""
+    """For scripts that load several: how it stands now, and where to look for more."""
     daemon.answers["POST /admin/models/big/load"] = (202, BIG)
     assert main(["load", "--no-wait", "big"]) == 0
-    assert capsys.readouterr().out == "big: asked for\n"
+    assert capsys.readouterr().out == ("big is starting since 5.0s; vllmctl ps shows how it goes on\n")
 
 
 VERBS = [
@@ -511,7 +531,7 @@ def test_ps_imports_little(daemon: FakeDaemon) -> None:
         *("vllmd.cli", "vllmd.cli.verbs", "vllmd.cli.verbs.ps"),
         *(
             f"vllmd.cli.{name}"
-            for name in ("admin", "arguments", "downloads", "failures", "nothing", "show", "terminal")
+            for name in ("admin", "arguments", "downloads", "failures", "nothing", "show", "standing", "terminal")
         ),
     }
     assert not found & {"asyncio", "difflib", "getpass", "httpx", "logging", "pathlib", "subprocess", "yaml"}

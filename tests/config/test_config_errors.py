@@ -391,8 +391,32 @@ def test_message(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "vllmd.yaml"
     file.write_text(text + "\n")
     with pytest.raises(ConfigError) as caught:
-        load(file, env={})
+        load(file, env={}, strict=True)
     assert caught.value.message == f"{tmp_path}/" + message.replace("{dir}", str(tmp_path))
+
+
+UNFIT = [
+    ("{gpu_memory: 100GiB}", "gpu_memory: 100GiB does not fit: 80GiB less the reserve of 512MiB leaves 79.5GiB"),
+    ("{devices: [3]}", "devices: there is no device 3; the only declared device is 0"),
+    ("{tensor_parallel_size: 2}", "it takes 2 devices (tensor_parallel_size times pipeline_parallel_size)"),
+]
+
+
+@pytest.mark.parametrize(("settings", "why"), UNFIT, ids=[why[:12] for _, why in UNFIT])
+def test_a_model_that_can_never_fit_keeps_no_other_from_being_served(tmp_path: Path, settings: str, why: str) -> None:
+    """A daemon starts with it, and says it as a warning; what else is wrong refuses the whole, with both told."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text(f"{GPU}models:\n  good: {{gpu_memory: 10GiB}}\n  bad: {settings}\n")
+    config = load(file, env={})
+    assert list(config.models) == ["good", "bad"]
+    (warning,) = config.warnings
+    assert warning.startswith(f"{file}:4: models.bad.")
+    assert why in warning
+    with pytest.raises(ConfigError, match=r":4: models\.bad\."):
+        load(file, env={}, strict=True)
+    file.write_text(f"{file.read_text()}nonsense: 1\n")
+    with pytest.raises(ConfigError, match=r"(?s):4: models\.bad\..*:5: nonsense"):
+        load(file, env={})
 
 
 @pytest.mark.parametrize(

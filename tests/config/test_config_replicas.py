@@ -18,9 +18,9 @@ from vllmd.daemon.engine_process import fingerprint
 from vllmd.errors import ConfigError
 
 
-def config(tmp_path: Path, text: str) -> Config:
+def config(tmp_path: Path, text: str, *, strict: bool = False) -> Config:
     (tmp_path / "vllmd.yaml").write_text(text)
-    return load(tmp_path / "vllmd.yaml", env={})
+    return load(tmp_path / "vllmd.yaml", env={}, strict=strict)
 
 
 def engines(tmp_path: Path, text: str) -> dict[str, ModelConfig]:
@@ -158,7 +158,7 @@ models:
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, replicas: str, what: str) -> None:
     """Each with what would be right."""
     with pytest.raises(ConfigError) as error:
-        config(tmp_path, f"devices: [{{memory: 80GiB}}]\nmodels:\n  m:\n    replicas: {replicas}\n")
+        config(tmp_path, f"devices: [{{memory: 80GiB}}]\nmodels:\n  m:\n    replicas: {replicas}\n", strict=True)
     assert what in error.value.message
     assert "vllmd.yaml:4: models.m" in error.value.message
 

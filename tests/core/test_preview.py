@@ -5,9 +5,9 @@ from __future__ import annotations
 from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import SleepEngine, StartEngine, StopEngine
-from vllmd.core.events import DeviceDrained, LoadAsked, ModelDisabled, SleepAsked
+from vllmd.core.events import DeviceDrained, DevicesChanged, LoadAsked, ModelDisabled, SleepAsked
 from vllmd.core.preview import Leaving
-from vllmd.core.types import GiB, State
+from vllmd.core.types import Device, GiB, State
 
 
 def test_a_load_goes_where_it_was_said_after_those_who_were_named() -> None:
@@ -61,3 +61,14 @@ def test_a_drain_names_who_is_there() -> None:
     (device,) = w.view("m").devices
     assert [each.replica for each in w.scheduler.would_drain(device)] == ["m"]
     assert [command.replica for command in w.do(DeviceDrained(device))] == ["m"]  # type: ignore[attr-defined]
+
+
+def test_what_can_never_be_loaded_is_shown_before_anybody_asks() -> None:
+    w = World([model("huge", 100), model("m")], [GPU])
+    assert "needs 100.0 GiB" in w.view("huge").never
+    assert w.view("m").never == ""
+    w.do(DevicesChanged((Device(0, "gpu0", 200 * GiB),)))
+    assert w.view("huge").never == ""
+    w.load("huge")
+    w.do(DevicesChanged((GPU,)))
+    assert w.view("huge").never == "", "it is loaded"

@@ -26,6 +26,7 @@ from vllmd.core.events import (
     RequestFinished,
     SleepAsked,
     StopAsked,
+    TimePassed,
 )
 from vllmd.core.model import HealthStatus
 from vllmd.core.types import Device, GiB, IdleRules, ReplicaRules, State
@@ -611,3 +612,23 @@ def test_one_that_is_not_loaded_is_bound_to_the_device_that_is_asked_for() -> No
     w.do(StopAsked(start.replica))
     w.answer(start.replica)
     assert w.view(start.replica).bound is None
+
+
+def test_a_probe_that_was_never_sent_tells_nothing_of_the_replica() -> None:
+    """We had no file descriptor for it: one that serves goes on, one that is new is asked again, none is ejected."""
+    w = serving(2)
+    w.ask("long", "m")
+    w.now += 1000.0
+    w.do(TimePassed())
+    (probe, name) = next(iter(w.probes.items()))
+    w.do(ReplicaProbed(probe, None, "Too many open files", unasked=True))
+    assert standing(w, name) == "serving"
+    assert w.probes == {}
+
+    w = World(replicas(1, **REMOTE), [GPU])
+    w.ask("first", "m")
+    w.answer("m@1" if "m@1" in w.pending else next(iter(w.pending)))
+    (probe,) = w.probes
+    (again,) = w.do(ReplicaProbed(probe, None, "Too many open files", unasked=True))
+    assert isinstance(again, ProbeReplica)
+    assert w.probed(again.replica) == [Admit("first", again.replica)]

@@ -20,7 +20,7 @@ from vllmd.daemon.quotas import Quotas
 from vllmd.engines.base import Listen
 from vllmd.errors import EngineFailed, Unavailable, UpstreamFailed
 from vllmd.proxy.tokens import Tokens
-from vllmd.proxy.upstream import Unreached
+from vllmd.proxy.upstream import OutOfFiles, Unreached
 
 SOCKET = Listen(uds="/run/x/engine.sock")
 
@@ -255,6 +255,19 @@ async def test_S_max_retry_attempts_are_bounded(rig: Rig) -> None:
     with pytest.raises(UpstreamFailed, match="failure 3"):
         await coming
     assert rig.kinds().count("RequestArrived") == 3
+
+
+@script
+async def test_where_we_have_no_file_descriptor_no_other_replica_is_tried(rig: Rig) -> None:
+    """There is no way to that one, either; and each try would count as one."""
+    rig.replicate(retries=2)
+    coming = await rig.arrive()
+    rig.gate.admit(commands.Admit("1", "m"))
+    permit = await coming
+    permit.release()
+    with pytest.raises(OutOfFiles):
+        await permit.retry(OutOfFiles("Too many open files"))
+    assert rig.kinds() == ["RequestArrived", "RequestFinished"]
 
 
 @script

@@ -309,8 +309,13 @@ def test_a_new_daemon_waits_for_a_new_launcher() -> None:
     told = [LauncherInfo("old", ""), LauncherInfo("old", ""), LauncherInfo("new", "", protocol=PROTOCOL)]
 
     class Launcher:
+        connected = False
+
+        async def open(self) -> None:
+            self.connected = True
+
         async def info(self) -> LauncherInfo:
             return told.pop(0)
 
     launcher = cast(LauncherClient, Launcher())
-    assert asyncio.run(asyncio.wait_for(startup.known_backend(launcher), 10)) == "new"
+    assert asyncio.run(asyncio.wait_for(startup.connect(launcher, ""), 10)) == "new"

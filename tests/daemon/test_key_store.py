@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,19 @@ from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable
 CONFIG = Config(auth=AuthConfig((KeyConfig("own", digest("x"), tokens_per_day=5),)))
 
 
-def store(path: Path | None, config: Config = CONFIG) -> KeyStore:
-    found = KeyStore(path)
-    found.configured = lambda: config.auth
+def store(
+    path: Path | None, config: Config = CONFIG, changed: Callable[[KeyStore], None] = lambda keys: None
+) -> KeyStore:
+    found = KeyStore(path, lambda: config.auth, changed)
     found.load()
     return found
 
 
 def test_a_key_is_shown_once_and_counts_at_once(tmp_path: Path) -> None:
     """What is kept opens nothing for whoever reads it, and nobody but the daemon does."""
-    keys, path = store(tmp_path / "keys" / "keys.json"), tmp_path / "keys" / "keys.json"
     changes: list[int] = []
-    keys.changed = lambda: changes.append(len(keys.added_to(CONFIG).auth.keys))
+    path = tmp_path / "keys" / "keys.json"
+    keys = store(path, changed=lambda keys: changes.append(len(keys.added_to(CONFIG).auth.keys)))
     made = keys.create("alice", {"models": ["small"], "tokens_per_month": 1000})
     assert len(made.key) > 50
     assert changes == [2]

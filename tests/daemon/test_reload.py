@@ -23,7 +23,11 @@ from typing import Any
 import pytest
 import yaml
 
+from vllmd.admin.models import ModelEndpoints
+from vllmd.admin.responses import json_in_turns
 from vllmd.api.answers import Decision, Reloaded
+from vllmd.cli import standing
+from vllmd.cli.verbs import doctor, ps
 from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
 from vllmd.config.reload import BY_SYSTEMD, LATER
@@ -39,6 +43,8 @@ from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
+from vllmd.proxy.access import ANYBODY
+from vllmd.proxy.http import AT_A_TIME
 
 BASE: dict[str, Any] = {
     "devices": [{"memory": "80GiB"}, {"memory": "80GiB"}],
@@ -242,11 +248,7 @@ def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, le
         await act(Living(daemon, back))
 
     with pytest.MonkeyPatch.context() as patch:
-
-        async def connect(*_: Any) -> Any:
-            return NoLauncher()
-
-        patch.setattr(startup, "connect_launcher", connect)
+        patch.setattr(startup, "launcher_client", lambda *_: NoLauncher())
         level = logging.getLogger().level
         logging.getLogger().setLevel(config.log_level.upper())
         try:
@@ -388,7 +390,7 @@ def test_what_is_not_in_force_is_said_again_until_it_is(tmp_path: Path, caplog: 
             answer = await living.daemon.apply_configuration(after)
             assert answer.later == {"server.listen": LATER}
             assert living.config.server.listen == before.server.listen
-            assert living.front.status.status().policy == "lru"
+            assert (await living.front.status.status()).policy == "lru"
         assert (await living.daemon.apply_configuration(before)).later == {}
 
     lives(before, tmp_path, reload)
@@ -413,6 +415,33 @@ def test_nothing_more_is_put_on_a_device_than_a_reload_says_that_it_has(tmp_path
     lives(one, tmp_path, reload)
 
 
+def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_served(tmp_path: Path) -> None:
+    """With the arithmetic, before anybody asks for it; once the device is larger nothing of it is left."""
+
+    def of(memory: str) -> Config:
+        models = {"good": {"engine": "sim", "gpu_memory": "10GiB"}, "bad": {"engine": "sim", "gpu_memory": "90GiB"}}
+        return read(tmp_path, {"devices": [{"memory": memory}], "models": models})
+
+    async def look(living: Living) -> None:
+        bad, good = living.front.status.status().models
+        assert (good.never, bad.state) == ("", "stopped")
+        assert bad.never == (
+            "'bad' needs 90.0 GiB on each of 1 device; device 0 has 80.0 GiB less a reserve of 0.5 GiB: 79.5 GiB"
+        )
+        told = f"can never be loaded: {bad.never}"
+        assert ps.note(bad) == told
+        assert standing.now(bad, made=True) == f"bad is stopped; it {told}"
+        assert [what for _, what, _ in doctor.models(living.front.status.status())] == [f"bad {told}"]
+        (warning,) = (await living.daemon.apply_configuration(small)).warnings
+        assert "models.bad.gpu_memory: 90GiB does not fit" in warning
+        answer = await living.daemon.apply_configuration(of("100GiB"))
+        assert answer.warnings == ()
+        assert [line.never for line in living.front.status.status().models] == ["", ""]
+
+    small = of("80GiB")
+    lives(small, tmp_path, look)
+
+
 def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Path) -> None:
     """A list that was read again says nothing about an engine that serves; nothing else is put there."""
     less = {**BASE, "devices": [{"memory": "80GiB"}]}
@@ -421,7 +450,7 @@ def test_an_engine_goes_on_when_its_device_is_no_longer_in_the_list(tmp_path: Pa
     async def reload(living: Living) -> None:
         living.back.post(events.EngineAdopted("m", Placement((1,)), State.READY))
         await living.daemon.apply_configuration(two)
-        status = living.front.status.status()
+        status = await living.front.status.status()
         assert [(line.name, line.state, line.devices) for line in status.models] == [("m", "running", (1,))]
         assert [(each.index, each.wedged) for each in status.devices] == [
             (0, ""),
@@ -438,7 +467,7 @@ def test_an_engine_is_adopted_although_its_device_is_not_in_the_list(tmp_path: P
     async def adopted(living: Living) -> None:
         living.back.post(events.EngineAdopted("m", Placement((1,)), State.SLEEPING, 1))
         living.back.post(events.LoadAsked("m"))
-        assert [(each.index, each.wedged) for each in living.front.status.status().devices][1] == (
+        assert [(each.index, each.wedged) for each in (await living.front.status.status()).devices][1] == (
             1,
             "it is not there any more",
         )
@@ -492,5 +521,34 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
         living.back.post(events.LoadAsked("m"))
         assert [each.what for each in living.front.status.decisions("m").decisions] == ["evict", "start"]
         assert [each.what for each in living.front.learnt.decisions["m"]] == ["evict", "start"]
+
+    lives(config, tmp_path, look)
+
+
+def test_many_models_are_told_of_in_turns_of_the_loop(tmp_path: Path) -> None:
+    """Ten thousand held up every stream for seconds. Counted are the turns that others get meanwhile."""
+    many = 5 * AT_A_TIME
+    models = {f"m{n}": {"engine": "sim"} for n in range(many)}
+    config = read(tmp_path, {"devices": [], "models": models, "log_level": "error"})
+
+    async def turns(work: Awaitable[Any]) -> int:
+        done, turns = asyncio.ensure_future(work), 0
+        while not done.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert done.result()
+        return turns
+
+    async def look(living: Living) -> None:
+        status = living.front.status
+        told = await status.status()
+        assert [line.name for line in told.models] == list(config.models)
+        request: Any = SimpleNamespace(query={}, caller=ANYBODY)
+        endpoints = ModelEndpoints(SimpleNamespace(status=status))  # type: ignore[arg-type]
+        for work in (status.status(), status.models(), json_in_turns(told), endpoints.settings(request)):
+            assert await turns(work) >= many // AT_A_TIME
+        card = await status.model("m7")
+        assert card is not None and card.id == "m7" and card in await status.models()
+        assert await status.model("nobody") is None
 
     lives(config, tmp_path, look)

@@ -20,7 +20,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.engines.checkpoint import weights_of
 from vllmd.engines.estimate import estimate
 from vllmd.engines.gguf import config_of
-from vllmd.foreign import Budget, Folder, Unreadable, members, parse, within
+from vllmd.foreign import Budget, Folder, Unreadable, each_within, members, parse, within
 from vllmd.hub import discover
 
 NESTED_GGUF = (
@@ -227,6 +227,31 @@ def test_a_file_system_that_does_not_answer_is_left_behind() -> None:
     while foreign._stuck:
         pass  # the threads end by themselves
     assert within(10, lambda: 1) == 1
+
+
+def test_a_thousand_models_are_read_by_one_thread() -> None:
+    """One each takes ten seconds for ten thousand; the limit that each has for itself is the common thread's."""
+    idents = each_within(10, lambda n: within(0.0, threading.get_ident), range(1000))
+    assert len(set(idents)) == 1 and idents[0] != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        each_within(10, lambda n: 1 // n, [1, 0])
+
+
+def test_where_the_common_thread_hangs_each_is_read_for_itself() -> None:
+    """By its own limit, and in order; the common thread, should it come back, reads nothing more."""
+    dead, tried = threading.Event(), list[int]()
+
+    def look(n: int) -> int:
+        tried.append(n)
+        if n == 1 and tried.count(1) == 1:
+            dead.wait(60)
+        return n
+
+    try:
+        assert each_within(0.05, look, [0, 1, 2]) == [0, 1, 2]
+        assert tried == [0, 1, 1, 2]
+    finally:
+        dead.set()
 
 
 def test_odd_names_reach_notes_quoted(tmp_path: Path) -> None:

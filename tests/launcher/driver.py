@@ -10,7 +10,17 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed, Running, StartOrder
+from vllmd.launcher.client import (
+    ExitReport,
+    LauncherClient,
+    LauncherFailed,
+    OnExit,
+    OnLog,
+    OnLost,
+    OnWaiting,
+    Running,
+    StartOrder,
+)
 
 LIMIT = 60.0
 _numbers = itertools.count()
@@ -24,6 +34,12 @@ class Driver:
         self.exits: asyncio.Queue[ExitReport] = asyncio.Queue()
         self.lines: asyncio.Queue[str] = asyncio.Queue()
         self.lost = asyncio.Event()
+        self.waiting: dict[str, int] = {}  # bytes that each standby holds, once it can be used
+
+    @property
+    def callbacks(self) -> tuple[OnExit, OnLog, OnLost, OnWaiting]:
+        """What a client of the launcher is given to report to."""
+        return self.exits.put_nowait, self.on_log, self.lost.set, self.waiting.__setitem__
 
     def on_log(self, instance: str, lines: list[str]) -> None:
         """Note each line."""
@@ -62,7 +78,7 @@ def fresh() -> str:
 async def connected(address: Path) -> AsyncIterator[Driver]:
     """A driver on a launcher's socket."""
     driver = Driver()
-    driver.client = await LauncherClient.connect(address, driver.exits.put_nowait, driver.on_log, driver.lost.set)
+    driver.client = await LauncherClient.at(address, *driver.callbacks).open()
     try:
         yield driver
     finally:
@@ -75,7 +91,7 @@ async def connected(address: Path) -> AsyncIterator[Driver]:
 async def private(*options: str) -> AsyncIterator[Driver]:
     """A driver with a launcher of its own."""
     driver = Driver()
-    driver.client = await LauncherClient.spawn_private(driver.exits.put_nowait, driver.on_log, driver.lost.set, options)
+    driver.client = await LauncherClient.private(*driver.callbacks, options).open()
     try:
         yield driver
     finally:

@@ -75,7 +75,7 @@ def test_the_end_of_what_a_dying_launcher_had_begun_is_no_end_of_the_engine(tmp_
 async def _started_by_the_second(tmp_path: Path) -> None:
     exits: asyncio.Queue[ExitReport] = asyncio.Queue()
     launcher = ScriptedLauncher(tmp_path / "s")
-    client, _ = await asyncio.gather(LauncherClient.connect(tmp_path / "s", exits.put_nowait), launcher.accept())
+    client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s", exits.put_nowait).open(), launcher.accept())
     try:
         starting = asyncio.ensure_future(client.start(ORDER))
         assert isinstance((await launcher.read())[1], Start)
@@ -106,7 +106,7 @@ def test_who_asks_before_the_end_was_noticed_waits_for_the_next_launcher(tmp_pat
 
 async def _asked_of_the_dead(tmp_path: Path) -> None:
     launcher = ScriptedLauncher(tmp_path / "s")
-    client, _ = await asyncio.gather(LauncherClient.connect(tmp_path / "s"), launcher.accept())
+    client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
     try:
         launcher.die()
         asking = asyncio.ensure_future(client.list())  # its first step comes before the loop looks at the socket

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class Place:
 
     folder: Path
     driver: Driver
-    waiting: dict[str, int] = field(default_factory=dict)  # bytes
 
     def __post_init__(self) -> None:
         (self.folder / "bin").mkdir()
@@ -65,7 +64,6 @@ class Place:
         self.program.write_text(PROGRAM.format(python=sys.executable))
         self.program.chmod(0o755)
         (self.folder / "bin/slow.py").write_text(SLOW)
-        self.driver.client.on_waiting = self.waiting.__setitem__
 
     def spec(self, **more: Any) -> dict[str, Any]:
         return {"program": str(self.program), "imports": ["slow", "absent"], "late": ["LATE", "VLLMD_INSTANCE"],
@@ -77,7 +75,7 @@ class Place:
         env = {"EARLY": "1", "OURS": "kept"}
         running = await self.driver.client.start(StartOrder(fresh(), (sys.executable, *run), env, waits=True))
         if wait:
-            await until(lambda: running.instance in self.waiting)
+            await until(lambda: running.instance in self.driver.waiting)
         return running
 
     async def start(self, standby: Running | str, *argv: str, **more: Any) -> Running:
@@ -121,7 +119,7 @@ async def test_a_standby_becomes_the_engine_that_was_ordered(tmp_path: Path, opt
     async with place(tmp_path, options) as here:
         standby, cpu = await here.standby(), max(os.sched_getaffinity(0))
         engine = await here.start(standby, "serve", "model", "child", cpus=(cpu,), node=0)
-        assert here.waiting[standby.instance] > 1 << 20
+        assert here.driver.waiting[standby.instance] > 1 << 20
         assert (engine.pid, engine.standby) == (standby.pid, standby.instance)
         said = await here.told(engine)
         assert said["pid"] == said["born"] == standby.pid
@@ -202,7 +200,7 @@ async def test_one_whose_imports_have_opened_a_device_never_waits(tmp_path: Path
         standby = await here.standby(imports=[what], wait=what == "nothing")
         if what == "torch":
             report = await here.driver.exit()
-            assert (report.instance, standby.instance in here.waiting) == (standby.instance, False)
+            assert (report.instance, standby.instance in here.driver.waiting) == (standby.instance, False)
 
 
 async def test_two_starts_at_once_get_one_each(tmp_path: Path) -> None:

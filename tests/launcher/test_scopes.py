@@ -64,10 +64,9 @@ async def standby(site: Machine, driver: Driver) -> Running:
     late = ["LATE", "VLLMD_INSTANCE"]
     spec = {"program": "/usr/local/lib/program", "imports": ["imported"], "late": late, "ours": [], "set": {}}
     argv = ("/usr/bin/python3", "/opt/vllmd/vllmd/engines/standby_main.py", json.dumps(spec))
-    waiting: dict[str, int] = {}
-    driver.client.on_waiting = waiting.__setitem__
+
     found = await driver.client.start(StartOrder(fresh(), argv, waits=True, limits={"cpu_weight": 1}))
-    await until(lambda: found.instance in waiting)
+    await until(lambda: found.instance in driver.waiting)
     return found
 
 
@@ -437,7 +436,7 @@ async def test_an_engine_that_nobody_manages_is_ended(site: Machine) -> None:
     """Whatever made it: the service is down and stays down, and no daemon is connected."""
     site.run("systemctl reset-failed vllmd.service; systemctl stop vllmd.service")
     driver = Driver()
-    driver.client = await LauncherClient.connect(launcher_socket(site), driver.exits.put_nowait)
+    driver.client = await LauncherClient.at(launcher_socket(site), *driver.callbacks).open()
     engine = await driver.start("exec sleep 1000")
     await asyncio.sleep(3)  # longer than the launcher looks
     assert site.cgroup_pids(engine.unit) == [engine.pid]  # its daemon, though not systemd's, is there
@@ -450,7 +449,7 @@ async def test_a_start_that_nobody_waits_for_comes_to_nothing(site: Machine) -> 
     """The next daemon has asked for the list by then: it would never hear of the engine."""
     async with driving(site) as driver:
         with draining(site, "restart"):
-            leaving = await LauncherClient.connect(launcher_socket(site))
+            leaving = await LauncherClient.at(launcher_socket(site)).open()
             site.run("systemctl kill --signal=STOP --kill-who=main vllmd-launcher.service")
             started = asyncio.ensure_future(leaving.start(StartOrder(fresh(), ("/bin/sleep", "1000"))))
             await asyncio.sleep(0.2)

@@ -252,7 +252,7 @@ async def test_a_chatty_engine_does_not_stop_the_launcher() -> None:
 async def test_nobody_listens() -> None:
     """The daemon says where it looked for the launcher."""
     with pytest.raises(LauncherFailed, match=r"No such file or directory: /nonexistent/launcher\.sock"):
-        await LauncherClient.connect("/nonexistent/launcher.sock")
+        await LauncherClient.at("/nonexistent/launcher.sock").open()
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,6 @@ def test_every_packet_has_one_answer() -> None:
     loop = Loop()
     backend = Backend(loop, "")
     service = Service(loop, backend, ())
-    service.supervisor = Supervisor(loop, backend, Users(), service.report)
     ours, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     service.serve(child_end, loop.stop)
     ours.setblocking(False)

@@ -10,7 +10,7 @@ import pytest
 
 from vllmd.errors import TooLarge
 from vllmd.ollama.endpoints import openai_body
-from vllmd.ollama.files import MOST_TEXT, SLICE, Files
+from vllmd.ollama.files import MOST_TEXT, SLICE_BYTES, Files
 from vllmd.ollama.requests import chat
 from vllmd.proxy.gate import Target
 from vllmd.proxy.peek import T, Turns
@@ -36,7 +36,7 @@ VALUES = [
     {"a": json.dumps({"x": [RUN, 'quoted "']})},
     {"a": "x" * 32_767},
     {"a": "word " * 100_000, "b": RUN},
-    {"a": RUN[: SLICE - 6], "b": "ä€"},
+    {"a": RUN[: SLICE_BYTES - 6], "b": "ä€"},
 ]
 
 
@@ -77,6 +77,6 @@ def test_a_chat_with_an_image_of_megabytes() -> None:
     }
     files = Files()
     asked = replace(chat(json.loads(done(files.take_out(json.dumps(members).encode())))), files=files)
-    sent = json.loads(openai_body(asked, Target("m", "m")).body)
+    sent = json.loads(openai_body(asked, Target("m", "m")).raw)
     assert sent["messages"][0]["content"][1]["image_url"]["url"] == "data:image/png;base64," + RUN
     assert json.loads(sent["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {"file": RUN}

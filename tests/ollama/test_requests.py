@@ -341,11 +341,11 @@ def test_what_is_no_object_is_refused(body: bytes) -> None:
 def test_the_engine_gets_its_own_name_for_the_model() -> None:
     """As from a client that speaks OpenAI; the place of the name is known, for a replica may have another."""
     sent = openai_body(chatted(options={"top_p": 0.9}, stream=True), Target("m", 'served "ä"'))
-    assert json.loads(sent.body) == {
+    assert json.loads(sent.raw) == {
         "model": 'served "ä"',
         "stream": True,
         "messages": [HELLO],
         "top_p": 0.9,
         **USAGE,
     }
-    assert json.loads(b"".join(sent.renamed("other")))["model"] == "other"
+    assert json.loads(b"".join(sent.with_model("other")))["model"] == "other"

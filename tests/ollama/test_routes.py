@@ -36,7 +36,10 @@ class FakeStatus:
     async def models(self) -> list[Card]:
         return [CARD, replace(CARD, id="secret", hidden=True, aliases=())]
 
-    def status(self) -> SimpleNamespace:
+    async def model(self, name: str) -> Card | None:
+        return next((card for card in await self.models() if card.id == name), None)
+
+    async def status(self) -> SimpleNamespace:
         known = {"memory": 5, "devices": (0, 1), "rests_in": 60.0}
         return SimpleNamespace(models=[ModelLine(name, "running", **known) for name in ("m", "secret")])
 

@@ -15,6 +15,7 @@ from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.errors import UnknownModel, VllmdError
 from vllmd.proxy.access import ANYBODY, Caller
+from vllmd.proxy.account import Tracer
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Target, silent
@@ -24,7 +25,7 @@ from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.proxy.tokens import Tokens
-from vllmd.proxy.upstream import Unreached
+from vllmd.proxy.upstream import OutOfFiles, Unreached
 
 BOUND = 10.0  # seconds that nothing in these tests may take
 
@@ -108,6 +109,8 @@ class FakeGate:
 
     async def retry(self, permit: FakePermit, error: VllmdError) -> FakePermit:
         """Where nobody listened, and to the other replicas one after another."""
+        if isinstance(error, OutOfFiles):
+            raise error
         if self.replicas:
             return await self.acquire("m", "")
         if not isinstance(error, Unreached) or len(self.permits) >= 20:
@@ -389,14 +392,16 @@ async def hello(request: Request) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def stage(script: Script | None = None, limits: Limits | None = None) -> AsyncIterator[Stage]:
+async def stage(
+    script: Script | None = None, limits: Limits | None = None, tracer: Tracer | None = None
+) -> AsyncIterator[Stage]:
     """A proxy with a local route ``/hello`` and the model routes, in front of an engine; checked when it ends."""
     engine = Engine(script or reply(b'{"model":"m"}'))
     upstream = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
     engine.listen = Listen(port=upstream.sockets[0].getsockname()[1])
     gate = FakeGate(engine.listen)
     limits = limits or Limits(ServerConfig())
-    router, relay = Router(), Relay(gate, limits)
+    router, relay = Router(), Relay(gate, limits, tracer=tracer)
     for method in ("GET", "POST"):
         router.add(method, "/hello", hello, "open", doc={"requestBody": {}})
     add_model_routes(router, relay)

@@ -18,7 +18,7 @@ from vllmd.proxy.reader import RequestReader
 def fill(memory: BodyMemory, place: str, step: int = 1) -> int:
     """Have a holder take as much as it gets."""
     taken = 0
-    while memory.take((place, ""), step):
+    while memory.try_charge((place, ""), step):
         taken += step
     return taken
 
@@ -37,7 +37,7 @@ def test_two_who_take_turns_get_the_same() -> None:
     while going:
         going = False
         for place in taken:
-            if memory.take((place, ""), 1):
+            if memory.try_charge((place, ""), 1):
                 taken[place], going = taken[place] + 1, True
     assert taken == {"a": 300, "b": 300}
 
@@ -50,15 +50,15 @@ def test_the_account_is_right_whatever_happens(steps: list[tuple[str, int, bool]
     for place, size, back in steps:
         if back and taken:
             whose, much = taken.pop()
-            memory.give_back((whose, ""), much)
+            memory.uncharge((whose, ""), much)
         elif memory.has_room((place, ""), size):
-            assert memory.take((place, ""), size)
+            assert memory.try_charge((place, ""), size)
             taken.append((place, size))
         else:
-            assert not memory.take((place, ""), size)
+            assert not memory.try_charge((place, ""), size)
         assert memory.held == sum(size for _, size in taken) <= 1000
     for whose, much in taken:
-        memory.give_back((whose, ""), much)
+        memory.uncharge((whose, ""), much)
     assert memory.held == 0
     assert memory.has_room(("a", ""), 500)
 

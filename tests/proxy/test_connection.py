@@ -76,7 +76,7 @@ def test_a_client_that_ends_after_a_refusal_is_just_gone() -> None:
         async with stage() as act:
             client = await act.client()
             client.send(b"GET /hello HTTP/1.1\r\n")
-            await until(lambda: any(not connection.idle for connection in act.server._connections))
+            await until(lambda: any(not connection.idle for connection in act.server.open_connections))
             client.send(b"Host : vllmd\r\n\r\n")
             assert (await client.answer()).status == 400
             client.writer.write_eof()
@@ -105,9 +105,9 @@ def test_a_client_that_resets_while_it_is_refused_is_let_go(monkeypatch: pytest.
     async def play() -> None:
         async with stage() as act:
             client = await act.client()
-            await until(lambda: act.server._connections)
-            (connection,) = act.server._connections
-            monkeypatch.setattr(connection, "_transport", Reset(connection._transport))
+            await until(lambda: act.server.open_connections)
+            (connection,) = act.server.open_connections
+            monkeypatch.setattr(connection, "transport", Reset(connection.transport))
             client.send(post() + b"GET /hello HTTP/1.1\r\nHost : vllmd\r\n\r\n")
             await until(lambda: not act.server.connections)
             await until(lambda: act.gate.permits[0].endings)

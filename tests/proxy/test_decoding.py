@@ -82,7 +82,7 @@ def test_json_in_another_charset_reaches_the_engine_in_utf_8(body: bytes, conten
 
 def read(coding: str, body: bytes, most: int = 1 << 30, grew: Callable[[int], None] = lambda size: None) -> bytes:
     """All turns at once."""
-    return asyncio.run(in_turns(decoding.decoded(body, coding, most, grew)))
+    return asyncio.run(in_turns(decoding.decode_body(body, coding, most, grew)))
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "zstd"])

@@ -147,10 +147,10 @@ def test_both_ends_ask_whether_the_other_is_there() -> None:
             client = await act.client()
             client.post()
             await client.answer()
-            (connection,) = act.server._connections
-            ((upstream,),) = act.relay.pool._idle.values()
+            (connection,) = act.server.open_connections
+            (upstream,) = act.relay.pool.idle()
             for end, unacknowledged in ((connection, 0.0), (upstream, UNACKNOWLEDGED)):
-                sock = end._transport.get_extra_info("socket")
+                sock = end.transport.get_extra_info("socket")
                 read = [sock.getsockopt(socket.IPPROTO_TCP, option) for option, _ in KEEPALIVE]
                 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 assert read == [value for _, value in KEEPALIVE]

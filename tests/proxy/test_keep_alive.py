@@ -13,7 +13,7 @@ from vllmd.config.types import RequestRules
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Target
 from vllmd.proxy.keep_alive import seconds
-from vllmd.proxy.large import LARGE
+from vllmd.proxy.large import LARGE_BYTES
 
 GOOD = [
     (300, 300.0),
@@ -62,8 +62,8 @@ BODIES = [
     {"model": "m", "n": 1, "keep_alive": 300, "ttl": 7},
     {"model": "m", "n": 1, "k\u00e4": "x", "keep_alive": 300},
     {"model": "m", "metadata": {"model": "x"}, "keep_alive": 300, "n": 1},  # read member by member
-    {"model": "m", "keep_alive": 300, "n": 1, "prompt": "x" * LARGE},
-    {"model": "m", "keep_alive": "5m", "n": 1, "prompt": "x" * LARGE},
+    {"model": "m", "keep_alive": 300, "n": 1, "prompt": "x" * LARGE_BYTES},
+    {"model": "m", "keep_alive": "5m", "n": 1, "prompt": "x" * LARGE_BYTES},
 ]
 
 
@@ -123,7 +123,7 @@ def test_beside_rules_of_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{"keep_alive": []}, {"ttl": True}, {"keep_alive": {}, "prompt": "x" * LARGE}], ids=list
+    "body", [{"keep_alive": []}, {"ttl": True}, {"keep_alive": {}, "prompt": "x" * LARGE_BYTES}], ids=list
 )
 def test_a_wrong_one_is_refused_before_anything_is_loaded(body: dict[str, object]) -> None:
     """The error names it."""

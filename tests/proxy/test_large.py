@@ -16,8 +16,8 @@ from tests.proxy.fakes import reply, stage
 from vllmd.config.types import RequestRules
 from vllmd.errors import BadRequest
 from vllmd.proxy.gate import Target
-from vllmd.proxy.large import LARGE, in_large, in_turns, ruled_large
-from vllmd.proxy.peek import SLICE, Asked, Turns, in_json, ruled
+from vllmd.proxy.large import LARGE_BYTES, apply_rules_large, in_turns, parse_large_json_body
+from vllmd.proxy.peek import SLICE_BYTES, ParsedBody, Turns, apply_rules, parse_json_body
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 T = TypeVar("T")
@@ -27,12 +27,12 @@ VALUES = st.recursive(
 )
 
 
-def read(body: bytes) -> Asked:
+def read(body: bytes) -> ParsedBody:
     """All turns at once."""
-    return asyncio.run(in_turns(in_large(body)))
+    return asyncio.run(in_turns(parse_large_json_body(body)))
 
 
-def outcome(way: Callable[[bytes], Asked], body: bytes) -> Asked | str:
+def outcome(way: Callable[[bytes], ParsedBody], body: bytes) -> ParsedBody | str:
     """What it found, or why it refused."""
     try:
         return way(body)
@@ -48,7 +48,7 @@ def test_it_finds_what_the_small_way_finds(
     """Quotes, brackets and the word itself inside strings change nothing."""
     body = {**members, **({} if model is None else {"model": model})}
     text = json.dumps(body, ensure_ascii=ascii_only, indent=1 if indented else None).encode()
-    assert outcome(read, text) == outcome(in_json, text)
+    assert outcome(read, text) == outcome(parse_json_body, text)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_what_is_refused(body: bytes, message: str) -> None:
 )
 def test_others_have_their_turn_meanwhile(value: bytes) -> None:
     """However it is made up, no step of the work looks at more than a slice, or a thousand strings."""
-    found = SteppedThrough(in_large(b'{"x":' + value + b',"model":"m"}'))
+    found = SteppedThrough(parse_large_json_body(b'{"x":' + value + b',"model":"m"}'))
     assert found.result.model == "m"
-    assert found.turns >= len(value) // SLICE
-    ruled = SteppedThrough(ruled_large(found.result.body, RequestRules(set={"y": 1})))
-    assert ruled.result == b'{"x":' + value.strip() + b',"model":"m","y":1}' or b" " in value
-    assert ruled.turns >= len(value) // SLICE
+    assert found.turns >= len(value) // SLICE_BYTES
+    apply_rules = SteppedThrough(apply_rules_large(found.result.raw, RequestRules(set={"y": 1})))
+    assert apply_rules.result == b'{"x":' + value.strip() + b',"model":"m","y":1}' or b" " in value
+    assert apply_rules.turns >= len(value) // SLICE_BYTES
 
 
 class SteppedThrough(Generic[T]):
@@ -113,7 +113,7 @@ RULES = RequestRules(strip=("user", "a"), set={"temperature": 0.5}, default={"b"
 def test_rules_do_what_they_do_to_a_small_body(members: dict[str, object], ascii_only: bool, indented: bool) -> None:
     """Whatever the values hold that looks like a member."""
     text = json.dumps(members, ensure_ascii=ascii_only, indent=1 if indented else None).encode()
-    assert json.loads(asyncio.run(in_turns(ruled_large(text, RULES)))) == json.loads(ruled(text, RULES))
+    assert json.loads(asyncio.run(in_turns(apply_rules_large(text, RULES)))) == json.loads(apply_rules(text, RULES))
 
 
 def test_no_spelling_of_a_key_is_a_way_around_the_rules() -> None:
@@ -121,15 +121,15 @@ def test_no_spelling_of_a_key_is_a_way_around_the_rules() -> None:
     name = "chat_template_kwargs"
     spelled = "".join(f"\\u{ord(letter):04x}" for letter in name)
     body = f'{{"{spelled}":1 , "model":"m"}}'.encode()
-    assert asyncio.run(in_turns(ruled_large(body, RequestRules(strip=(name,))))) == b'{"model":"m"}'
+    assert asyncio.run(in_turns(apply_rules_large(body, RequestRules(strip=(name,))))) == b'{"model":"m"}'
     many = b"{" + b",".join(b'"%d":1' % number for number in range(20_000)) + b"}"
     with pytest.raises(BadRequest, match="more than 10000 members"):
-        asyncio.run(in_turns(ruled_large(many, RULES)))
+        asyncio.run(in_turns(apply_rules_large(many, RULES)))
 
 
 def test_a_large_request_is_relayed_byte_for_byte() -> None:
     """With its name put right, as every other."""
-    body = b'{"x":"' + b"y" * LARGE + b'","model":"m-alias"}'
+    body = b'{"x":"' + b"y" * LARGE_BYTES + b'","model":"m-alias"}'
 
     async def play() -> None:
         async with stage(reply(b"{}")) as act:
@@ -159,7 +159,7 @@ def test_what_is_in_a_value_is_not_gone_through_by_us(value: bytes) -> None:
         nonlocal calls
         calls += 1
 
-    body, turns = b'{"model": "a", "x": ' + value + b"}", in_large(b'{"model": "a", "x": ' + value + b"}")
+    body, turns = b'{"model": "a", "x": ' + value + b"}", parse_large_json_body(b'{"model": "a", "x": ' + value + b"}")
     sys.setprofile(count)
     try:
         for _ in turns:

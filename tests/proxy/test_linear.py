@@ -15,7 +15,7 @@ import builtins
 import re
 import tracemalloc
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from vllmd.client import sse
 from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.proxy import answer, forward, framing, heads, reader, response_heads, rewrite, tunnel, upstream
+from vllmd.proxy.account import Account
 from vllmd.proxy.limits import Limits
 from vllmd.simengine import http as sim_http
 
@@ -147,15 +148,15 @@ class Wire:
 def engine() -> Callable[[bytes], object]:
     """An engine's connection, its answer going nowhere."""
     connection = upstream.Upstream(Listen(port=1))
-    connection._transport = Wire()  # type: ignore[assignment]
-    connection._sink, connection._method = Wire(), "GET"
+    connection.transport = Wire()  # type: ignore[assignment]
+    connection.send("GET", b"", (), 0, Wire())
     return connection.data_received
 
 
 def far_end() -> Callable[[bytes], object]:
     """A WebSocket's other side, before it has agreed."""
     connection = tunnel.FarEnd(Wire())  # type: ignore[arg-type]
-    connection._transport = Wire()  # type: ignore[assignment]
+    connection.transport = Wire()  # type: ignore[assignment]
     return connection.data_received
 
 
@@ -180,11 +181,10 @@ def renamed() -> Callable[[bytes], object]:
 
 def usage() -> Callable[[bytes], object]:
     """The meter of tokens."""
-    passing = forward.AnswerRelay.__new__(forward.AnswerRelay)
-    passing._heartbeats, passing._answer, passing._recorded, passing._looks = None, None, None, False
-    passing._size = 0
-    passing._tail = CountingBuffer()
-    return passing.data
+    exchange, account = SimpleNamespace(request=SimpleNamespace(path="")), Account(stream=True)
+    answer_relay = forward.AnswerRelay(exchange, account, *[Wire()] * 4)  # type: ignore[arg-type]
+    answer_relay._tail = CountingBuffer()
+    return answer_relay.data
 
 
 def events() -> Callable[[bytes], object]:

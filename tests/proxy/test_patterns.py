@@ -22,7 +22,7 @@ from vllmd.errors import BadRequest
 from vllmd.proxy import decoding, paths, peek, response_heads
 from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.large import in_turns
-from vllmd.proxy.model_requests import MOST_SEGMENTS
+from vllmd.proxy.model_requests import MAX_NAME_SEGMENTS
 
 LONG = 1 << 20
 PLENTY = 30.0  # seconds of the processor
@@ -51,7 +51,7 @@ def test_a_key_with_many_spaces_in_it() -> None:
 @pytest.mark.parametrize("more", ["/v1/a", "/api/a", "/api", "/v1", "/", "/openai"])
 def test_a_path_that_means_nothing(more: str) -> None:
     """Likewise."""
-    assert paths.referred(more * (LONG // len(more)) + "/v1/nothing") == ""
+    assert paths.alternative_for(more * (LONG // len(more)) + "/v1/nothing") == ""
 
 
 @pytest.mark.parametrize("more", [rb"\"", b'"', b"\\", b' name="', b" name", b" "])
@@ -59,7 +59,7 @@ def test_the_disposition_of_a_forms_part(more: bytes) -> None:
     """An escaped quote in what no quote ends is the beginning of nothing."""
     line = b';name="a"; filename="' + more * (LONG // len(more))
     for quoted in peek.QUOTED:
-        peek._is_first_name(line, quoted)
+        peek.has_one_name(line, quoted)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_disposition_of_a_forms_part(more: bytes) -> None:
 )
 def test_an_engines_head(head: bytes) -> None:
     """Whatever the engine is; a remote one is a stranger's."""
-    response_heads.tidied(head % (b" " * LONG))
+    response_heads.normalize_head(head % (b" " * LONG))
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "transformers"])
@@ -87,7 +87,7 @@ def test_a_line_of_an_engines_log(kind: str, more: str) -> None:
                          ids=["zstd", "gzip"])  # fmt: skip
 def test_a_body_of_very_many_parts_with_nothing_in_them(coding: str, nothing: bytes) -> None:
     """Others have their turn in between, and it comes to an end."""
-    work = decoding.decoded(nothing * 100_000, coding, LONG, lambda size: None)
+    work = decoding.decode_body(nothing * 100_000, coding, LONG, lambda size: None)
     turns = iter(range(LONG))
     with pytest.raises(BadRequest, match="more than 10000"):
         any(next(turns) < 0 for _ in work)
@@ -98,7 +98,7 @@ def test_a_body_of_several_parts() -> None:
     """However they are cut: of ours, one ends where the next piece begins."""
     text = bytes(range(256)) * 1000
     members = [gzip.compress(text[at : at + 999], 0) for at in range(0, len(text), 999)]
-    assert asyncio.run(in_turns(decoding.decoded(b"".join(members), "gzip", LONG, lambda size: None))) == text
+    assert asyncio.run(in_turns(decoding.decode_body(b"".join(members), "gzip", LONG, lambda size: None))) == text
 
 
 def test_a_path_below_upstream_is_looked_up_so_many_times() -> None:
@@ -112,6 +112,6 @@ def test_a_path_below_upstream_is_looked_up_so_many_times() -> None:
             client = await act.client()
             client.send(get("/upstream/" + "a/" * 5000))
             assert (await client.answer()).status == 404
-            assert len(asked) <= MOST_SEGMENTS
+            assert len(asked) <= MAX_NAME_SEGMENTS
 
     asyncio.run(play())

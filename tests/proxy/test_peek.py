@@ -13,8 +13,8 @@ from tests.proxy.test_large import SteppedThrough
 from vllmd.api.names import LONGEST_NAME
 from vllmd.errors import BadRequest
 from vllmd.proxy import peek
-from vllmd.proxy.large import in_large, in_turns
-from vllmd.proxy.peek import Asked, in_json, in_multipart
+from vllmd.proxy.large import in_turns, parse_large_json_body
+from vllmd.proxy.peek import ParsedBody, parse_form_body, parse_json_body
 
 NAMES = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
 VALUES = st.recursive(
@@ -38,18 +38,18 @@ def test_a_name_is_found_and_replaced_and_nothing_else(
         text.decode()
     except UnicodeDecodeError:
         return  # a lone surrogate is no UTF-8
-    asked = in_json(text)
+    asked = parse_json_body(text)
     assert (asked.model, asked.stream) == (name, True)
     written = json.dumps(name, ensure_ascii=ascii_only).encode()
-    assert text[: asked.start] + written + text[asked.end :] == text
-    assert json.loads(b"".join(asked.renamed(other))) == {**body, "model": other}
+    assert text[: asked.name_start] + written + text[asked.name_end :] == text
+    assert json.loads(b"".join(asked.with_model(other))) == {**body, "model": other}
 
 
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_any_body_is_read_as_the_standard_library_does_or_refused(body: bytes) -> None:
     """No crash, and never another model than json.loads sees."""
     try:
-        asked = in_json(body)
+        asked = parse_json_body(body)
     except BadRequest:
         return
     assert (json.loads(body).get("model") or "") == asked.model
@@ -81,17 +81,17 @@ def test_any_body_is_read_as_the_standard_library_does_or_refused(body: bytes) -
 def test_a_refusal_says_what_and_where(body: bytes, says: str) -> None:
     """So that it can be put right."""
     with pytest.raises(BadRequest) as caught:
-        in_json(body)
+        parse_json_body(body)
     assert says in caught.value.message
 
 
 def test_a_body_of_too_many_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Millions of empty lists would take a hundred times their bytes in memory."""
-    monkeypatch.setattr(peek, "MAX_PIECES", 1000)
-    monkeypatch.setattr(peek, "PIECES_CHECKED_FROM", 100)
-    assert in_json(b'{"model":"m","x":[' + b"[]," * 300 + b"0]}").model == "m"
+    monkeypatch.setattr(peek, "MAX_ELEMENTS", 1000)
+    monkeypatch.setattr(peek, "ELEMENTS_COUNTED_FROM_BYTES", 100)
+    assert parse_json_body(b'{"model":"m","x":[' + b"[]," * 300 + b"0]}").model == "m"
     with pytest.raises(BadRequest, match="more than 1000 elements"):
-        in_json(b'{"model":"m","x":[' + b"[]," * 600 + b"0]}")
+        parse_json_body(b'{"model":"m","x":[' + b"[]," * 600 + b"0]}")
 
 
 def form(*parts: bytes, boundary: bytes = b"x-y") -> bytes:
@@ -109,9 +109,9 @@ _HEAD = b'Content-Disposition: form-data; name="x"'
 _MODEL = b'content-disposition: form-data; name="model"\r\n\r\nn'
 
 
-def in_form(body: bytes, content_type: str) -> Asked:
+def in_form(body: bytes, content_type: str) -> ParsedBody:
     """What a form asks for, read in one go."""
-    return asyncio.run(in_turns(in_multipart(body, content_type)))
+    return asyncio.run(in_turns(parse_form_body(body, content_type)))
 
 
 @given(st.lists(st.binary(max_size=50).filter(lambda data: b"--x-y" not in data), max_size=4), NAMES, NAMES)
@@ -120,7 +120,7 @@ def test_a_forms_name_is_found_and_replaced_and_nothing_else(files: list[bytes],
     parts = [part(b"file", file, b'; filename="a\xff"\r\nContent-Type: audio/wav') for file in files]
     asked = in_form(form(*parts, part(b"model", name.encode()), part(b"stream", b"true")), TYPE)
     assert (asked.model, asked.stream) == (name, True)
-    assert b"".join(asked.renamed(other)) == form(*parts, part(b"model", other.encode()), part(b"stream", b"true"))
+    assert b"".join(asked.with_model(other)) == form(*parts, part(b"model", other.encode()), part(b"stream", b"true"))
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_a_file_may_be_called_like_a_field(called: bytes) -> None:
 def test_a_name_that_is_null_or_empty_names_none(value: bytes) -> None:
     """As vLLM takes it; the engine gets the name of the model that is found then."""
     body = b'{"x":1,"model":%b,"y":2}' % value
-    for asked in (in_json(body), SteppedThrough(in_large(body)).result):
+    for asked in (parse_json_body(body), SteppedThrough(parse_large_json_body(body)).result):
         assert asked.model == ""
-        assert json.loads(b"".join(asked.renamed("m"))) == {"x": 1, "model": "m", "y": 2}
+        assert json.loads(b"".join(asked.with_model("m"))) == {"x": 1, "model": "m", "y": 2}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,9 @@ def test_a_form_that_two_readers_could_read_differently_is_refused(content_type:
 
 def test_a_large_form_is_read_in_turns() -> None:
     """A part of megabytes is searched a slice at a time, and nobody waits for the rest."""
-    found = SteppedThrough(in_multipart(form(part(b"file", b"x" * (20 * peek.SLICE)), part(b"model", b"m")), TYPE))
+    found = SteppedThrough(
+        parse_form_body(form(part(b"file", b"x" * (20 * peek.SLICE_BYTES)), part(b"model", b"m")), TYPE)
+    )
     assert found.result.model == "m"
     assert found.turns >= 19
 
@@ -231,8 +233,8 @@ def test_a_form_of_nothing_but_parts_is_refused() -> None:
 def test_a_name_has_a_length(length: int) -> None:
     """A name of a megabyte would be compared with every model's, letter by letter, while everybody waits."""
     bodies = [
-        lambda: in_json(b'{"model":"%b"}' % (b"a" * length)),
-        lambda: in_json(b'{"mod\\u0065l":"%b"}' % (b"a" * length)),
+        lambda: parse_json_body(b'{"model":"%b"}' % (b"a" * length)),
+        lambda: parse_json_body(b'{"mod\\u0065l":"%b"}' % (b"a" * length)),
         lambda: in_form(form(part(b"model", b"a" * length)), TYPE),
     ]
     for read in bodies:
@@ -248,4 +250,4 @@ def test_a_preamble_is_dropped() -> None:
     sent = form(part(b"model", b"m"))
     for preamble in (b"\r\n", b"This is a message in MIME format.\r\n"):
         asked = in_form(preamble + sent, TYPE)
-        assert (asked.model, asked.body) == ("m", sent)
+        assert (asked.model, asked.raw) == ("m", sent)

@@ -17,7 +17,7 @@ from tests.proxy.fakes import soon
 from vllmd.engines.base import Listen
 from vllmd.errors import UpstreamFailed
 from vllmd.proxy import peers
-from vllmd.proxy.peers import Impostor, Listener, are_ours, listener
+from vllmd.proxy.peers import Impostor, Listener, listener, register_own_sockets
 from vllmd.proxy.upstream import Unreached, connect
 
 ME, OTHER = os.geteuid(), 12345
@@ -162,7 +162,7 @@ def test_a_file_that_is_no_socket_is_told(tmp_path: Path) -> None:
 def test_the_daemon_never_calls_itself(tmp_path: Path) -> None:
     """Not by another name for its socket either, nor where its engines are its own user's."""
     with tcp() as http, unix(tmp_path / "admin") as admin:
-        are_ours([http, admin])
+        register_own_sockets([http, admin])
         os.link(tmp_path / "admin", tmp_path / "s")
         assert "vllmd itself" in outcome(Listen(port=http.getsockname()[1], owner=ME)).message
         assert "of vllmd itself" in outcome(Listen(uds=str(tmp_path / "s"), owner=ME)).message

@@ -33,7 +33,7 @@ from vllmd.proxy.forward import AnswerRelay
 from vllmd.proxy.gate import Target
 from vllmd.proxy.http import Request
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.tokens import told
+from vllmd.proxy.tokens import from_usage
 
 ANSWER = b'{"model":"m","choices":[],"usage":{"prompt_tokens":3,"total_tokens":12}}'
 
@@ -86,8 +86,7 @@ def test_a_traced_request_makes_the_engines_spans_children_of_ours() -> None:
             return trace if request.headers.get("traceparent") else None
 
     async def play() -> None:
-        async with stage(reply(ANSWER)) as act:
-            act.relay.tracer = Tracing()
+        async with stage(reply(ANSWER), tracer=Tracing()) as act:
             client = await act.client()
             for fields in (["traceparent: 00-1-1122334455667788-01", "tracestate: a=b"], []):
                 client.post("/v1/chat/completions", b'{"model":"m"}', *fields)
@@ -112,8 +111,7 @@ def test_a_client_whose_requests_are_not_all_traced_sends_no_second_traceparent(
 
     async def play() -> None:
         nonlocal act
-        async with stage(reply(ANSWER)) as act:
-            act.relay.tracer = Tracing()
+        async with stage(reply(ANSWER), tracer=Tracing()) as act:
             client = await act.client()
             for _ in decided:
                 client.post("/v1/chat/completions", b'{"model":"m"}', "traceparent: malformed")
@@ -297,7 +295,7 @@ def test_one_engine_connection_serves_many_requests() -> None:
             for _ in range(5):
                 client.post()
                 assert (await client.answer()).status == 200
-            assert (act.engine.connections, act.relay.pool.idle()) == (1, 1)
+            assert (act.engine.connections, len(act.relay.pool.idle())) == (1, 1)
 
     asyncio.run(play())
 
@@ -311,7 +309,7 @@ def test_a_kept_connection_expires() -> None:
             client.post()
             await client.answer()
             await soon(act.engine.ended.wait())
-            assert act.relay.pool.idle() == 0
+            assert act.relay.pool.idle() == []
             client.post()
             assert (await client.answer()).status == 200
             assert act.engine.connections == 2
@@ -528,7 +526,7 @@ def test_a_client_that_leaves_frees_the_engine(script: object, leave: object) ->
             leave(act)  # type: ignore[operator]
             await soon(act.engine.ended.wait())
             await soon(act.gate.permits[0].over.wait())
-            assert act.relay.pool.idle() == 0
+            assert act.relay.pool.idle() == []
 
     asyncio.run(play())
 
@@ -778,7 +776,7 @@ USAGES = [
 @pytest.mark.parametrize(("tail", "tokens"), USAGES)
 def test_the_usage_is_read_in_every_apis_words(tail: bytes, tokens: int | None) -> None:
     """OpenAI's has a total, Anthropic's has not; counting tokens spends none; what a text says is no usage."""
-    found = told(tail)
+    found = from_usage(tail)
     assert (found.total if found else None) == tokens
 
 

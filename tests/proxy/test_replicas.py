@@ -13,8 +13,10 @@ import pytest
 from tests.proxy.fakes import EVENTS, Asked, Engine, Script, Stage, chunked, raw, reply, soon, stage
 from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
+from vllmd.proxy import upstream
 from vllmd.proxy.gate import Target
 from vllmd.proxy.limits import Limits
+from vllmd.proxy.upstream import OutOfFiles
 
 ANSWER = b'{"model":"theirs","choices":[]}'
 HERS = Target("m@2", "theirs", headers=(("authorization", "Bearer hers"),))
@@ -201,5 +203,29 @@ def test_a_stored_response_is_asked_of_the_replica_that_has_it(tmp_path: Path) -
             client.send(b"GET /v1/responses/resp_1 HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await client.answer()).status == 200
             assert act.gate.only[-1] == "m@2"
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_request_that_we_could_not_send_is_no_failure_of_the_engine(
+    replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """We have no file descriptor: the client is told so and may come back, no replica is ejected for it."""
+
+    async def full(*_: object) -> object:
+        raise OutOfFiles("vllmd cannot connect to the engine: Too many open files", retry_after=5)
+
+    async def play() -> None:
+        async with two(tmp_path, reply(ANSWER), reply(ANSWER)) as (act, _):
+            act.gate.replicas = act.gate.replicas if replicas == 2 else []
+            monkeypatch.setattr(upstream, "connect", full)
+            client = await act.client()
+            client.post(body=b'{"model":"m","stream":false}')
+            answer = await client.answer()
+            monkeypatch.undo()
+            assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+            assert "Too many open files" in answer.json()["error"]["message"]
+            assert {permit.failed for permit in act.gate.permits} == {""}
 
     asyncio.run(play())

@@ -8,7 +8,7 @@ import pytest
 
 from tests.proxy.fakes import raw, stage
 from vllmd.proxy.framing import BadFraming
-from vllmd.proxy.response_heads import MAX_RESPONSE_HEAD, HeadCollector, head_end, tidied
+from vllmd.proxy.response_heads import MAX_RESPONSE_HEAD, HeadCollector, head_end, normalize_head
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\nX-A: a b\r\n\r\n{}"
 FORMS = {
@@ -86,7 +86,7 @@ def test_a_head_ends_at_its_first_blank_line() -> None:
     assert head_end(b"a\r\n\n\r\n") == 4
     assert head_end(b"a\r\nb\n\r") == -1
     plain = OK[:-2]
-    assert tidied(plain) is plain
+    assert normalize_head(plain) is plain
 
 
 def test_a_head_has_a_size() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.errors import UpstreamFailed
 from vllmd.proxy.limits import Limits
-from vllmd.proxy.upstream import WRITE_LIMIT, Pool, Upstream, _Collected, connect, request
+from vllmd.proxy.upstream import WRITE_BYTES, Collector, Pool, Upstream, connect, request
 
 
 async def asked_of(script: object, path: Path, **options: object) -> tuple[int, bytes, Asked]:
@@ -110,10 +111,10 @@ def test_a_large_body_is_not_in_memory_twice(tmp_path: Path) -> None:
         async with await asyncio.start_unix_server(serve, tmp_path / "s"):
             listen = Listen(uds=str(tmp_path / "s"))
             connection = await connect(listen, 5.0, lambda: Upstream(listen))
-            sink = _Collected(100)
+            sink = Collector(100)
             connection.send("POST", b"head", parts, sum(map(len, parts)), sink)
             await soon(began.wait())
-            assert connection._transport.get_write_buffer_size() <= 2 * WRITE_LIMIT
+            assert connection.transport.get_write_buffer_size() <= 2 * WRITE_BYTES
             go.set()
             assert (await soon(sink.over)).status == 200
             assert got == b"head" + body
@@ -142,6 +143,9 @@ class Wire(asyncio.Transport):
     def write(self, data: object) -> None:
         """Nobody reads it."""
 
+    def abort(self) -> None:
+        """As asyncio's."""
+
     def get_write_buffer_size(self) -> int:
         """Everything is sent at once."""
         return 0
@@ -154,12 +158,60 @@ def test_a_connection_that_was_paused_is_read_again_when_it_is_kept() -> None:
         pool, wire, listen = Pool(Limits(ServerConfig())), Wire(), Listen()
         connection = Upstream(listen, pool)
         connection.connection_made(wire)
-        connection.send("POST", b"head", (b"",), 0, _Collected(100))
+        connection.send("POST", b"head", (b"",), 0, Collector(100))
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n1")
         connection.pause()
         assert not wire.reading
         connection.data_received(b"2")
-        assert (pool.take(listen), wire.reading) == (connection, True)
+        assert (pool.get_idle(listen), wire.reading) == (connection, True)
         pool.close()
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("late", [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nother", b"\r\n", b""])
+def test_what_comes_between_two_requests_is_no_answer_to_the_second(late: bytes, tmp_path: Path) -> None:
+    """An engine's second answer to one client, or its end, though the loop has not read it: no other client gets it."""
+
+    async def play() -> None:
+        pool, listen = Pool(Limits(ServerConfig())), Listen(uds=str(tmp_path / "s"))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(listen.uds)
+            listener.listen()
+            connection = await pool.connect(listen)
+            engine = listener.accept()[0]
+            with engine:
+                for _ in range(2):  # as long as it keeps quiet in between it is used again
+                    sink = Collector(100)
+                    connection.send("POST", b"head", (b"",), 0, sink)
+                    engine.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                    await soon(sink.over)
+                    assert pool.get_idle(listen) is connection
+                sink = Collector(100)
+                connection.send("POST", b"head", (b"",), 0, sink)
+                engine.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                await soon(sink.over)
+                if late:
+                    engine.sendall(late)
+                else:
+                    engine.close()
+                assert pool.get_idle(listen) is None
+        pool.close()
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("more", [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nother", b"x"])
+def test_a_connection_whose_answer_has_more_than_it_announced_is_not_kept(more: bytes) -> None:
+    """The second answer came along with the first: the client has the first, and nobody the second."""
+
+    async def play() -> None:
+        pool, listen, sink = Pool(Limits(ServerConfig())), Listen(), Collector(100)
+        connection = Upstream(listen, pool)
+        connection.connection_made(Wire())
+        connection.send("POST", b"head", (b"",), 0, sink)
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok" + more)
+        assert (await soon(sink.over)).status == 200
+        assert (bytes(sink.body), pool.get_idle(listen), bool(pool.idle())) == (b"ok", None, False)
 
     asyncio.run(play())

@@ -14,11 +14,11 @@ from tests.proxy.fakes import Asked as Got
 from vllmd.proxy.exchange import LAST_CHUNK, chunk
 from vllmd.proxy.framing import Chunked
 from vllmd.proxy.gate import Target
-from vllmd.proxy.large import in_large
-from vllmd.proxy.peek import Asked, in_json
-from vllmd.proxy.tokens import Tokens, reckoned
-from vllmd.proxy.tokens import told as tokens_told
-from vllmd.proxy.usage import UsageFilter, WithoutUsage, asking, to_be_asked
+from vllmd.proxy.large import parse_large_json_body
+from vllmd.proxy.peek import ParsedBody, parse_json_body
+from vllmd.proxy.tokens import Tokens, estimate
+from vllmd.proxy.tokens import from_usage as tokens_from_usage
+from vllmd.proxy.usage import UsageFilter, WithoutUsage, must_request_usage, with_usage_option
 
 CHAT = "/v1/chat/completions"
 
@@ -35,8 +35,8 @@ STREAM = b"".join((*WORDS, USAGE, DONE))
 SEEN = b"".join((*WORDS, DONE))
 
 
-def asked(**members: object) -> Asked:
-    return in_json(json.dumps({"model": "m", **members}).encode())
+def asked(**members: object) -> ParsedBody:
+    return parse_json_body(json.dumps({"model": "m", **members}).encode())
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def asked(**members: object) -> Asked:
 def test_a_streams_usage_is_asked_for(members: dict[str, object], more: dict[str, object], name: str) -> None:
     """Beside whatever else was asked, and in the engine's name of the model; the rest keeps its bytes."""
     wanted = asked(messages=[{"x": 1.50}], **members)
-    assert to_be_asked(wanted, CHAT)
-    sent = b"".join(asking(wanted, name))
+    assert must_request_usage(wanted, CHAT)
+    sent = b"".join(with_usage_option(wanted, name))
     assert json.loads(sent) == {
         "model": name, "messages": [{"x": 1.5}], "stream": True, "stream_options": {"include_usage": True, **more},
     }  # fmt: skip
@@ -65,24 +65,24 @@ def test_a_streams_usage_is_asked_for(members: dict[str, object], more: dict[str
 )
 def test_others_are_left_alone(members: dict[str, object]) -> None:
     """No stream, or one whose client has asked; and what is no option at all is the engine's to refuse."""
-    assert not to_be_asked(asked(**members), CHAT)
-    assert not to_be_asked(asked(stream=True), "/v1/responses")  # tells it in its own last event
-    assert not to_be_asked(asked(stream=True, stream_options=7), CHAT)
+    assert not must_request_usage(asked(**members), CHAT)
+    assert not must_request_usage(asked(stream=True), "/v1/responses")  # tells it in its own last event
+    assert not must_request_usage(asked(stream=True, stream_options=7), CHAT)
 
 
 @pytest.mark.parametrize("options", [None, {"include_usage": True}, {"include_usage": False}])
 def test_a_large_body_says_the_same(options: object) -> None:
     """Its structure alone is read, and this member of it."""
     members = {"model": "m", "stream": True, **({} if options is None else {"stream_options": options}), "p": "x" * 99}
-    work = in_large(json.dumps(members).encode())
+    work = parse_large_json_body(json.dumps(members).encode())
     try:
         while True:
             next(work)
     except StopIteration as end:
         wanted = end.value
-    assert to_be_asked(wanted, CHAT) == (options != {"include_usage": True})
-    if to_be_asked(wanted, CHAT):
-        assert json.loads(b"".join(asking(wanted, "m")))["stream_options"]["include_usage"] is True
+    assert must_request_usage(wanted, CHAT) == (options != {"include_usage": True})
+    if must_request_usage(wanted, CHAT):
+        assert json.loads(b"".join(with_usage_option(wanted, "m")))["stream_options"]["include_usage"] is True
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 10_000])
@@ -288,10 +288,10 @@ def test_what_is_told_in_each_api() -> None:
     details = b'"prompt_tokens_details":{"cached_tokens":4}'
     openai = b'"usage":{"prompt_tokens":9,"total_tokens":12,"completion_tokens":3,' + details + b"}}"
     anthropic = b'"usage":{"input_tokens":5,"output_tokens":3,"cache_read_input_tokens":4}'
-    assert tokens_told(openai) == tokens_told(anthropic) == Tokens(9, 3, 4)
-    assert tokens_told(b'"usage":{"total_tokens":7}') == Tokens(7, 0)
-    assert reckoned(CHAT, b"x" * 400, 1000, stream=True) == Tokens(100, 4, estimated=True)
-    assert reckoned("/v1/embeddings", b"x" * 400, 1000, stream=False) == Tokens(100, 0, estimated=True)
+    assert tokens_from_usage(openai) == tokens_from_usage(anthropic) == Tokens(9, 3, 4)
+    assert tokens_from_usage(b'"usage":{"total_tokens":7}') == Tokens(7, 0)
+    assert estimate(CHAT, b"x" * 400, 1000, stream=True) == Tokens(100, 4, estimated=True)
+    assert estimate("/v1/embeddings", b"x" * 400, 1000, stream=False) == Tokens(100, 0, estimated=True)
 
 
 def test_a_stream_without_usage_is_not_taken_apart_at_its_end() -> None:
@@ -300,7 +300,7 @@ def test_a_stream_without_usage_is_not_taken_apart_at_its_end() -> None:
     exchange: Any = SimpleNamespace(write=sent.append, finish=lambda: None)
     framing = Chunked()
     answer = WithoutUsage(exchange, framing, b"")
-    answer._closer = None  # type: ignore[assignment, method-assign]
+    answer._filtered = None  # type: ignore[assignment, method-assign]
     piece = chunk(b'data: {"choices":[{"index":0}]}\n\n') * 3 + chunk(b"data: [DONE]\n\n") + LAST_CHUNK
     assert framing.scan(piece) == len(piece)
     answer.more(piece)

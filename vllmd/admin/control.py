@@ -7,7 +7,7 @@ those that command tell nothing but that. A verb of ``vllmd.api.verbs`` names on
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,10 +87,13 @@ class Status(Protocol):
     async def models(self) -> list[Card]:
         """Every model, adapter, variant and pool."""
 
+    async def model(self, name: str) -> Card | None:
+        """One of them by its name; None if none is called so."""
+
     def health(self) -> Health:
         """The health of vllmd, with its devices and the state of every model."""
 
-    def status(self, caller: Caller = ANYBODY) -> answers.Status:
+    async def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl ps``, ``info`` and ``gpus`` show, of the models that the caller may use."""
 
     def line(self, model: str) -> ModelLine:
@@ -108,8 +111,8 @@ class Status(Protocol):
     def types(self) -> list[str]:
         """The names of all engine kinds."""
 
-    def settings(self, model: str) -> str:
-        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+    def settings(self, model: str) -> Iterator[str]:
+        """The configuration in force, or one model's part, as lines of YAML with each setting's origin; no secrets."""
 
     def decisions(self, model: str) -> Decisions:
         """The last decisions, oldest first; all of them, or one model's."""

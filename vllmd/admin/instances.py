@@ -100,7 +100,7 @@ class InstanceEndpoints:
     async def status(self, request: Request) -> Response:
         """``GET /api/v1/models/status``: an item per instance, of all that are loaded or have failed."""
         await self._control.status.opened()
-        lines = self._control.status.status(request.caller).models
+        lines = (await self._control.status.status(request.caller)).models
         return json([item for line in lines if line.state != "stopped" for item in items(line)])
 
     async def status_of(self, request: Request) -> Response:

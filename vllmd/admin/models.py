@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from vllmd.admin.responses import json
 from vllmd.api.answers import Alive, Card, Health, Model, ModelList, Version
 from vllmd.api.codec import fields, plain
 from vllmd.errors import Forbidden, UnknownModel
-from vllmd.proxy.http import Request, Response, list_response, text_response
+from vllmd.proxy.http import AT_A_TIME, Request, Response, list_response, text_response
 
 _STARTED = int(time.time())
 _SINCE = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_STARTED))  # RFC 3339, as Anthropic has it
@@ -32,13 +33,13 @@ class ModelEndpoints:
         offer the alias. The list is one page, as Anthropic has them.
         """
         models = [model for model in await self._models(request) if not model.hidden]
-        aliases = (_card(model, alias) for model in models for alias in model.aliases)
-        data = [*(_card(model, model.id) for model in models), *aliases]
-        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        aliases = ((model, alias) for model in models for alias in model.aliases)
+        named = [*((model, model.id) for model in models), *aliases]
+        first, last = (named[0][1], named[-1][1]) if named else (None, None)
         # Codex wants descriptions of its own models, prompts and all, under ``models``; with none it has its defaults.
         codex = () if "client_version" in request.query else None
-        whole = fields(ModelList(data=tuple(data), first_id=first, last_id=last, models=codex))
-        return await list_response(whole, "data", plain)
+        whole = fields(ModelList(data=(), first_id=first, last_id=last, models=codex))
+        return await list_response({**whole, "data": named}, "data", plain, lambda each: _card(*each))
 
     async def one(self, request: Request) -> Response:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
@@ -54,7 +55,12 @@ class ModelEndpoints:
         """``GET /admin/config``: the settings in force with their origins; with ``?model=`` those of that model."""
         name = request.query.get("model", "")
         model = self._control.status.resolve(name, request.caller) if name else ""
-        return text_response(self._control.status.settings(model), content_type="text/plain; charset=utf-8")
+        lines = list[str]()
+        for line in self._control.status.settings(model):
+            lines.append(line)
+            if len(lines) % AT_A_TIME == 0:
+                await asyncio.sleep(0)
+        return text_response("".join(lines))
 
     async def _models(self, request: Request) -> list[Card]:
         return [model for model in await self._control.status.models() if request.caller.may_use(model.id)]

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import TypeVar
 
 from vllmd.admin.control import Control
-from vllmd.admin.responses import json
+from vllmd.admin.responses import json, json_in_turns
 from vllmd.admin.schemas import doc, takes
 from vllmd.api import verbs
 from vllmd.api.codec import encoded

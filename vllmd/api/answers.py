@@ -133,6 +133,8 @@ class ModelLine(Answer):
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
+    never: Annotated[str, "why it can never be loaded on these devices; empty if it can, or is"] = ""
+    silent: Annotated[float | None, "seconds for which it has answered nothing, while requests wait in it"] = None
     standing: Standing = ""
     latency: Annotated[float | None, "of a replica: seconds to the first byte of its answers"] = None
     rests_in: Annotated[float | None, "seconds until its idle rules make it sleep, sleep deeper or stop"] = None
@@ -284,6 +286,7 @@ class Download(Answer):
     rate: Annotated[float, "bytes per second"] = 0.0
     elapsed: float = 0.0
     error: Annotated[str, "why it failed"] = ""
+    behind: Annotated[tuple[str, ...], "while it waits: the downloads that run before it"] = ()
 
 
 @answer
@@ -299,6 +302,7 @@ class Pulled(Answer):
     total: Annotated[int, "bytes, 0 where that is not known yet"] = 0
     rate: Annotated[float, "bytes per second"] = 0.0
     elapsed: float = 0.0
+    behind: tuple[str, ...] = ()
     done: bool | None = None
     added: Annotated[bool | None, "whether the model is served from now on"] = None
     settings: Annotated[Object | None, "the settings with which the model is, or would be, served"] = None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vllmd.errors import BadRequest, UnknownModel
 
@@ -59,6 +59,20 @@ class Meanings:
         return {known} if isinstance(known, str) else known
 
 
+class Guesses:
+    """What names can mean that are none exactly, by other case, and by their ends. ``names``: each with its model."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.folded, self.suffixes, self.folded_suffixes = Meanings(), Meanings(), Meanings()
+        for name, model in names.items():
+            self.folded.note(folded(name), model)
+            if name.endswith(LATEST):
+                self.folded.note(folded(name.removesuffix(LATEST)), model)
+            for suffix in _suffixes(name):
+                self.suffixes.note(suffix, model)
+                self.folded_suffixes.note(folded(suffix), model)
+
+
 class Names:
     """The names of all models, and of adapters, variants and pools (``offers``).
 
@@ -76,19 +90,20 @@ class Names:
         for model, aliases in models:
             for name in (model, *aliases):
                 self._exact[name] = model
-        self._models = frozenset(self._exact.values())
+        self._of_models = len(self._exact)  # so many names, the first ones, are models'
         for name in offers:
             self._exact.setdefault(name, name)
-        self._folded, self._suffixes, self._folded_suffixes = Meanings(), Meanings(), Meanings()
-        for name, model_name in self._exact.items():
-            for kept in (name, name.removesuffix(LATEST)):
-                self._folded.note(folded(kept), model_name)
-            for suffix in _suffixes(name):
-                self._suffixes.note(suffix, model_name)
-                self._folded_suffixes.note(folded(suffix), model_name)
+        self._known_guesses: Guesses | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._exact
+
+    @property
+    def _guesses(self) -> Guesses:
+        """Made when a name is asked for that is none exactly: of ten thousand models they take megabytes."""
+        if self._known_guesses is None:
+            self._known_guesses = Guesses(self._exact)
+        return self._known_guesses
 
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
         """The configured name of the model or offer that ``name`` means.
@@ -141,7 +156,8 @@ class Names:
         for tagged in (plain, plain + LATEST):
             if tagged in self._exact:
                 yield {self._exact[tagged]}
-        yield self._folded.of(folded(plain))
+        guesses = self._guesses
+        yield guesses.folded.of(folded(plain))
         lowered = plain.lower()
         without_prefix = [plain[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix)]
         for rest in without_prefix:
@@ -176,4 +192,7 @@ def _suffixes(name: str) -> Iterable[str]:
 
 def folded(name: str) -> str:
     """``name`` without the difference between cases, and between the ways in which Unicode writes one letter."""
+    if name.isascii():  # of these there is one way, and a name that is so already is not kept twice
+        lowered = name.lower()
+        return name if lowered == name else lowered
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())

@@ -56,6 +56,9 @@ CODES = {"invalid_configuration": EX_CONFIG, "engine_failed": EX_UNAVAILABLE, "l
          "model_too_large": EX_UNAVAILABLE}  # fmt: skip
 
 
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # what OpenSSL makes of an answer in plain HTTP
+
+
 class Failure(Exception):
     """Ends the verb: ``message`` is printed, ``status`` is the exit status."""
 
@@ -108,6 +111,8 @@ def of_url(url: str, error: OSError) -> Failure:
     if isinstance(error, TimeoutError):
         return Failure(f"vllmd at {url} does not answer; see journalctl -u vllmd", EX_TEMPFAIL)
     what = f"{url} cannot be reached: {error.strerror or error}"
+    if getattr(error, "reason", "") in NO_TLS:
+        what = f"{url} cannot be reached: TLS is not spoken there; if that is vllmd, its URL begins with http://"
     if isinstance(error, ConnectionRefusedError):
         what += "; on that machine: systemctl start vllmd.socket"
     return Failure(what, EX_UNAVAILABLE)

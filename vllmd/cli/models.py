@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllmd.api.answers import ModelLine, Progress, Status
-from vllmd.cli import show
+from vllmd.cli import show, standing
 from vllmd.cli.admin import Admin, decoded, understood
 from vllmd.cli.failures import EX_DATAERR, EX_UNAVAILABLE, Failure
 from vllmd.cli.terminal import cut
@@ -70,7 +70,7 @@ def follow(arguments: Namespace, verb: Verb, given: Mapping[str, object], done: 
         if getattr(arguments, "no_wait", False):
             answer = admin.ask(verb, {**given, "model": model})
             if not arguments.json:
-                show.say(f"{model}: asked for")
+                show.say(f"{standing.now(understood(ModelLine, answer), made=True)}; vllmctl ps shows how it goes on")
             return answer
         return change(admin, model, verb, given, done, quiet=arguments.json)
 

@@ -43,6 +43,14 @@ def check(config: Config) -> Iterator[Finding]:
         yield from replicas(model, config)
 
 
+def unfit(config: Config) -> Iterator[Finding]:
+    """What keeps a model from ever being loaded on the devices that are declared; others can be served beside it."""
+    for model in config.models.values():
+        for each in (model, *(model.replicas.of if model.replicas else ())):
+            yield from _devices(each, config)
+            yield from _fits(each, config)
+
+
 def warnings_of(config: Config) -> Iterator[Finding]:
     """Everything that works, but hardly as meant."""
     yield from pins(config)
@@ -181,6 +189,10 @@ def of_model(model: ModelConfig, config: Config) -> Iterator[Finding]:
         product = " (tensor_parallel_size times pipeline_parallel_size)" if model.local_devices is None else ""
         name = "tensor_parallel_size" if product else "local_devices"
         yield where, f"{path}.{name}", f"it takes {count} devices{product}, but may use {have} only"
+
+
+def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    where, path, count = _place(model), f"models.{model.name}", model.devices_here
     if count > model.all_devices:
         what = f"{count} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
         yield where, f"{path}.local_devices", what

@@ -20,6 +20,7 @@ class Problem:
     what: str
     accepted: str = ""
     nearest: str = ""
+    alone: bool = False  # it concerns one model, which cannot be loaded; all others can be served
 
     def __str__(self) -> str:
         text = self.what

@@ -61,16 +61,21 @@ def load(
     config_file: str | Path | None = None,
     env: Mapping[str, str] = os.environ,
     overrides: Mapping[str, object] | None = None,
+    *,
+    strict: bool = False,
 ) -> Config:
     """Read and check the configuration. ``overrides``: values of the command line by path, such as ``server.port``.
+
+    A model that can never fit is a warning, because all others can be served; where ``strict``, it is a problem as any.
 
     Raises ConfigError whose message has one line per problem:
     ``file:line: key.path: what is wrong; did you mean "..."? accepted: ...``
     """
     reading = read(config_file, env, overrides)
-    if reading.problems:
+    alone = tuple(str(problem) for problem in reading.problems if problem.alone)
+    if len(alone) < len(reading.problems) or (alone and strict):
         raise ConfigError("\n".join(map(str, reading.problems)))
-    return reading.config
+    return replace(reading.config, warnings=(*reading.config.warnings, *alone))
 
 
 def read(
@@ -94,6 +99,8 @@ def read(
     config = replace(_Parser(findings, env).config(tree), files=tuple(files.read), added=added)
     for where, path, what in checks.check(config):
         findings.complain(findings.origins.get(path, where), path, what)
+    for where, path, what in checks.unfit(config):
+        findings.complain(findings.origins.get(path, where), path, what, alone=True)
     for where, path, what in checks.warnings_of(config):
         findings.warn(findings.origins.get(path, where), path, what)
     warnings = tuple(map(str, findings.warnings))

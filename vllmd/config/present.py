@@ -29,9 +29,9 @@ def of_config(config: Config, model: str = "") -> str:
     """A configuration in force as YAML; ``model``: that model's settings only, "" where there is no such model."""
     writer = _Writer(config.origins, config)
     if not model:
-        return "".join(writer.group(ROOT, config, "", 0))
-    known = config.models.get(model)
-    return "" if known is None else "".join(writer.group(MODEL, known, f"models.{model}.", 0))
+        yield from writer.group(ROOT, config, "", 0)
+    elif (known := config.models.get(model)) is not None:
+        yield from writer.group(MODEL, known, f"models.{model}.", 0)
 
 
 def as_data(reading: Reading) -> Any:

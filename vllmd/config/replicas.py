@@ -10,7 +10,7 @@ from dataclasses import replace
 from vllmd.config.types import Config, ModelConfig
 
 
-def engines_of(models: Mapping[str, ModelConfig]) -> dict[str, ModelConfig]:
+def engines_of(models: Mapping[str, ModelConfig]) -> Mapping[str, ModelConfig]:
     """Every engine by its id: the model's name, or of several ``NAME@1`` and so on, each with the rules they share."""
     engines = {}
     for name, model in models.items():

@@ -97,6 +97,7 @@ def _rows(group: Group) -> dict[str, Setting]:
     return {name: row for row in group.rows for name in (row.name, *row.also)}
 
 
+@cache
 def default(group: Group, row: Setting) -> Any:
     """The setting's default; None where it has none, or where the loader reads it itself."""
     if row.field is None:

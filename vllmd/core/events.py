@@ -198,11 +198,15 @@ class FreezeProved(Event):
 
 @frozen
 class ReplicaProbed(Event):
-    """Answers ``ProbeReplica``: it took so many ``seconds``, or (None) failed, and why."""
+    """Answers ``ProbeReplica``: it took so many ``seconds``, or (None) failed, and why.
+
+    ``unasked``: it failed at our end, for want of a file descriptor, and tells nothing of the replica.
+    """
 
     request: str
     seconds: float | None = None
     reason: str = ""
+    unasked: bool = False
 
 
 @frozen

@@ -105,7 +105,9 @@ class HealthChecks:
         if h is None or r.model.rules is None or h.probe != e.request:
             return
         h.probe = ""
-        if e.seconds is not None:
+        if e.unasked:
+            h.vouched = self._core.now + self._hang_limit(r, h)  # one that is set aside is asked again at once
+        elif e.seconds is not None:
             self._probe_passed(r, h, e.seconds)
         elif h.status is HealthStatus.SERVING and h.seen > h.asked:
             h.vouched = self._core.now + self._hang_limit(r, h)  # others were answered meanwhile: it is only busy

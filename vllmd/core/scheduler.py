@@ -327,7 +327,6 @@ class Scheduler:
         if why:
             self._admission.reject_waiters(r, RejectReason.MODEL_TOO_LARGE, why)
             core.engines.record("refuse", r, why)
-            r.failure = why
         else:
             core.waiting[r] = None
             core.news[r] = None

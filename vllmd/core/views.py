@@ -83,6 +83,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
         disabled=model.off,
+        never=first.never if all(view.never for view in views) else "",
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
 
@@ -94,12 +95,13 @@ def _unused(core: Core, model: Model) -> ModelView | None:
         return None
     if model.off:
         return None
-    bound = r.devices[0] if len(r.devices) == 1 else None
+    bound, never = r.devices[0] if len(r.devices) == 1 else None, core.fit.never(r)
     at_rest = (State.STOPPED, 0, (), 0, 0, 0, None, None, None, r.pinned, (), "", "")
     model.unused_view = ModelView(
         model.name,
         *at_rest,
-        replicas=(ReplicaView(r.id, *at_rest, bound=bound),),
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never),),
+        never=never,
         balanced=False,
         serving=0,
         degraded=False,
@@ -129,6 +131,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
         disabled=r.off,
+        never="" if r.loaded else core.fit.never(r),
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 

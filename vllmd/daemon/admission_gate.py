@@ -39,7 +39,7 @@ from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.model_requests import unserved
 from vllmd.proxy.tokens import Tokens
-from vllmd.proxy.upstream import Unreached
+from vllmd.proxy.upstream import OutOfFiles, Unreached
 
 ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
     commands.RejectReason.ENGINE_FAILED: errors.EngineFailed,
@@ -98,13 +98,13 @@ def _unheard(event: events.Event) -> None:
 class Fetching:
     """Models that are not here and may be fetched on request.
 
-    ``may``: whether a name means one. ``fetch``: has it fetched and served, however long that takes; raises VllmdError.
-    ``told``: how far that is, for those who wait; "" for none.
+    ``may_fetch``: whether a name means such a model. ``fetch`` returns when the model is served, however long that
+    takes; raises VllmdError. ``progress``: what clients who wait are told, such as ``fetching 35 %``; "" for none.
     """
 
-    may: Callable[[str], bool] = lambda name: False
+    may_fetch: Callable[[str], bool] = lambda name: False
     fetch: Callable[[str], Awaitable[None]] = field(default=_nothing)
-    told: Callable[[str], str] = lambda name: ""
+    progress: Callable[[str], str] = lambda name: ""
 
 
 class AdmissionGate:
@@ -158,9 +158,11 @@ class AdmissionGate:
         ``pools`` by name. ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
         """
         self._keep_alive_limit = keep_alive_limit
-        self._models = dict(models)
-        self._engines = dict(engines)
-        self._firsts = {engine.replica_of or name: name for name, engine in reversed(list(engines.items()))}
+        self._models, self._engines = models, engines
+        self._firsts: dict[str, str] = {}  # the first engine of models that have several
+        for name, engine in engines.items():
+            if engine.replica_of:
+                self._firsts.setdefault(engine.replica_of, name)
         self._pools = pools or {}
         kept, self._runtime = self._runtime, {}
         self._offer()
@@ -178,13 +180,18 @@ class AdmissionGate:
         """What ``offer_adapters`` was given for the model."""
         return self._runtime.get(model, {})
 
+    def base_of(self, name: str) -> str:
+        """The model that an adapter or a variant belongs to; any other name as it is."""
+        offer = self._offers.get(name)
+        return offer.model if offer else name
+
     def has(self, name: str) -> bool:
         """Whether a model, an alias or another offer is called that."""
         return name in self._names
 
     def would_fetch(self, name: str) -> bool:
         """Whether a request that names it may have a model fetched that is not here yet."""
-        return self._fetching.may(name)
+        return self._fetching.may_fetch(name)
 
     def _offer(self) -> None:
         """Draw up what is offered, and forget what names meant before."""
@@ -214,7 +221,7 @@ class AdmissionGate:
             called = self._names.resolve(name, caller.may_use)
         except errors.UnknownModel:
             # Only who may use every model has others fetched: another one's key names what it is for.
-            if caller.models is not None or not self._fetching.may(name):
+            if caller.models is not None or not self._fetching.may_fetch(name):
                 raise
             return Target(name, name, names=frozenset({name}))
         if (pool := self._offers.pool(called)) is not None:
@@ -231,8 +238,7 @@ class AdmissionGate:
         found = self._names.with_replica(name, self._is_replica, caller.may_use)
         if (pool := self._offers.pool(found)) is not None:
             raise errors.BadRequest(f"{found!r} is a pool, name one of its models: {', '.join(pool)}", param="model")
-        offer = self._offers.get(found)
-        return offer.model if offer else found
+        return self.base_of(found)
 
     def _is_replica(self, name: str) -> bool:
         return name in self._engines and bool(self._engines[name].replica_of)
@@ -258,7 +264,7 @@ class AdmissionGate:
         if not members:
             caller.check(name)
             raise errors.UnknownModel(f"none of the models of the pool {name!r} is here", param="model")
-        models = [offer.model if (offer := self._offers.get(member)) else member for member in members]
+        models = [self.base_of(member) for member in members]
         answers: list[commands.Answer] = []
         if self._back:
             self._back.ask(events.PoolAsked(tuple(models)), answers.append)
@@ -268,13 +274,17 @@ class AdmissionGate:
         """What a model's name means, or that of an adapter or a variant."""
         offer = self._offers.get(called)
         model = offer.model if offer else called
-        return self._target(model, self._firsts[model], offer)  # for what is alike in all replicas, the first one's
+        return self._target(model, self._first(model), offer)  # for what is alike in all replicas, the first one's
+
+    def _first(self, model: str) -> str:
+        """The first engine of a model, or the only one."""
+        return self._firsts.get(model, model)
 
     def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of a model, as its first engine has them."""
         if not named_adapters(model) and model.name not in self._runtime:
             return {}  # only else is the engine's kind needed: the first client shall not wait for it
-        config = self._engines[self._firsts[model.name]]
+        config = self._engines[self._first(model.name)]
         return self._adapters_at(config, self._engine_of(config))
 
     def _adapters_at(self, config: ModelConfig, kind: Engine) -> Mapping[str, Adapter]:
@@ -325,7 +335,7 @@ class AdmissionGate:
                 await self._opened(waits)
                 self._check_served(model, route)
             # A model that is not here is fetched first; what its name means is known only then.
-            if model not in self._models and self._fetching.may(model):
+            if model not in self._models and self._fetching.may_fetch(model):
                 await self._fetched(permit, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             self._arrive(permit)
@@ -344,8 +354,8 @@ class AdmissionGate:
 
     def _check_served(self, model: str, route: str) -> None:
         """Whether the model serves that public path ("" is any), by its files, too. Raises NotFound."""
-        if route and model in self._firsts:
-            target = self._target(model, self._firsts[model])
+        if route and self._first(model) in self._engines:
+            target = self._target(model, self._first(model))
             if target.routes is not None and route not in target.routes:
                 raise unserved(target, route)
 
@@ -420,7 +430,7 @@ class AdmissionGate:
         An engine that does not listen has just died, and the core will hear of it.
         """
         replicas = self._models[permit.model].replicas if permit.model in self._models else None
-        if self._back is None:
+        if self._back is None or isinstance(error, OutOfFiles):  # to another one there is no way, either
             raise error
         if replicas is None and isinstance(error, Unreached) and len(permit.tried) < REACH_TRIES:
             self._back.unreached(permit.replica)
@@ -448,7 +458,7 @@ class AdmissionGate:
 
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
-        if model not in self._models and (told := self._fetching.told(model)):
+        if model not in self._models and (told := self._fetching.progress(model)):
             return told
         return self._back.phase_of(model) if self._back else ""
 

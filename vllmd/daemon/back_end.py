@@ -62,12 +62,13 @@ class BackEnd:
             raise ERRORS[answer.error](answer.refused)
         return answer
 
-    def snapshot(self) -> Snapshot:
-        """A snapshot of all models, devices and decisions.
+    def snapshot(self, model: str = "") -> Snapshot:
+        """A snapshot of all models, devices and decisions; ``model``: of that one alone, by its name or a replica's.
 
         It is computed anew at each call: call once and pass it on.
         """
-        return self.dispatcher.scheduler.snapshot(self.dispatcher.now())
+        scheduler, now = self.dispatcher.scheduler, self.dispatcher.now()
+        return scheduler.snapshot_of(model, now) if model else scheduler.snapshot(now)
 
     def activity(self) -> Snapshot:
         """The same of those models only of which something runs, is wanted or has failed."""
@@ -119,7 +120,7 @@ class BackEnd:
         async with self.keeping:
             self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
             if known := self.engines.configured:  # with a broken configuration nothing is known of them
-                self.learnt.failures = failures_to_keep(self.snapshot(), known, self.learnt.failures, time.time())
+                self.learnt.failures = failures_to_keep(self.activity(), known, self.learnt.failures, time.time())
             await asyncio.to_thread(self.learnt.save)
 
     async def close(self) -> None:

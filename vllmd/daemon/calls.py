@@ -9,9 +9,9 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from vllmd.api.json_types import ForeignJson
 from vllmd.config.types import ReplicaConfig
@@ -19,17 +19,35 @@ from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import VllmdError
 from vllmd.proxy.peers import Impostor
-from vllmd.proxy.upstream import OutOfFiles, Unreached, request
+from vllmd.proxy.upstream import OutOfFiles, QueueFull, Unreached, request
 
 log = logging.getLogger("vllmd.engines")
 
 PROBE_ANSWERED = frozenset({200, 400, 404, 405, 422})
 COMPLETION_LIMIT = 120.0  # seconds for a short completion of our own
+FILES_PAUSE = 0.2  # seconds until one more attempt where we had no file descriptor
+T = TypeVar("T")
 
 
 async def ask(listen: Listen, call: Call) -> tuple[int, Any, bytes]:
     """Make a call. Raises UpstreamFailed."""
     return await request(listen, call.method, call.path, call.json, timeout=call.timeout, headers=call.headers)
+
+
+async def when_there_are_files(attempt: Callable[[], Awaitable[T]], limit: float) -> T:
+    """What the attempt comes to; where we have no file descriptor for it, it is made again, for ``limit`` seconds.
+
+    What an engine is told decides over its life, and clients' connections may have taken all for a moment. Raises
+    OutOfFiles after that.
+    """
+    until = time.monotonic() + limit
+    while True:
+        try:
+            return await attempt()
+        except OutOfFiles:
+            if time.monotonic() + FILES_PAUSE > until:
+                raise
+        await asyncio.sleep(FILES_PAUSE)
 
 
 async def answers(listen: Listen, probe: Call) -> bool:
@@ -50,7 +68,11 @@ def nobody_listens(listen: Listen) -> bool:
     """
     address = listen.uds or (listen.host, listen.port)
     family = socket.AF_UNIX if listen.uds else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as trial:
+    try:
+        trial = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    except OSError:  # we have no file descriptor for it
+        return False
+    with trial:
         try:
             error = trial.connect_ex(address)
         except OSError:  # no address of this family, or a path that is too long: whoever asks is told
@@ -74,7 +96,7 @@ async def call_all(process: EngineProcess, calls: Iterable[Call]) -> str:
 async def call(process: EngineProcess, step: Call) -> str:
     """Make the call; what went wrong, or "" if nothing did."""
     try:
-        answer = await _unless_it_exits(process, step)
+        answer = await when_there_are_files(lambda: _unless_it_exits(process, step), step.timeout)
     except VllmdError as error:  # which says what was called
         return error.message
     except OSError as error:
@@ -107,14 +129,23 @@ async def timed_probe(process: EngineProcess, limit: float) -> tuple[float | Non
     """Ask a replica its probe: the seconds that it took, or None and why it failed.
 
     It is answered also where the engine says that it does not serve such questions: it lives, and is as fast. Not
-    where it does not know the model: it would say so to every client.
+    where it does not know the model: it would say so to every client. Raises OutOfFiles if it was never asked.
     """
-    began, rules = time.monotonic(), process.model.replicas or ReplicaConfig()
+    rules = process.model.replicas or ReplicaConfig()
     message = rules.probe or ReplicaConfig().probe or ""
     body = probe_body(rules.probe_route, process.engine.served_name(process.model), message)
     question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(process.engine.headers()))
+    began = 0.0
+
+    async def attempt() -> tuple[int, bytes] | None:
+        nonlocal began
+        began = time.monotonic()
+        return await _unless_it_exits(process, question)
+
     try:
-        answer = await _unless_it_exits(process, question)
+        answer = await when_there_are_files(attempt, limit)
+    except OutOfFiles:
+        raise
     except (OSError, VllmdError) as error:
         return None, str(error) or type(error).__name__
     if answer is None:
@@ -166,6 +197,8 @@ async def check_liveness(process: EngineProcess, limit: float) -> tuple[Liveness
     question = replace(process.engine.alive(process.model), timeout=limit)
     try:
         status, _, _ = await ask(process.listen, question)
+    except QueueFull as error:
+        return Liveness.SILENT, error.message
     except Unreached as error:
         return Liveness.REFUSED, error.message
     except OutOfFiles as error:
@@ -180,7 +213,7 @@ async def check_liveness(process: EngineProcess, limit: float) -> tuple[Liveness
 async def is_busy(process: EngineProcess, probe: Call) -> bool:
     """Whether a list of the answer is not empty; an engine that does not answer has nothing to finish."""
     try:
-        status, _, body = await ask(process.listen, probe)
+        status, _, body = await when_there_are_files(lambda: ask(process.listen, probe), probe.timeout)
         answer = json.loads(body) if status == probe.expect else {}
     except (OSError, VllmdError, ValueError):
         return False
@@ -190,7 +223,8 @@ async def is_busy(process: EngineProcess, probe: Call) -> bool:
 async def complete(process: EngineProcess, body: ForeignJson) -> str | None:
     """The text of a completion; None if it failed."""
     try:
-        status, _, answer = await request(process.listen, "POST", "/v1/completions", body, timeout=COMPLETION_LIMIT)
+        question = Call("POST", "/v1/completions", body, timeout=COMPLETION_LIMIT)
+        status, _, answer = await when_there_are_files(lambda: ask(process.listen, question), COMPLETION_LIMIT)
         return str(json.loads(answer)["choices"][0]["text"]) if status == 200 else None
     except (OSError, VllmdError, ValueError, LookupError):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -59,10 +59,10 @@ class Current:
 
     def _take_engines(self, config: Config) -> None:
         self.engines: Mapping[str, ModelConfig] = engines_of(config.models)  # by the id that the core knows each by
-        ids: dict[str, list[str]] = {}
+        self._replicas: dict[str, list[str]] = {}  # the ids of the engines of models that have several
         for name, engine in self.engines.items():
-            ids.setdefault(engine.replica_of or name, []).append(name)
-        self.ids: Mapping[str, Sequence[str]] = ids  # of each model's engines
+            if engine.replica_of:
+                self._replicas.setdefault(engine.replica_of, []).append(name)
 
     def model_of(self, engine: str) -> str:
         """The model of an engine."""
@@ -71,7 +71,7 @@ class Current:
 
     def engines_of(self, model: str) -> list[str]:
         """The ids of the engines that a model is to have, or the one id."""
-        return list(self.ids.get(model, (model,)))
+        return list(self._replicas.get(model, (model,)))
 
 
 class Later(Generic[T]):

@@ -9,6 +9,7 @@ from vllmd.core import events
 from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.memory import Memory
+from vllmd.errors import out_of_files
 
 log = logging.getLogger("vllmd")
 
@@ -24,12 +25,21 @@ class DeviceReadings:
         self._avoided: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {})
 
     async def look(self) -> None:
-        """Tell the core what the devices hold now, if they say."""
+        """Tell the core what the devices hold now, if they say.
+
+        Where we can open no file nothing is told: a driver that cannot be asked would pass for one that hangs, and our
+        engines' memory for strangers'.
+        """
         memory, dispatcher = self._memory, self._dispatcher
+        if out_of_files():
+            return
         seen = dispatcher.scheduler.activity(dispatcher.now())
         expected = {(view.id, index): view.memory for view in seen.replicas for index in view.devices}
         idle = {view.id: view.idle for view in seen.replicas if view.idle is not None}
-        sampled = await memory.report(self._engines.processes, expected, idle)
+        try:
+            sampled = await memory.report(self._engines.processes, expected, idle)
+        except OSError:  # the last file descriptor went meanwhile
+            return
         if sampled is None and memory.readable:  # the driver hangs: nobody knows what others hold
             sampled = events.MemorySampled({}, {}, {device.index: "no answer" for device in memory.inventory})
         if sampled:

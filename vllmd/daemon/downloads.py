@@ -21,7 +21,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,7 @@ class Download:
     total: int = 0
     error: VllmdError | None = None
     found: Mapping[str, object] = field(default_factory=dict)
+    has_turn: bool = False
     followers: int = 0
     detached: bool = False
     exact: bool = False
@@ -147,7 +148,14 @@ class Downloads:
 
     def lines(self) -> list[answers.Download]:
         """The downloads that run, and how the last ones ended."""
-        return [each.line() for each in (*self._running.values(), *self._ended.values())]
+        return [self.line(each) for each in (*self._running.values(), *self._ended.values())]
+
+    def line(self, download: Download) -> answers.Download:
+        """How far it is; of one that waits for others, for which."""
+        if download.has_turn or download.over.is_set():
+            return download.line()
+        others = tuple(each.name for each in self._running.values() if each.has_turn)
+        return replace(download.line(), behind=others)
 
     def running(self, name: str) -> Download | None:
         """The one that is under way for what is called so."""
@@ -179,7 +187,7 @@ class Downloads:
         try:
             while not download.over.is_set():
                 changed = download.changed
-                yield download.line()
+                yield self.line(download)
                 await changed.wait()
             yield download.line()
         finally:
@@ -233,6 +241,9 @@ class Downloads:
             self._say(download, "download", f"{download.name} is wanted")
         try:
             async with self._turns:
+                download.has_turn = True
+                for waiting in self._running.values():  # for one less, or another one
+                    waiting.mark_changed()
                 if download.error is None:
                     await self._run(download, largest, remove)
         except VllmdError as error:

@@ -33,7 +33,7 @@ from vllmd.daemon.calls import (
     timed_probe,
     within,
 )
-from vllmd.daemon.engine_process import EngineProcess, PlainOrder, of
+from vllmd.daemon.engine_process import EngineProcess, of
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.last_starts import Start, Starts, in_words
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -50,7 +50,7 @@ from vllmd.engines.start_times import first_phase, share_begun
 from vllmd.errors import ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
-from vllmd.proxy.upstream import describe
+from vllmd.proxy.upstream import OutOfFiles, describe
 from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.engines")
@@ -157,7 +157,7 @@ class EngineManager:
         self.processes[command.replica] = process
         if order and (standby := self.standbys.claim(process.standby, self._launch_planner.needs(process.model))):
             order, process.given = replace(order, standby=standby), standby
-        process.plain_order = lambda: self._launch_planner.prepare(command)
+        process.command = command
         known = self._starts.get(process.name)
         process.is_first_start = known is None or known.like != process.compiled_with
         work = self._load_and_start(process, order, command.memory) if order else self._reach(process)
@@ -282,7 +282,11 @@ class EngineManager:
             self._post(events.EngineExited(process.name, f"it is gone: {failure}"))
 
     async def _probe(self, process: EngineProcess, command: commands.ProbeReplica) -> None:
-        seconds, why = await timed_probe(process, command.limit)
+        try:
+            seconds, why = await timed_probe(process, command.limit)
+        except OutOfFiles as error:
+            self._post(events.ReplicaProbed(command.request, None, error.message, unasked=True))
+            return
         self._post(events.ReplicaProbed(command.request, seconds, why))
 
     async def await_ready(self, process: EngineProcess) -> events.Event:
@@ -332,10 +336,10 @@ class EngineManager:
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
         lines = process.all_lines()
         failure = process.engine.failure(lines)
-        if process.plain_order and process.is_special and (process.loader or not failure.memory):
+        if process.command and process.is_special and (process.loader or not failure.memory):
             made = f"with its weights loaded by {process.loader}" if process.loader else "made of a standby"
             log.warning("%s: %s, it failed: %s", process.name, made, failure.reason, extra=of(process))
-            return await self._start_plainly(process, process.plain_order)
+            return await self._start_plainly(process, process.command)
         if process.phase.detail and "phase" not in what:
             what = f"{what} in its phase {process.phase.phase!r}"
         reason = with_last_lines(with_root(what, failure) if lines else what, lines, failure.reason)
@@ -353,10 +357,10 @@ class EngineManager:
     def _longest_start(self, process: EngineProcess) -> float:
         """The limit of a start, in seconds; shorter where the engine could be started again in a plainer way."""
         longest, usual = process.model.start_timeout, self._usual(process.name, "start")
-        special = process.is_special and process.plain_order
+        special = process.is_special and process.command
         return min(longest, max(SHORTEST_PATIENCE, PATIENCE * usual)) if special and usual else longest
 
-    async def _start_plainly(self, process: EngineProcess, plain_order: PlainOrder) -> events.Event:
+    async def _start_plainly(self, process: EngineProcess, command: commands.StartEngine) -> events.Event:
         """Start the engine again without standby and fast loader, either of which may have been at fault.
 
         Of the two the loader is suspected: the standby has already run.
@@ -368,7 +372,7 @@ class EngineManager:
             self.standbys.note_outcome(process.standby, good=False)
         self._discard(process)
         try:
-            fresh, order = plain_order()
+            fresh, order = self._launch_planner.prepare(command)
         except VllmdError as error:
             fresh, order, why = process, None, error.message
         if order is None:
@@ -575,7 +579,10 @@ class EngineManager:
         process.watcher = asyncio.ensure_future(health.watch(process, kill))
 
     def answered(self, model: str, status: int, *, failed: bool) -> None:
-        """A request to the model's engine was answered with ``status``, or ``failed`` on its way."""
+        """A request to a model's only engine was answered with ``status``, or ``failed`` on its way.
+
+        Of a model with replicas nothing is noted here: the scheduler judges each replica by the core's events.
+        """
         if process := self.processes.get(model):
             process.health.note(status, failed)
 

@@ -8,13 +8,14 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
+from vllmd.core.commands import StartEngine
 from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
 from vllmd.daemon.loaders import Loading
@@ -24,12 +25,11 @@ from vllmd.engines.base import Engine, Listen, Progress
 from vllmd.engines.standby import Standby
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
-from vllmd.launcher.client import ExitReport, Running, StartOrder
+from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
-PlainOrder = Callable[[], "tuple[EngineProcess, StartOrder | None]"]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class EngineProcess:
     environment: str | None = None  # that it was started in; "": it has none; None: an older version noted nothing
     standby: Standby | None = None  # what a standby has to be to become it
     given: str = ""  # the instance of the standby that its order names
-    plain_order: PlainOrder | None = None  # writes its order once more, should its standby or its loader be at fault
+    command: StartEngine | None = None  # that it was started by; None: it cannot be started once more
     loading: Loading | None = None  # how its weights are read, where that is to be measured
     is_first_start: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it was told to go
@@ -124,7 +124,7 @@ class EngineProcess:
         """Go on as another attempt at this start, once the one before has exited; the time of both counts."""
         for name in ("model", "instance", "listen", "fingerprint", "environment", "stop", "stop_signal"):
             setattr(self, name, getattr(other, name))
-        self.running = self.ordered = self.report = self.watcher = self.file = self.plain_order = self.loading = None
+        self.running = self.ordered = self.report = self.watcher = self.file = self.command = self.loading = None
         self.exited, self.health, self.ending, self.verdict = asyncio.Event(), Health(), False, ""
         self.lines.clear()
 
@@ -201,29 +201,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode  # json.dumps makes another one for each value
+
+
 def _json(value: Any) -> str:
-    return json.dumps(_plain(value), sort_keys=True, default=str)
+    return _encode(_plain(value))
 
 
 @cache
-def _defaults() -> Mapping[str, tuple[Any, str]]:
-    """Of each setting the value of a model that does not give it, and that as JSON."""
+def _defaults() -> Sequence[tuple[str, Any, str]]:
+    """Of each setting that counts, in order, the value of a model that does not give it, and that as JSON."""
     model = ModelConfig("")
-    return {each.name: (value := getattr(model, each.name), _json(value)) for each in fields(model)}
+    names = sorted({*of_the_engine(), "name", "request", "adapters"})
+    return [(name, value := getattr(model, name), _json(value)) for name in names]
 
 
 def _fingerprint(model: ModelConfig, name: str) -> str:
     """Of the settings in JSON, in the order of their names. Most are nobody's own, and written once for all."""
-    parts = {"name": _json(name), "request": _NO_RULES}
-    parts["adapters"] = _json({adapter: told.path for adapter, told in model.adapters.items()})
-    for key in of_the_engine():
-        value, default = getattr(model, key), _defaults()[key]
-        if key not in parts:
-            parts[key] = default[1] if value is default[0] else _json(value)
-    for setting, default_then in _SINCE_0_1_0.items():
-        if parts[setting] == default_then:  # as if there were no such setting: an engine of an older version is kept
-            del parts[setting]
-    whole = ", ".join([f'"{key}": {parts[key]}' for key in sorted(parts)])
+    own = {"name": _json(name), "request": _NO_RULES}
+    own["adapters"] = (
+        _json({adapter: told.path for adapter, told in model.adapters.items()}) if model.adapters else "{}"
+    )
+    parts = []
+    for key, default, written in _defaults():
+        text = own.get(key) or (written if (value := getattr(model, key)) is default else _json(value))
+        if text != _SINCE_0_1_0.get(key):  # else as if there were no such setting: an older version's engine is kept
+            parts.append(f'"{key}": {text}')
+    whole = ", ".join(parts)
     return hashlib.sha256(f"{{{whole}}}".encode()).hexdigest()[:16]
 
 

@@ -28,7 +28,7 @@ class Expectations:
 
     ``specs``: what the core knows of the models. ``estimates``: what each engine is told of the memory for it, such as
     the size of its cache: as estimated, never as measured. ``kinds``: what each engine's model is for, as its files
-    tell.
+    tell. ``problems``: why a model can never be loaded here, by model.
     """
 
     paths: Paths
@@ -36,6 +36,7 @@ class Expectations:
     specs: tuple[ModelSpec, ...]
     estimates: Mapping[str, Estimate]
     kinds: Mapping[str, str]
+    problems: Mapping[str, str]
 
 
 async def expect(
@@ -55,7 +56,9 @@ async def expect(
             replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.estimate, cpu))
             estimates[each.model.name] = each.estimate
         specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
-        return Expectations(paths, engines, specs, estimates, {each.model.name: each.kind for each in prospects})
+        kinds = {each.model.name: each.kind for each in prospects}
+        problems = {each.model.replica_of or each.model.name: each.problem for each in prospects if each.problem}
+        return Expectations(paths, engines, specs, estimates, kinds, problems)
 
     return await asyncio.to_thread(reckon)
 

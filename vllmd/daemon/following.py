@@ -44,7 +44,7 @@ class Following:
         with self._changes.following():
             while True:
                 changed = self._changes.next_change  # before looking: what changes while the reader is busy counts
-                seen = self._status.status_input()
+                seen = self._status.status_input(model)
                 if not _moves(seen, model):
                     return
                 line = line_of(seen, model)

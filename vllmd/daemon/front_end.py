@@ -102,78 +102,56 @@ def front_end(
     take: ApplyConfiguration,
     reload: Callable[[], Awaitable[Reloaded]],
 ) -> FrontEnd:
-    """Everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
+    """Build everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
     current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()
-    key_store = KeyStore(runtime.keys)
-    key_store.load()
-    key_store.configured = lambda: current.config.auth
-    with_keys = key_store.added_to(config)
-    resolver, counters, quotas = EngineResolver(), Counters(), Quotas(with_keys.auth.keys)
+    # 1. What two parts need of each other. These functions name parts that are made further down, and are called by
+    #    requests and operators only, when all parts are there.
     fetching = Fetching(
         lambda name: store.may_fetch(name), lambda name: store.fetch(name), lambda name: store.how_far(name)
     )
+
+    def spend(key: str, device_seconds: float) -> None:
+        quotas.spent(key, 0.0, device_seconds)
+        counters.held(key, device_seconds)
+
+    def note_outcome(model: str, status: int, failed: bool) -> None:
+        if back.now is not None:
+            back.now.engines.answered(model, status, failed=failed)
+
+    # 2. Keys, which come before everything else that a request meets.
+    key_store = KeyStore(
+        runtime.keys, lambda: current.config.auth, lambda keys: listeners.configure(keys.added_to(current.config))
+    )
+    key_store.load()
+    with_keys = key_store.added_to(config)
+    # 3. The gate, and the relay behind it. What is wrong with a broken configuration is for operators, and the log.
+    resolver, counters, quotas = EngineResolver(), Counters(), Quotas(with_keys.auth.keys)
     gate = AdmissionGate(resolver, quotas, counters, fetching)
     gate.configure(config.models, current.engines, config.server.keep_alive_limit, config.pools)
-    if broken:  # what is wrong there is for those who may read it: operators, and the log
-        what = f"vllmd's configuration is invalid, tell its administrator: {places(broken)}"
-        gate.refusal = Unavailable(what)
-    limits = Limits(config.server)
-    relay = Relay(gate, limits)
-    learnt = Learnt(runtime.learnt)
-    records = Records(config.records, runtime.usage)
-    relay.recorder, relay.tracer = records.recordings, records
+    if broken:
+        gate.refusal = Unavailable(f"vllmd's configuration is invalid, tell its administrator: {places(broken)}")
+    limits, learnt = Limits(config.server), Learnt(runtime.learnt)
+    records = Records(config.records, runtime.usage, gate.base_of, lambda: listeners.exchanges(), spend)
+    relay = Relay(gate, limits, records.recordings, records)
+    # 4. What operators see and do.
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
+    disabled = Disabled(runtime.disabled)
+    disabled.load()
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines,
-                    lambda: records.trouble)  # fmt: skip
-    disabled = Disabled(runtime.disabled)
-    disabled.load()
-    adapters = RuntimeAdapters(current, gate, back)
-    commands = OperatorCommands(back, instances, disabled, current.engines_of, reload)
-    following = Following(current, status, changes, back)
-    previews = Previews(back, lambda: current.config)
-    plans = Plans(current, back, records.arrivals, status.cache)
+                    lambda: records.trouble, lambda: listeners.unanswered())  # fmt: skip
     control = Control(
-        counters, status, commands, previews, plans, following, runtime_models, store, records, key_store, adapters
-    )
-
-    def outcome(model: str, answered: int, failed: bool) -> None:
-        """Tell the scheduler how a request ended at a model's only engine; several replicas it judges by its events."""
-        known = current.config.models.get(model)
-        if back.now is not None and known and not known.replicas:
-            back.now.engines.answered(model, answered, failed=failed)
-
-    def spend(key: str, tokens: float, device: float) -> None:
-        """A key's models have held devices for so many seconds more."""
-        quotas.spent(key, tokens, device)
-        counters.held(key, device)
-
-    listeners = Listeners(
-        with_keys, gate, quotas, control, relay, limits, sockets, outcome, records.ended, runtime.sessions
-    )
-    records.live = listeners.exchanges
-    records.spend = spend
-    key_store.changed = lambda: listeners.configure(key_store.added_to(current.config))
-    records.base_of = lambda name: offer.model if (offer := gate.offers.get(name)) else name
+        counters, status, OperatorCommands(back, instances, disabled, current.engines_of, reload),
+        Previews(back, lambda: current.config), Plans(current, back, records.arrivals, status.cache),
+        Following(current, status, changes, back), runtime_models, store, records, key_store,
+        RuntimeAdapters(current, gate, back),
+    )  # fmt: skip
+    # 5. The listeners, which nobody is let in by before ``Listeners.open``.
+    listeners = Listeners(with_keys, gate, quotas, control, relay, limits, sockets, note_outcome, records.ended,
+                          runtime.sessions)  # fmt: skip
     return FrontEnd(
-        runtime=runtime,
-        current=current,
-        resolver=resolver,
-        counters=counters,
-        gate=gate,
-        changes=changes,
-        learnt=learnt,
-        status=status,
-        instances=instances,
-        runtime_models=runtime_models,
-        store=store,
-        changing=changing,
-        listeners=listeners,
-        records=records,
-        key_store=key_store,
-        disabled=disabled,
-        quotas=quotas,
-        back=back,
-    )
+        runtime, current, resolver, counters, gate, changes, learnt, status, instances, runtime_models, store,
+        changing, listeners, records, key_store, disabled, quotas, back,
+    )  # fmt: skip

@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable
 
 from vllmd.daemon.calls import Liveness, check_liveness, timed_probe
 from vllmd.daemon.engine_process import ERRORS, EngineProcess
+from vllmd.proxy.upstream import OutOfFiles
 
 log = logging.getLogger("vllmd.health")
 
@@ -71,7 +72,10 @@ async def _look(process: EngineProcess) -> tuple[str, float]:
     if found is Liveness.WRONG:
         return why, WRONG
     if process.health.errors >= ERRORS:
-        seconds, failure = await timed_probe(process, PATIENCE)
+        try:
+            seconds, failure = await timed_probe(process, PATIENCE)
+        except OutOfFiles:
+            return "", 0.0
         if seconds is None:
             return failure, WRONG
     process.health.errors = 0

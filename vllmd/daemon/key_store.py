@@ -47,14 +47,20 @@ class StoredKey:
 
 
 class KeyStore:
-    """The file; without a path none can be made."""
+    """The file; without a path no key can be made."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        configured: Callable[[], AuthConfig] = AuthConfig,
+        changed: Callable[[KeyStore], None] = lambda keys: None,
+    ) -> None:
+        """``configured`` gives the keys of the configuration in force; ``changed`` is called when other keys count."""
         self._path = path
+        self._configured = configured
+        self._changed = changed
         self._keys: dict[str, StoredKey] = {}
         self._unreadable = ""
-        self.changed: Callable[[], None] = lambda: None  # called when other keys count from now on
-        self.configured: Callable[[], AuthConfig] = AuthConfig  # those of the configuration in force
 
     def load(self) -> None:
         """Read the file; none is one without keys."""
@@ -82,7 +88,7 @@ class KeyStore:
 
     def list(self) -> Keys:
         """All keys, those of the configuration first."""
-        configured = [_line(key, None) for key in self.configured().keys]
+        configured = [_line(key, None) for key in self._configured().keys]
         own = {each.name for each in configured}
         return Keys((*configured, *(_line(m.config, m.at) for n, m in self._keys.items() if n not in own)))
 
@@ -90,7 +96,7 @@ class KeyStore:
         """Make one. Raises BadRequest, Conflict, Unavailable."""
         if not 0 < len(name) <= LONGEST_KEY_NAME or not name.isprintable() or name != name.strip() or name == "-":
             raise BadRequest(f"name must be 1 to {LONGEST_KEY_NAME} printable characters", param="name")
-        if name in self._keys or any(key.name == name for key in self.configured().keys):
+        if name in self._keys or any(key.name == name for key in self._configured().keys):
             raise Conflict(f"there is a key called {name!r} already")
         if len(self._keys) >= MOST_KEYS:
             raise Conflict(f"there are {MOST_KEYS} keys already")
@@ -117,7 +123,7 @@ class KeyStore:
     def _parse_key(self, name: str) -> StoredKey:
         if name in self._keys:
             return self._keys[name]
-        if any(key.name == name for key in self.configured().keys):
+        if any(key.name == name for key in self._configured().keys):
             raise NotFound(f"the key {name!r} is in the configuration: change it there, then vllmctl reload")
         raise NotFound(f"there is no key called {name!r}")
 
@@ -139,7 +145,7 @@ class KeyStore:
         except OSError as error:
             raise Unavailable(f"keys cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
         self._keys = keys
-        self.changed()
+        self._changed(self)
 
 
 def _with(key: KeyConfig, settings: Mapping[str, object]) -> KeyConfig:

@@ -27,7 +27,7 @@ from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.public_listeners import PublicListeners, public_address
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
-from vllmd.errors import VllmdError
+from vllmd.errors import SpokenTls, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.ollama.store import DaemonStore
 from vllmd.proxy.body_memory import BodyMemory
@@ -38,10 +38,11 @@ from vllmd.proxy.gate import Authenticator
 from vllmd.proxy.hosts import Hosts
 from vllmd.proxy.limits import Limits, clients_files
 from vllmd.proxy.models import add_model_routes
-from vllmd.proxy.peers import are_ours
+from vllmd.proxy.peers import register_own_sockets
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.records.ring import Entry
+from vllmd.systemd.throttle import Repeated
 
 log = logging.getLogger("vllmd.http")
 
@@ -85,6 +86,7 @@ class Listeners:
         self._relay = relay
         self._public = PublicListeners(self._keys)
         self._outcome = outcome
+        self._spoken_tls = Repeated(log)
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
@@ -143,7 +145,7 @@ class Listeners:
 
     def open(self) -> None:
         """Accept connections on every listener."""
-        are_ours(sock for sockets in self._listeners.values() for sock in sockets)
+        register_own_sockets(sock for sockets in self._listeners.values() for sock in sockets)
         for server in self._servers:
             server.start()
 
@@ -172,6 +174,15 @@ class Listeners:
         """The requests for models that are under way."""
         return (each for server in self._servers for each in server.exchanges() if each.model)
 
+    def unanswered(self) -> dict[str, float]:
+        """By engine, when the oldest of its requests was admitted of whose answer nothing has come (monotonic)."""
+        found: dict[str, float] = {}
+        for exchange in self.exchanges():
+            account = exchange.account
+            if account is not None and account.admitted is not None and not account.answered:
+                found[account.replica] = min(account.admitted, found.get(account.replica, account.admitted))
+        return found
+
     @property
     def busy(self) -> int:
         """Clients who are sending a request, or wait for an answer."""
@@ -184,7 +195,7 @@ class Listeners:
         are let in to be refused.
         """
         for server in self._clients:
-            server.last_ones()
+            server.disable_keep_alive()
             if not turn_away:
                 server.stop_accepting()
 
@@ -213,6 +224,12 @@ class Listeners:
             self._control.counters.recorded(entry)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
             self._outcome(exchange.model, exchange.status, bool(exchange.error))
+        if exchange.error == SpokenTls.__name__:  # the client shows an error of its TLS library, which tells nobody
+            self._spoken_tls.say(
+                logging.WARNING,
+                "a client (%s) speaks TLS where plain HTTP is spoken: its URL must begin with http://",
+                exchange.request.peer.address,
+            )
         log_ended(exchange)
 
 

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     config, broken = Config(), ""
     try:
         with collector.paused():
-            config = load(arguments.config, os.environ, overrides)
+            config = load(arguments.config, os.environ, overrides, strict=arguments.check)
     except ConfigError as error:
         broken = error.message
     if broken and (arguments.check or not given_sockets):

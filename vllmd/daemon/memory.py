@@ -144,7 +144,8 @@ class Memory:
     ) -> events.MemorySampled | None:
         """A sample as the event that the core wants.
 
-        ``expected``: what the ledger has each model at. ``idle``: seconds that each engine has been unused.
+        ``expected``: what the ledger has each model at. ``idle``: seconds that each engine has been unused. Raises
+        OSError where we have no file descriptor to look with.
         """
         sample = await self.sample()
         if sample is None:
@@ -165,7 +166,10 @@ class Memory:
         sample = await self.sample() if process.placement.devices else None
         if sample is None or process.running is None:
             return {}
-        name, pids = process.model.name, _pids(process)
+        try:
+            name, pids = process.model.name, _pids(process)
+        except OSError:  # we have no file descriptor to look with
+            return {}
         _, models = attribute(sample, {name: pids})
         found: dict[int, int] = {}
         for index in process.placement.devices:

@@ -34,10 +34,10 @@ class PortPool:
     def reserve(self) -> int:
         """A port that no other engine of ours has and nobody listens on. Raises Unavailable when there is none."""
         for _ in range(len(self._free)):
-            port = self._free.popleft()
+            port = self._free[0]
             if _is_free(port):
-                return port
-            self._free.append(port)
+                return self._free.popleft()
+            self._free.rotate(-1)
         raise Unavailable(f"all engine ports {self._range.start}-{self._range.stop - 1} are in use")
 
     def release(self, port: int) -> None:
@@ -47,8 +47,12 @@ class PortPool:
 
 
 def _is_free(port: int) -> bool:
-    """Whether nobody listens on the loopback port."""
-    with socket.socket() as probe:
+    """Whether nobody listens on the loopback port. Raises Unavailable where we have no socket to find out with."""
+    try:
+        probe = socket.socket()
+    except OSError as error:
+        raise Unavailable(f"vllmd cannot look for a free port: {error.strerror}", retry_after=5) from None
+    with probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))

@@ -15,9 +15,12 @@ from vllmd.config.types import ModelConfig
 from vllmd.core.types import Device
 from vllmd.daemon.fitness import kind_of
 from vllmd.daemon.homes import Homes, unknown_user
+from vllmd.engines import looks
 from vllmd.engines.base import Engine, Place
 from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
+from vllmd.engines.facts import READING
 from vllmd.errors import ConfigError
+from vllmd.foreign import each_within
 from vllmd.gpu import gpus
 from vllmd.place import host_memory
 from vllmd.sizes import in_words as size
@@ -58,7 +61,8 @@ def look(
 ) -> list[ModelCheck]:
     """Look at each model; reads their files."""
     memory = host_memory()
-    return [_check_model(model, machine, engine_of, memory) for model in models]
+    with looks.shared():
+        return each_within(READING, lambda model: _check_model(model, machine, engine_of, memory), list(models))
 
 
 def _check_model(

@@ -15,6 +15,7 @@ from vllmd.core.types import State
 from vllmd.daemon.calls import timed_probe
 from vllmd.daemon.serializers import state_of
 from vllmd.errors import Conflict
+from vllmd.proxy.upstream import OutOfFiles
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
@@ -71,6 +72,8 @@ async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Outcome:
     seconds, why = None, "abandoned"
     try:
         seconds, why = await timed_probe(process, limit)
+    except OutOfFiles as error:
+        why = error.message
     finally:
         back.post(events.ReplicaProbed(request, seconds, why))
     return Outcome(seconds, why)

@@ -80,9 +80,21 @@ class Watcher:
 class Records:
     """Implements ``vllmd.admin.control.Records``."""
 
-    def __init__(self, config: RecordsConfig, path: Path | None) -> None:
-        """``path``: of the store; None: none is kept."""
+    def __init__(
+        self,
+        config: RecordsConfig,
+        path: Path | None,
+        base_of: Callable[[str], str] = lambda name: name,
+        under_way: Callable[[], Iterable[Exchange]] = tuple,
+        spend: Callable[[str, float], None] = lambda key, device_seconds: None,
+    ) -> None:
+        """``path``: of the store of use; None: none is kept.
+
+        ``base_of`` gives the model that an adapter or a variant belongs to, ``under_way`` the requests for models that
+        have not ended. ``spend`` is told for how many seconds more a key's models have held a device.
+        """
         self._config = config
+        self._base_of, self._live, self._spend = base_of, under_way, spend
         self._ring = Ring(config.requests, self._loading)
         self.recordings = Recordings(time.monotonic)
         self._bodies = KeptBodies(config.bodies)
@@ -104,9 +116,6 @@ class Records:
         self._came_up: dict[str, tuple[float, float]] = {}  # replica -> when it began to come up, and when it was there
         self._last_key: dict[str, str] = {}  # model -> who used it last
         self._looked: float | None = None
-        self.base_of: Callable[[str], str] = lambda name: name  # the model that an adapter or a variant belongs to
-        self.spend: Callable[[str, float, float], None] = lambda key, tokens, device: None  # a key holds devices
-        self.live: Callable[[], Iterable[Exchange]] = lambda: ()  # requests for models that are under way
 
     def configure(self, config: RecordsConfig) -> None:
         """Take what a changed configuration says of records."""
@@ -213,7 +222,7 @@ class Records:
             keys = users.get(view.name) or Counter({self._last_key.get(view.name, ""): 1})
             for key, number in keys.items():
                 share = number / keys.total()
-                self.spend(key, 0.0, devices * share)
+                self._spend(key, devices * share)
                 if self._keeps:
                     self._sums.held(at, key, view.name, devices * share, memory * share)
         if self._sums and self._timer is None:
@@ -333,7 +342,7 @@ class Records:
         """The last ones that are wanted, the newest first, and those under way, the oldest first."""
         wanted = Filter.of(model, key, status, since, failed, slower)
         shown = (each for each in self._ring.newest() if wanted.takes(each) and ring.may_see(caller, each))
-        live = sorted(_unfinished(exchange) for exchange in self.live())
+        live = sorted(_unfinished(exchange) for exchange in self._live())
         under_way = (each for each in live if wanted.takes(each) and ring.may_see(caller, each))
         return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.as_answer, under_way)))
 
@@ -364,7 +373,7 @@ class Records:
 
     def _under_way(self, request_id: str, caller: Caller) -> list[tuple[Exchange, Entry]]:
         """Requests under way with this id that the caller may see, each with its entry."""
-        live = ((exchange, _unfinished(exchange)) for exchange in self.live() if exchange.request.id == request_id)
+        live = ((exchange, _unfinished(exchange)) for exchange in self._live() if exchange.request.id == request_id)
         return [(exchange, entry) for exchange, entry in live if ring.may_see(caller, entry)]
 
     async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
@@ -472,7 +481,7 @@ class Records:
         def read() -> tuple[deque[Arrival], int]:
             last, number = deque[Arrival](maxlen=most), 0
             for number, each in enumerate(store.arrivals(since), 1):  # noqa: B007
-                last.append(each._replace(model=self.base_of(each.model)))
+                last.append(each._replace(model=self._base_of(each.model)))
             return last, number
 
         try:
@@ -492,7 +501,7 @@ class Records:
         except StoreError as error:
             raise Unavailable(error.message) from None
         for each in anonymous(found) if anonymised else found:
-            model = each.model if anonymised else self.base_of(each.model)
+            model = each.model if anonymised else self._base_of(each.model)
             yield answers.Arrival(each.at / 1000, model, each.prompt, each.answer, each.key or None)
 
 

@@ -8,7 +8,7 @@ device that is about to be another one; engines that are adopted come last.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from vllmd.api.answers import Reloaded
 from vllmd.config.reload import LATER, in_force
@@ -85,9 +85,9 @@ async def apply_configuration(
         removed=tuple(removed),
         changed=tuple(sorted(changed)),
         later=later,
-        warnings=tuple(config.warnings),
+        warnings=(*config.warnings, *_unmentioned(expected.problems, config.warnings)),
     )
-    _say(done)
+    _say(done, config.warnings)
     return done
 
 
@@ -99,13 +99,18 @@ async def _renewed(front: FrontEnd, back: BackEnd, config: Config) -> Devices | 
     return await back.devices.renew(opener(config, front.runtime.environment))
 
 
-def _say(done: Reloaded) -> None:
-    """Into the log what ``vllmctl reload`` prints."""
+def _unmentioned(problems: Mapping[str, str], warnings: Sequence[str]) -> list[str]:
+    """The problems of models of which the warnings, which name their line, have none."""
+    return [why for model, why in problems.items() if not any(f": models.{model}." in told for told in warnings)]
+
+
+def _say(done: Reloaded, warnings: Iterable[str]) -> None:
+    """Into the log what ``vllmctl reload`` prints; what can never be loaded is there already."""
     log.info(
         *("configuration reloaded: %d models, added %s, removed %s, changed %s", done.models),
         *(", ".join(names) or "none" for names in (done.added, done.removed, done.changed)),
     )
-    for warning in done.warnings:
+    for warning in warnings:
         log.warning("%s", warning)
     for path, what in done.later.items():
         log.log(logging.WARNING if what == LATER else logging.INFO, "%s %s", path, what)

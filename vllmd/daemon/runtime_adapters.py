@@ -136,10 +136,10 @@ class RuntimeAdapters:
                 raise BadRequest(f"say in model which it is for: {' or '.join(map(repr, may[:3]))}", param="model")
             return may[0]
         target = self._gate.resolve(name, caller)
-        caller.check(target.called, name)
+        caller.check(target.permit_name, name)
         if target.model not in may or target.offer:
             what = "the model's setting runtime_adapters lets it; adapters of the configuration are in adapters"
-            raise Forbidden(f"{target.called!r} loads no adapters while it runs: {what}", param="model")
+            raise Forbidden(f"{target.permit_name!r} loads no adapters while it runs: {what}", param="model")
         return target.model
 
     def _takers(self) -> Iterator[str]:

@@ -110,6 +110,7 @@ def line(
     process: EngineProcess | None = None,
     *,
     since: float | None = None,
+    silent: float | None = None,
     last_start: Start | None = None,
     power: float | None = None,
     unused: float | None = None,
@@ -119,7 +120,8 @@ def line(
     """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices;
     ``unused``: the joules of that since its last request.
 
-    ``since``: seconds in its state, where the core does not know. ``process``: its engine, of a model with
+    ``since``: seconds in its state, where the core does not know. ``silent``: seconds for which it has answered none of
+    the requests that wait in it. ``process``: its engine, of a model with
     ``replicas`` that of the one which is as the model is.
     """
     running = process.running if process else None
@@ -140,6 +142,8 @@ def line(
         leases=view.leases,
         waiting_for=view.waiting_for,
         failure=view.failure,
+        never=view.never,
+        silent=silent,
         standing=view.standing,
         latency=view.latency,
         rests_in=view.rests_in,

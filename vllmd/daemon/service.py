@@ -231,7 +231,7 @@ class Daemon:
             return
         async with self._sampling:
             await back.readings.look()
-            self.front.records.look(back.snapshot(), self.front.gate.running())
+            self.front.records.look(back.activity(), self.front.gate.running())
             if keep:
                 back.dispatcher.flush_log()
                 await back.note_idle()

@@ -48,19 +48,18 @@ OLDER_RETRY = 0.1
 T = TypeVar("T")
 Ended = Callable[[ExitReport], None]
 Logged = Callable[[str, list[str]], None]
+StandbyReady = Callable[[str, int], None]
 
 
 async def back_end(front: FrontEnd) -> BackEnd:
     """Find the devices, the launcher and what runs already. Requests are let through by ``FrontEnd.open``."""
-    current, runtime = front.current, front.runtime
-    config = current.config
+    current, runtime, config = front.current, front.runtime, front.current.config
     # 1. The devices, or that they are being waited for.
     devices = DeviceWatch(opener(config, runtime.environment))
     memory = Memory(await devices.begin(), files_of(config))
     log_devices(memory)
     # 2. The core: the models, what each will take, and what was learnt of them.
-    learnt = front.learnt
-    await asyncio.to_thread(learnt.load)
+    await asyncio.to_thread((learnt := front.learnt).load)
     with collector.paused():
         expected = await expect(config, runtime, memory.inventory, front.resolver)
         front.gate.learn_kinds(expected.kinds)
@@ -68,52 +67,42 @@ async def back_end(front: FrontEnd) -> BackEnd:
             expected.specs, memory.inventory, settings_of(config, memory.inventory), CostBook.from_dict(learnt.costs)
         )
 
-    # 3. The launcher. What it reports before there is anybody to hear it concerns engines that step 5 asks it for.
+    # 3. The launcher's client and the engines behind it. It is opened, and calls these, when everything is there.
     def ended(report: ExitReport) -> None:
-        if not front.store.ended(report) and engines is not None:
+        if not front.store.ended(report):
             engines.on_exit(report)
 
-    def logged(instance: str, lines: list[str]) -> None:
-        if engines is not None:
-            engines.on_log(instance, lines)
-
-    engines: EngineManager | None = None
-    launcher = await connect_launcher(runtime.launcher, ended, logged)
-    launched_by = await known_backend(launcher)
-
-    # 4. The engines, and the dispatcher between them and the core.
     def report(event: events.Event) -> None:
         ahead.on_event(event)
         front.changes.engine_event(event, dispatcher)
 
     def files_to_read(replica: str) -> list[WeightFile]:
-        model = front.current.engines.get(replica)
-        return weight_files(model, paths_of(front.current.config, runtime).homes.hub(model)) if model else []
+        model = current.engines.get(replica)
+        return weight_files(model, paths_of(current.config, runtime).homes.hub(model)) if model else []
 
-    async def look() -> None:
-        await readings.look()
-
-    ports = PortPool(config.engines.port_start, config.engines.port_end)
+    launcher = launcher_client(
+        runtime.launcher, ended, lambda instance, lines: engines.on_log(instance, lines),
+        lambda instance, memory: standbys.mark_ready(instance, memory),
+    )  # fmt: skip
+    ports, mark_changed = PortPool(config.engines.port_start, config.engines.port_end), front.changes.mark_changed
     planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
-    mark_changed, usual = front.changes.mark_changed, scheduler.costs.usual
     standbys = Standbys(launcher, planner.standby_of, lambda size: report(events.StandbysHeld(size)))
-    launcher.on_waiting = standbys.mark_ready
+    standbys.configure(config.engines.standby, expected.engines.values())
+    ahead = ReadAhead(files_to_read, lambda: current.config.engines.read_ahead)
     loaders = Loaders(
-        learnt.loaders,
-        files_to_read,
-        lambda: front.current.config.engines.fast_loaders,
+        learnt.loaders, files_to_read, lambda: current.config.engines.fast_loaders,
         lambda replica: ahead.stop(commands.StopReadAhead(replica)),
-    )
+    )  # fmt: skip
     engines = EngineManager(
-        launcher, report, memory, planner, runtime.logs, mark_changed, look, usual, learnt.ended, learnt.starts,
-        standbys, loaders
+        launcher, report, memory, planner, runtime.logs, mark_changed, lambda: readings.look(), scheduler.costs.usual,
+        learnt.ended, learnt.starts, standbys, loaders,
     )  # fmt: skip
     engines.configure(expected.engines, expected.estimates)
-    ahead = ReadAhead(files_to_read, lambda: front.current.config.engines.read_ahead)
-    standbys.configure(config.engines.standby, expected.engines.values())
+    # 4. The dispatcher, between the engines and the core.
     execute = executors(engines, front.gate, front.instances.add, ahead)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, mark_changed)
     readings = DeviceReadings(memory, engines, dispatcher)
+    launched_by = await connect(launcher, runtime.launcher)
     back = BackEnd(launched_by, launcher, dispatcher, engines, memory, devices, readings, learnt)
     # 5. What is there already: engines of an earlier daemon, and what others hold of the devices.
     if memory.devices.trouble:
@@ -164,39 +153,37 @@ async def apply_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> Non
         await back.readings.look()
 
 
-async def connect_launcher(address: str, ended: Ended, logged: Logged) -> LauncherClient:
-    """The launcher's socket, or ("") one of our own; tried again until it answers, requests wait meanwhile."""
+def launcher_client(address: str, ended: Ended, logged: Logged, standby_ready: StandbyReady) -> LauncherClient:
+    """A client of the launcher at that socket, or ("") of one of our own; not opened yet."""
 
     def lost() -> None:
         log.warning("lost the launcher; engines run on, connecting again")
 
-    trouble = Repeated(log)
-    while True:
+    if address:
+        return LauncherClient.at(address, ended, logged, lost, standby_ready)
+    return LauncherClient.private(ended, logged, lost, standby_ready)
+
+
+async def connect(launcher: LauncherClient, address: str) -> str:
+    """Open the client, again until the launcher answers, and return its backend; requests wait meanwhile.
+
+    In an upgrade the sockets may wake the new daemon a moment before the launcher is restarted: the old one could
+    neither tell us whose its engines are, nor do what we may ask. So a launcher older than we are is waited out.
+    """
+    trouble, is_told = Repeated(log), False
+    while not launcher.connected:
         try:
-            if address:
-                return await LauncherClient.connect(address, ended, logged, lost)
-            return await LauncherClient.spawn_private(ended, logged, lost)
+            await launcher.open()
         except (LauncherFailed, OSError) as error:
             where = address or "(private)"
             trouble.say(logging.ERROR, "cannot reach the launcher at %s: %s; trying again", where, error)
             await asyncio.sleep(LAUNCHER_RETRY)
-
-
-async def known_backend(launcher: LauncherClient) -> str:
-    """The launcher's backend, once it is not older than we are.
-
-    In an upgrade the sockets may wake the new daemon a moment before the launcher is restarted: the old one could
-    neither tell us whose its engines are, nor do what we may ask.
-    """
-    told = False
-    while True:
-        info = await answered(launcher.info)
-        if info.protocol >= PROTOCOL:
-            return info.backend
-        if not told:
+    while (info := await answered(launcher.info)).protocol < PROTOCOL:
+        if not is_told:
             log.warning("the launcher is that of an older version; waiting for `systemctl restart vllmd-launcher`")
-        told = True
+        is_told = True
         await asyncio.sleep(OLDER_RETRY)
+    return info.backend
 
 
 async def answered(ask: Callable[[], Awaitable[T]]) -> T:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,10 +57,11 @@ class StatusInput:
     snapshot: Snapshot | None
     event_loop: str = ""
     unwritten: str = ""
+    unanswered: Mapping[str, float] = field(default_factory=dict)  # see ``Listeners.unanswered``
 
 
-def status(seen: StatusInput, started: float) -> answers.Status:
-    """Everything that ``vllmctl`` shows. ``started``: by ``time.monotonic``."""
+def status(seen: StatusInput, started: float, models: tuple[ModelLine, ...]) -> answers.Status:
+    """Everything that ``vllmctl`` shows. ``started``: by ``time.monotonic``. ``models``: of each its ``model_line``."""
     shown = answers.Status(
         version=vllmd.__version__,
         pid=os.getpid(),
@@ -84,7 +85,7 @@ def status(seen: StatusInput, started: float) -> answers.Status:
         devices=tuple(memory.about(device) for device in snapshot.devices),
         host_memory=answers.HostMemory(snapshot.host_memory, snapshot.host_promised, snapshot.host_standbys or None),
         standbys=tuple(map(standby_line, seen.back.engines.standbys.kept.values())) or None,
-        models=tuple([model_line(seen, view) for view in snapshot.models]),
+        models=models,
     )
 
 
@@ -134,12 +135,24 @@ def _line(
         config,
         engines.processes.get(engine),
         since=since,
+        silent=_silence(seen, engine) if not replicas else None,
         last_start=seen.back.learnt.starts.get(engine),
         power=seen.back.memory.power.watts.get(engine),
         unused=seen.back.memory.power.since_used.get(engine),
         replica_of=replica_of,
         replicas=replicas,
     )
+
+
+def _silence(seen: StatusInput, engine: str) -> float | None:
+    """Seconds for which an engine has answered nothing, though a request waits in it; None where none does.
+
+    Of several engines of a model each is judged by its answers (``core.health``), and that is shown.
+    """
+    asked, process = seen.unanswered.get(engine), seen.back.engines.processes.get(engine) if seen.back else None
+    if asked is None or process is None or process.ready_after is None or process.model.replica_of:
+        return None
+    return time.monotonic() - max(asked, process.health.heard)
 
 
 def line_of(seen: StatusInput, model: str) -> ModelLine:
@@ -158,7 +171,7 @@ def of_caller(status: answers.Status, caller: Caller) -> answers.Status:
     if caller.models is None:
         return status
     lines = [line for line in status.models if caller.may_use(line.name)]
-    own = tuple(replace(line, waiting_for=line.waiting_for and "room") for line in lines)  # it names who holds it
+    own = tuple(replace(line, waiting_for="room") if line.waiting_for else line for line in lines)  # it names holders
     error = status.configuration.error and "invalid"
     return replace(status, standbys=None, models=own, configuration=replace(status.configuration, error=error))
 
@@ -183,6 +196,7 @@ class Status:
         connections: Callable[[], int],
         downloads: Callable[[], list[answers.Download]] = list,
         unwritten: Callable[[], str] = str,
+        unanswered: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -193,26 +207,35 @@ class Status:
         self._connections = connections
         self._downloads = downloads
         self._unwritten = unwritten
+        self._unanswered = unanswered
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
 
-    def status_input(self) -> StatusInput:
-        """The core's snapshot, counts and the configuration, all of the same moment."""
+    def status_input(self, model: str = "") -> StatusInput:
+        """The core's snapshot, counts and the configuration, all of the same moment.
+
+        ``model``: the snapshot is of that model, or the model of that replica, alone.
+        """
         current, back = self._current, self._back.now
-        snapshot = back.snapshot() if back else None
+        snapshot = back.snapshot(model) if back else None
         connections, requests = self._connections(), self._gate.requests
         loop, counts = name_of(asyncio.get_running_loop()), (requests, connections)
         known = current.config, current.engines, current.broken, current.refused
-        return StatusInput(*known, *counts, back, snapshot, loop, self._unwritten())
+        return StatusInput(*known, *counts, back, snapshot, loop, self._unwritten(), self._unanswered())
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
         await self._back.wait()
 
-    def status(self, caller: Caller = ANYBODY) -> answers.Status:
+    async def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl`` shows, of the models that the caller may use."""
-        shown = replace(of_caller(status(self.status_input(), self._started), caller), host=host())
+        seen, lines = self.status_input(), list[ModelLine]()
+        for number, view in enumerate(seen.snapshot.models if seen.snapshot else (), 1):
+            if number % AT_A_TIME == 0:
+                await asyncio.sleep(0)
+            lines.append(model_line(seen, view))
+        shown = replace(of_caller(status(seen, self._started, tuple(lines)), caller), host=host())
         return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
     def health(self) -> answers.Health:
@@ -225,10 +248,10 @@ class Status:
     def line(self, model: str) -> ModelLine:
         """One model's line of ``status``, or one replica's. Raises Unavailable while the daemon opens, UnknownModel."""
         self._opened()
-        return line_of(self.status_input(), model)
+        return line_of(self.status_input(model), model)
 
-    def settings(self, model: str) -> str:
-        """The configuration in force, or one model's part, as YAML with the origin of each setting; no secrets."""
+    def settings(self, model: str) -> Iterator[str]:
+        """The configuration in force, or one model's part, as lines of YAML with each setting's origin; no secrets."""
         from vllmd.config.present import of_config  # few look at it
 
         return of_config(self._current.config, model)
@@ -245,19 +268,32 @@ class Status:
 
     async def models(self) -> list[Card]:
         """Every model for ``/v1/models``. Raises Unavailable where none is served, as every request hears."""
+        return await self._cards(self._current.config.models)
+
+    async def model(self, name: str) -> Card | None:
+        """The card of one model, adapter, variant or pool; None if none is called so. Raises Unavailable."""
+        offers = self._gate.offers
+        of = [offer.model if (offer := offers.get(each)) else each for each in offers.pool(name) or (name,)]
+        return next((card for card in await self._cards(dict.fromkeys(of)) if card.id == name), None)
+
+    async def _cards(self, names: Collection[str]) -> list[Card]:
+        """The cards of these models, and of what else is offered of them."""
         if self._gate.refusal:
             raise self._gate.refusal.with_traceback(None)
         config = self._current.config
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
-        files, seen, ids = self._kinds[1], self.status_input(), self._current.ids
+        files = self._kinds[1]
+        seen = self.status_input(next(iter(names)) if len(names) == 1 else "")
         views = {view.name: view for view in seen.snapshot.models} if seen.snapshot else {}
         said = await self._descriptions.of(_serving(seen))
         cards = []
-        for number, model in enumerate(seen.config.models.values(), 1):
+        for number, name in enumerate(names, 1):
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)
-            engines = ids[model.name]
+            if (model := seen.config.models.get(name)) is None:
+                continue
+            engines = self._current.engines_of(name)
             first = seen.engines[engines[0]]
             own = next((said[engine] for engine in engines if engine in said), None)
             routes, files_kind = self._resolver(first).routes(first), files.get(model.source, "")

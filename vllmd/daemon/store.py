@@ -356,7 +356,7 @@ def _owners(wanted: Wanted) -> set[str]:
 
 def _pulled(line: DownloadLine) -> Pulled:
     """The line of a download as one of the answer to who has it fetched."""
-    return Pulled(line.model, line.phase, line.source, line.completed, line.total, line.rate, line.elapsed)
+    return Pulled(line.model, line.phase, line.source, line.completed, line.total, line.rate, line.elapsed, line.behind)
 
 
 def settings_of(found: Mapping[str, object], wanted: Wanted) -> dict[str, object]:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from vllmd.config.engine_kinds import one_name
 from vllmd.config.types import ModelConfig
+from vllmd.engines.looks import looked_at_once
 from vllmd.errors import ConfigError
 
 SYSTEM = Path("/var/lib/vllmd/engines")
@@ -98,7 +99,12 @@ def chosen(model: ModelConfig) -> Environment | None:
             raise ConfigError(f"{f'{model.where}: ' if model.where else ''}models.{model.name}.engine_version: "
                               f"{absent(kind, version)}")  # fmt: skip
         return found
-    return None if PROGRAMS[kind] and in_path(model, PROGRAMS[kind]) else in_use(kind)
+    return None if PROGRAMS[kind] and in_path(model, PROGRAMS[kind]) else _current(kind)
+
+
+@looked_at_once
+def _current(kind: str) -> Environment | None:
+    return in_use(kind)
 
 
 def absent(kind: str, version: str) -> str:
@@ -117,9 +123,14 @@ def program(model: ModelConfig, name: str) -> str:
 
 def in_path(model: ModelConfig, name: str) -> str | None:
     """Where the engine of a model finds a program, as its user and with its variables."""
+    return _which(name, str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
+
+
+@looked_at_once
+def _which(name: str, path: str) -> str | None:
     import shutil  # and what it brings, archives of three kinds
 
-    return shutil.which(name, path=str(model.env.get("PATH") or os.environ.get("PATH") or PATH))
+    return shutil.which(name, path=path)
 
 
 def interpreter_of(script: str | None) -> str:

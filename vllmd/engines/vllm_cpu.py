@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
+from vllmd.engines.looks import looked_at_once
 from vllmd.sizes import GiB
 
 COMPILING = {"VLLM_USE_AOT_COMPILE": "0"}
@@ -41,6 +42,7 @@ _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "avx512f", "bf16"})  # of /pro
 _LIBRARIES = ("/lib", "/usr/lib", "/usr/local/lib", "/lib64", "/usr/lib64", "/lib/*-linux-gnu", "/usr/lib/*-linux-gnu")
 
 
+@looked_at_once
 def has_accelerator() -> bool:
     """Whether this machine has a GPU that vLLM's sleep mode knows."""
     return any(os.path.exists(path) for path in ACCELERATORS)

@@ -13,6 +13,7 @@
     topology     how near devices are to each other and to the CPUs
     visible      which devices the environment leaves to us (CUDA_VISIBLE_DEVICES and its like)
     visibility   how an engine is told which devices are its own
+    present      what there is, and whether a model's settings fit it, for commands without a daemon
     cpu          the CPU as a device, where there is no other
     declared     devices from the configuration; their usage from a stand-in's file
     attribution  whose memory it is: a model's by its processes, or external

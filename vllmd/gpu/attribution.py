@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from vllmd.errors import OUT_OF_FILES
 from vllmd.gpu.sample import DeviceSample, Sample
 
 TINY = 16 << 20  # bytes in use that no process owns: below this it is rounding, not a stranger
@@ -63,7 +64,8 @@ def _hidden(
 def pids_of(cgroup: Path | str | None, main_pid: int | None = None, proc: Path = Path("/proc")) -> frozenset[int]:
     """An engine's processes: those in its cgroup and below, else its main process's session and descendants.
 
-    ``cgroup``: a folder, or a path as in ``/proc/PID/cgroup``; "" or None where the engine has none of its own.
+    ``cgroup``: a folder, or a path as in ``/proc/PID/cgroup``; "" or None where the engine has none of its own. Raises
+    OSError where we have no file descriptor to look with.
     """
     folder = _folder(cgroup)
     if folder is not None:
@@ -85,7 +87,9 @@ def _in_cgroup(folder: Path) -> Iterable[int]:
     for path in (folder / "cgroup.procs", *folder.rglob("cgroup.procs")):
         try:
             yield from (int(line) for line in path.read_text().split() if line != "0")  # 0: not of our pid namespace
-        except OSError:
+        except OSError as error:
+            if error.errno in OUT_OF_FILES:  # its memory would be taken for a stranger's
+                raise
             continue  # it went away while we looked
 
 
@@ -113,6 +117,8 @@ def _processes(proc: Path) -> dict[int, tuple[int, int]]:
             try:
                 fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 found[int(folder.name)] = (int(fields[1]), int(fields[3]))
-            except (OSError, IndexError, ValueError):
+            except (OSError, IndexError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+                    raise
                 continue  # it went away while we looked
     return found

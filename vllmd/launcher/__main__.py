@@ -127,13 +127,14 @@ def _run_with_systemd(options: argparse.Namespace, users: Users) -> None:
     from vllmd.launcher.scopes import Scopes  # pystemd is not needed without systemd
 
     notifier, loop = Notifier(), Loop()
-    backend = Scopes(loop, user=options.user_bus, stop_requested=lambda instance: supervisor.stop_requested(instance))
-    service = Service(loop, backend, allowed_uids(options.client_user), options.idle_exit)
-    supervisor = service.supervisor = Supervisor(
-        loop, backend, users, service.report, _roots(options), service.standby_waits
+    backend = Scopes(
+        loop, user=options.user_bus, stop_requested=lambda instance: service.supervisor.stop_requested(instance)
+    )
+    service = Service(
+        loop, backend, allowed_uids(options.client_user), options.idle_exit, users=users, roots=_roots(options)
     )
     loop.on_signals(dict.fromkeys((signal.SIGTERM, signal.SIGINT), loop.stop))
-    supervisor.adopt()
+    service.supervisor.adopt()
     for listener in listeners:
         service.listen(listener)
     Orphans(loop, backend, service).watch()
@@ -146,11 +147,8 @@ def _run_privately(options: argparse.Namespace, users: Users) -> None:
     """Sessions, for one client; nothing outlives its connection."""
     loop = Loop()
     backend = Sessions(loop, token=options.session or str(os.getpid()), use_cgroups=not options.no_cgroups)
-    service = Service(loop, backend, ())
-    supervisor = service.supervisor = Supervisor(
-        loop, backend, users, service.report, options.run_root, service.standby_waits
-    )
-    finish = _finisher(loop, supervisor)
+    service = Service(loop, backend, (), users=users, roots=options.run_root)
+    finish = _finisher(loop, service.supervisor)
     loop.on_signals({signal.SIGTERM: finish, signal.SIGINT: lambda: None, signal.SIGCHLD: backend.reap_orphans})
     service.serve(socket.socket(fileno=options.fd), finish)
     loop.run()

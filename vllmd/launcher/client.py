@@ -82,13 +82,21 @@ class _ConnectionLost(LauncherFailed):
 
 
 class LauncherClient:
-    """Made by ``connect`` or ``spawn_private``. All callbacks are called in the event loop, and must be quick."""
+    """Made by ``at`` or ``private``, then opened. Callbacks are called in the event loop, and must be quick."""
 
-    def __init__(self, dial: Callable[[], socket.socket], on_exit: OnExit, on_log: OnLog, on_lost: OnLost) -> None:
-        self.on_waiting: OnWaiting = lambda instance, memory: None  # told of each standby that can be used
+    def __init__(
+        self,
+        dial: Callable[[], socket.socket],
+        on_exit: OnExit,
+        on_log: OnLog,
+        on_lost: OnLost,
+        on_waiting: OnWaiting,
+        reap: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``reap`` waits for the end of a launcher that is our own."""
         self._dial = dial
-        self._reap: Callable[[], None] | None = None
-        self._on_exit, self._on_log, self._on_lost = on_exit, on_log, on_lost
+        self._reap = reap
+        self._on_exit, self._on_log, self._on_lost, self._on_waiting = on_exit, on_log, on_lost, on_waiting
         self._socket: socket.socket | None = None
         self._connected = asyncio.Event()
         self._last_id = 0
@@ -101,17 +109,15 @@ class LauncherClient:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def connect(
+    def at(
         cls,
         address: str | Path | socket.socket,
         on_exit: OnExit = lambda report: None,
         on_log: OnLog = lambda instance, lines: None,
         on_lost: OnLost = lambda: None,
+        on_waiting: OnWaiting = lambda instance, memory: None,
     ) -> LauncherClient:
-        """Connect to a launcher's socket by path, or use a connected one (which cannot be connected again).
-
-        Raises LauncherFailed if nobody is there.
-        """
+        """A client of the launcher at a socket's path, or by a connected socket (which cannot be connected again)."""
         given = [address] if isinstance(address, socket.socket) else []
 
         def dial() -> socket.socket:
@@ -121,21 +127,29 @@ class LauncherClient:
                 return given.pop()
             return _connect_path(address)
 
-        return await cls(dial, on_exit, on_log, on_lost)._open()
+        return cls(dial, on_exit, on_log, on_lost, on_waiting)
 
     @classmethod
-    async def spawn_private(
+    def private(
         cls,
         on_exit: OnExit = lambda report: None,
         on_log: OnLog = lambda instance, lines: None,
         on_lost: OnLost = lambda: None,
+        on_waiting: OnWaiting = lambda instance, memory: None,
         options: tuple[str, ...] = (),
     ) -> LauncherClient:
-        """Start a launcher of our own, without systemd. Its engines die with it, and it dies with us."""
+        """A client with a launcher of our own, without systemd. Its engines die with it, and it dies with us."""
         private = _PrivateLauncher(options)
-        client = cls(private.dial, on_exit, on_log, on_lost)
-        client._reap = private.reap
-        return await client._open()
+        return cls(private.dial, on_exit, on_log, on_lost, on_waiting, private.reap)
+
+    async def open(self) -> LauncherClient:
+        """Connect; from then on, connect again whenever the launcher is lost. Raises LauncherFailed if none answers."""
+        try:
+            self._use_connection(await asyncio.to_thread(self._dial))
+        except OSError as error:
+            raise LauncherFailed(f"cannot connect to the launcher: {error}") from None
+        self._spawn(self._keep_connected())
+        return self
 
     async def close(self) -> None:
         """End the connection. A private launcher then kills its engines and ends."""
@@ -144,8 +158,7 @@ class LauncherClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._over = "the connection to the launcher was closed"
         self._disconnect(LauncherFailed(self._over))
-        if self._reap:
-            await asyncio.to_thread(self._reap)
+        await asyncio.to_thread(self._reap)
 
     @property
     def connected(self) -> bool:
@@ -319,7 +332,7 @@ class LauncherClient:
                 if instance in self._followed:
                     self._on_log(instance, list(lines))
             case Waiting(instance, memory):
-                self.on_waiting(instance, memory)
+                self._on_waiting(instance, memory)
             case _:
                 self._on_answer(id, message)
 
@@ -346,14 +359,6 @@ class LauncherClient:
             self._on_exit(report)
 
     # --- the connection ---
-
-    async def _open(self) -> LauncherClient:
-        try:
-            self._use_connection(await asyncio.to_thread(self._dial))
-        except OSError as error:
-            raise LauncherFailed(f"cannot connect to the launcher: {error}") from None
-        self._spawn(self._keep_connected())
-        return self
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -32,7 +32,11 @@ class Process:
         """Raises ProcessLookupError if it is gone, or if ``start_time`` (clock ticks) tells that it is another."""
         self.pid = pid
         self.fd = os.pidfd_open(pid)
-        self.start_time = start_time_of(pid) or 0
+        try:
+            self.start_time = start_time_of(pid) or 0
+        except OSError:  # no file descriptor for it
+            os.close(self.fd)
+            raise
         if start_time is not None and self.start_time != start_time:
             os.close(self.fd)
             raise ProcessLookupError(f"process {pid} is not the one that was started")

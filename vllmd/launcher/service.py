@@ -54,6 +54,7 @@ from vllmd.launcher.protocol import (
     Unfollow,
     Waiting,
 )
+from vllmd.launcher.spawn import Users
 from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,19 @@ MAX_WORDS = 2000  # characters of what went wrong
 class Service:
     """Accepts clients on ``listener`` (or has the one given), and ends by itself when it is not needed."""
 
-    def __init__(self, loop: Loop, backend: Backend, uids: Collection[int], idle_exit: float = 30.0) -> None:
-        """``uids``: who may connect. ``idle_exit``: seconds with neither clients nor engines."""
+    def __init__(
+        self,
+        loop: Loop,
+        backend: Backend,
+        uids: Collection[int],
+        idle_exit: float = 30.0,
+        users: Users | None = None,
+        roots: Sequence[str] = (),
+    ) -> None:
+        """``uids``: who may connect. ``idle_exit``: seconds with neither clients nor engines.
+
+        ``users`` and ``roots`` are the supervisor's.
+        """
         self._loop = loop
         self._backend = backend
         self._uids = frozenset(uids)
@@ -78,7 +90,7 @@ class Service:
         self._idle: Timer | None = None
         self._listeners: list[socket.socket] = []
         self._refused, self._malformed, self._reported = Throttle(log), Throttle(log), Throttle(log, burst=200)
-        self.supervisor: Supervisor
+        self.supervisor = Supervisor(loop, backend, users or Users(), self.report, roots, self.standby_waits)
 
     # --- connections ---
 
@@ -92,8 +104,7 @@ class Service:
     def serve(self, connection: socket.socket, gone: Callable[[], None] | None = None) -> None:
         """Serve this one; ``gone`` is called when it leaves."""
         connection.setblocking(False)
-        client = Client(self._loop, connection, self._handle, self._left, self._malformed)
-        client.gone = gone
+        client = Client(self._loop, connection, self._handle, self._left, self._malformed, gone)
         self._clients.append(client)
         self.consider_idle()
 
@@ -235,8 +246,10 @@ class Client:
         handle: Callable[[Client, int, Message], None],
         left: Callable[[Client], None],
         malformed: Throttle,
+        gone: Callable[[], None] | None = None,
     ) -> None:
-        self.gone: Callable[[], None] | None = None
+        """``gone`` is called when the client has left, after ``left``."""
+        self.gone = gone
         self.standbys: set[str] = set()  # that it has ordered; they end with it
         self._loop, self._connection, self._handle, self._left = loop, connection, handle, left
         self._malformed = malformed

@@ -163,12 +163,18 @@ def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool, link
     ``link``: a descriptor that its command inherits, and is told of as ``LINK``.
     """
     gate_reader, gate_writer = os.pipe()
-    error_reader, error_writer = os.pipe()
+    try:
+        error_reader, error_writer = os.pipe()
+    except OSError:
+        os.close(gate_reader)
+        os.close(gate_writer)
+        raise
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
         if pid == 0:
             _become_engine(order, user, (gate_reader, error_writer, output, link), die_with_us)
+        child = _held(pid)
     except OSError:
         os.close(gate_writer)
         os.close(error_reader)
@@ -178,7 +184,17 @@ def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool, link
         os.close(gate_reader)
         os.close(error_writer)
     os.set_blocking(error_reader, False)
-    return Child(Process(pid), gate_writer, error_reader)
+    return Child(child, gate_writer, error_reader)
+
+
+def _held(pid: int) -> Process:
+    """Our child by its pidfd; one for which there is none is not left to itself. Raises OSError."""
+    try:
+        return Process(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def prepare(order: StartOrder, user: User) -> Process:
@@ -235,7 +251,7 @@ def _in_child(user: User, work: Callable[[], None]) -> Process:
             status = AGAIN if error.errno == errno.EROFS else NOT_DONE
         finally:
             os._exit(status)
-    return Process(pid)
+    return _held(pid)
 
 
 def _empty(run_dir: str) -> None:

@@ -27,11 +27,11 @@ from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.gate import Target
 from vllmd.proxy.http import Pairs, Request, Response, json_response, list_response, text_response
-from vllmd.proxy.keep_alive import wish
-from vllmd.proxy.large import LARGE, in_turns
-from vllmd.proxy.model_requests import after_rules, quoted
-from vllmd.proxy.paths import referred
-from vllmd.proxy.peek import Asked
+from vllmd.proxy.keep_alive import requested_keep_alive
+from vllmd.proxy.large import LARGE_BYTES, in_turns
+from vllmd.proxy.model_requests import parse_after_rules, quoted
+from vllmd.proxy.paths import alternative_for
+from vllmd.proxy.peek import ParsedBody
 from vllmd.proxy.routing import LocalHandler, Route, Router
 
 RUNNING = "Ollama is running"  # what its clients look for
@@ -145,7 +145,7 @@ class ModelRoutes:
         """What the request asks for, and whom. Raises BadRequest, UnknownModel, Forbidden."""
         request = exchange.request
         await self._relay.requests.make_plain(exchange, "application/json")
-        files = Files() if len(request.body) > LARGE else None
+        files = Files() if len(request.body) > LARGE_BYTES else None
         members = read(request.body if files is None else await in_turns(files.take_out(request.body)))
         target = self._relay.requests.target(request, requests.model_of(members), "")
         asked = replace(parse(members, target), files=files)
@@ -162,7 +162,7 @@ class ModelRoutes:
     async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
         """Have the model there, as for a request that asks nothing, or let it go; why it is done then."""
         gate, request = self._relay.gate, exchange.request
-        seconds = wish(request, _keeps(asked))
+        seconds = requested_keep_alive(request, _keeps(asked))
         if seconds != 0:
             if self._relay.limits.now.request_timeout is not None:
                 exchange.expire(self._relay.limits.now.request_timeout)
@@ -178,10 +178,12 @@ class ModelRoutes:
         request = exchange.request
         body = openai_body(asked, target)
         if target.rules is not None:
-            body = await after_rules(body.body, target.rules, asked.path)
-        wanted = UpstreamRequest(target, body, asked.path, public=asked.path, keep_alive=wish(request, _keeps(asked)))
+            body = await parse_after_rules(body.raw, target.rules, asked.path)
+        wanted = UpstreamRequest(
+            target, body, asked.path, public_path=asked.path, keep_alive=requested_keep_alive(request, _keeps(asked))
+        )
         request.body = b""  # what was translated is held in its place
-        exchange.body_grew(len(body.body))
+        exchange.charge_body(len(body.raw))
 
         async def parse(_: Exchange) -> UpstreamRequest:
             return wanted
@@ -198,7 +200,7 @@ class ModelRoutes:
             await exchange.respond(inner.response)
 
 
-def openai_body(asked: Translated, target: Target) -> Asked:
+def openai_body(asked: Translated, target: Target) -> ParsedBody:
     """The body that an engine gets, with its own name for the model."""
     members = dict(asked.body)
     if asked.stream:
@@ -209,11 +211,11 @@ def openai_body(asked: Translated, target: Target) -> Asked:
     if asked.files is not None:
         body = asked.files.put_back(body)
     options = (members["stream_options"],) if "stream_options" in members else ()
-    return Asked(target.served_name, asked.stream, body, start, start + len(name), True, stream_options=options)
+    return ParsedBody(target.served_name, asked.stream, body, start, start + len(name), True, stream_options=options)
 
 
-def _keeps(asked: Translated) -> Asked:
-    return Asked(asked.model, asked.stream, b"", keep_alive=(asked.keep_alive,))
+def _keeps(asked: Translated) -> ParsedBody:
+    return ParsedBody(asked.model, asked.stream, b"", keep_alive=(asked.keep_alive,))
 
 
 class ListRoutes:
@@ -226,7 +228,7 @@ class ListRoutes:
     async def running(self, request: Request) -> Response:
         """``GET /``, by which clients look whether it runs. A person with a browser is shown the way."""
         if "text/html" in request.headers.get("accept"):
-            raise NotFound(f"there is no page here: {referred('/')}")
+            raise NotFound(f"there is no page here: {alternative_for('/')}")
         answer = text_response(RUNNING)
         answer.headers = DOCS
         return answer
@@ -237,20 +239,21 @@ class ListRoutes:
 
     async def tags(self, request: Request) -> Response:
         """``GET /api/tags``: what the key may use and is not hidden."""
-        return await list_response(models.tags(await self._cards(request), self._since), "models")
+        listed = {"models": models.names(await self._cards(request))}
+        return await list_response(listed, "models", make=lambda each: models.tag(each[0], each[1], self._since))
 
     async def ps(self, request: Request) -> Response:
         """``GET /api/ps``: the models that are loaded."""
         cards = await self._cards(request)
-        lines = self._control.status.status().models
+        lines = (await self._control.status.status()).models
         return json_response(models.ps(cards, lines, time.time()))
 
     async def show(self, request: Request) -> Response:
         """``POST /api/show``. Raises UnknownModel, Forbidden."""
         name = self._control.status.called(requests.model_of(read(request.body)), request.caller)
-        for card in await self._control.status.models():
-            if card.id == name:
-                return json_response(models.show(card, self._since))
+        card = await self._control.status.model(name)
+        if card is not None:
+            return json_response(models.show(card, self._since))
         raise UnknownModel(f"the model {name!r} is no longer configured", param="model")
 
     async def _cards(self, request: Request) -> list[Card]:

@@ -14,7 +14,7 @@ from vllmd.errors import TooLarge
 from vllmd.proxy.peek import Turns
 
 RUN = re.compile(rb"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{32768,}")
-SLICE = 1 << 20  # bytes looked through between two turns of the loop
+SLICE_BYTES = 1 << 20  # bytes looked through between two turns of the loop
 LEFT = 64  # bytes of a run that stay where they are: they tell what kind of file it is
 MOST_TEXT = 8 << 20  # bytes of what is no file; more than any model reads, and a tenth of a second to translate
 
@@ -29,8 +29,8 @@ class Files:
     def take_out(self, body: bytes) -> Turns[bytes]:
         """The body with marks in the places of its files. Raises TooLarge if there is too much else in it."""
         view, kept, done = memoryview(body), list[bytes | memoryview](), 0
-        for at in range(0, len(body), SLICE):
-            for run in RUN.finditer(body[at : at + SLICE]):
+        for at in range(0, len(body), SLICE_BYTES):
+            for run in RUN.finditer(body[at : at + SLICE_BYTES]):
                 start, end = at + run.start() + LEFT, at + run.end()
                 kept += [view[done:start], b"%b.%d." % (self._mark, len(self._runs))]
                 self._runs.append(view[start:end])

@@ -126,9 +126,9 @@ class Inner(Exchange):
         """The client's connection keeps the time."""
         self._outer.expire(seconds)
 
-    def body_grew(self, size: int) -> None:
+    def charge_body(self, size: int) -> None:
         """The client's connection answers for the memory."""
-        self._outer.body_grew(size)
+        self._outer.charge_body(size)
 
     @property
     def on_pause(self) -> Callable[[bool], None] | None:

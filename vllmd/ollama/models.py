@@ -33,11 +33,14 @@ def tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else name + LATEST
 
 
-def tags(cards: Iterable[Card], since: float) -> dict[str, Any]:
-    """``GET /api/tags``: each model, and each alias, as what is listed. ``since``: Unix time."""
-    shown = [card for card in cards if not card.hidden]
-    names = [(name, card) for card in shown for name in (card.id, *card.aliases)]
-    return {"models": [{**_entry(name, card), "modified_at": _time(since), "size": 0} for name, card in names]}
+def names(cards: Iterable[Card]) -> list[tuple[str, Card]]:
+    """Each model, and each alias, that ``GET /api/tags`` lists."""
+    return [(name, card) for card in cards if not card.hidden for name in (card.id, *card.aliases)]
+
+
+def tag(name: str, card: Card, since: float) -> dict[str, Any]:
+    """What ``GET /api/tags`` lists of a model by one of its names. ``since``: Unix time."""
+    return {**_entry(name, card), "modified_at": _time(since), "size": 0}
 
 
 def ps(cards: Iterable[Card], lines: Iterable[ModelLine], now: float) -> dict[str, Any]:

@@ -42,15 +42,17 @@ class Trace(NamedTuple):
 class Account:
     """One request: when it was let through, to whom, how often it was sent, what it took.
 
-    ``admitted`` is in seconds of the monotonic clock, None before that; ``replica`` the one that it was sent to last.
+    ``admitted`` is in seconds of the monotonic clock, None before that; ``replica`` the one that it was sent to last;
+    ``answered``: that one's answer has begun, with a byte of its body.
     ``request`` and ``answer`` are there only while bodies are recorded.
     """
 
-    __slots__ = ("admitted", "answer", "replica", "request", "sends", "stream", "tokens", "trace")
+    __slots__ = ("admitted", "answer", "answered", "replica", "request", "sends", "stream", "tokens", "trace")
 
     def __init__(self, *, stream: bool) -> None:
         self.stream = stream
         self.admitted: float | None = None
+        self.answered = False
         self.replica = ""
         self.sends = 0
         self.tokens: Tokens | None = None
@@ -60,7 +62,7 @@ class Account:
 
     def admit(self, replica: str) -> None:
         """The request was admitted to this replica."""
-        self.admitted = time.monotonic()
+        self.admitted, self.answered = time.monotonic(), False
         self.replica = replica
         self.sends += 1
 

@@ -1,7 +1,8 @@
-"""The engine's answer on its way to the client.
+"""How an engine's answer goes to the client: ``answer_for`` chooses one of the classes below by the engine's head.
 
 Mostly the body passes as the bytes it came in, framing and all. It is taken apart and framed anew only where it
-must be: another name goes into it, the client speaks HTTP/1.0, or the client's head was sent early.
+must be: the model's name or a usage is replaced in it, the client speaks HTTP/1.0, or the client has had its head
+already because the model was loading (``loading_heartbeat``).
 """
 
 from __future__ import annotations
@@ -22,27 +23,29 @@ from vllmd.proxy.hosts import shares_the_page
 from vllmd.proxy.http import Headers, date_line, status_line
 from vllmd.proxy.loading_heartbeat import LoadingHeartbeat
 from vllmd.proxy.paths import INSTEAD
-from vllmd.proxy.peek import Asked
+from vllmd.proxy.peek import ParsedBody
 from vllmd.proxy.rewrite import Rewriter
 from vllmd.proxy.upstream import host_field
-from vllmd.proxy.usage import Both, UsageFilter, WithoutUsage
+from vllmd.proxy.usage import FilterChain, UsageFilter, WithoutUsage
 
-# Of the engine's fields a client never sees these: we write them ourselves, or they speak for another origin than ours.
+# Fields of the engine's that no client gets: ``response_head`` writes them itself, or they are about the engine's
+# origin.
 OURS = frozenset(
     b"content-length x-request-id x-accel-buffering server set-cookie alt-svc strict-transport-security"
     b" access-control-allow-origin access-control-allow-credentials access-control-allow-methods"
     b" access-control-allow-headers access-control-expose-headers access-control-max-age"
     b" service-worker-allowed clear-site-data x-content-type-options".split()
 )
-# What a browser never runs. Everything else of an engine's may hold a script, which would run as a page of ours.
+# Content types that a browser never runs. Anything else of an engine's may hold a script, which would run with the
+# rights of the daemon's own page.
 HARMLESS = (b"application/json", b"text/event-stream")
-PLAIN, FENCED = b"x-content-type-options: nosniff\r\n", b"content-security-policy: sandbox\r\n"
+NOSNIFF, SANDBOX = b"x-content-type-options: nosniff\r\n", b"content-security-policy: sandbox\r\n"
 EVENT_STREAM = b"text/event-stream"
-LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0", "[::1]", "::1")  # names of this machine that engines know theirs by
+LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0", "[::1]", "::1")  # hosts that an engine may put into its own URLs
 ABSOLUTE = re.compile(r"(?:https?:)?//([^/?#]*)(.*)", re.IGNORECASE)
-NO_ROUTE = b'{"detail":"Not Found"}'
-MAX_ERROR = 1 << 20  # bytes of an error answer that becomes an event
-MAX_HELD = 1 << 20  # bytes of an answer kept whole for the sake of its length; a longer one goes out in chunks
+NO_ROUTE = b'{"detail":"Not Found"}'  # FastAPI's body where it has no such route
+MAX_ERROR_BYTES = 1 << 20  # of an error answer that becomes an event
+MAX_BUFFERED_BYTES = 1 << 20  # of an answer kept whole for the sake of its length; a longer one goes out in chunks
 
 
 @frozen
@@ -50,12 +53,12 @@ class UpstreamRequest:
     """A request ready to be sent: the model that it is for, its body, and its path at the engine."""
 
     target: Target
-    asked: Asked
+    parsed: ParsedBody
     path: str  # at the engine, with the query
-    path_at: Callable[[Target], str] | None = None  # where the engine's name for the model is in it
-    outside: str = ""  # what a client puts before a path of the engine's to reach it
-    only: str = ""  # the replica that alone can serve it
-    public: str = ""  # the public path that the client asked for, "" for none of them
+    path_for: Callable[[Target], str] | None = None  # makes ``path`` where the engine's name for the model is in it
+    client_prefix: str = ""  # "/upstream/NAME", if the client reaches the engine's own paths below that
+    only_replica: str = ""  # the replica that alone can serve it; "" for any
+    public_path: str = ""  # the route as clients know it; "" below /upstream
     keep_alive: float | None = None  # seconds for which the client will want the model again, see ``proxy.keep_alive``
 
     @property
@@ -63,11 +66,9 @@ class UpstreamRequest:
         """The path at the engine, without the query."""
         return self.path.partition("?")[0]
 
-    def at(self, target: Target | None) -> UpstreamRequest:
-        """The same for another replica, if it is for a certain one."""
-        if target is None:
-            return self
-        return replace(self, target=target, path=self.path_at(target) if self.path_at else self.path)
+    def for_replica(self, target: Target) -> UpstreamRequest:
+        """The same request for the replica ``target``, whose served model name may be another."""
+        return replace(self, target=target, path=self.path_for(target) if self.path_for else self.path)
 
 
 class Answer(Protocol):
@@ -91,48 +92,48 @@ def answer_for(
     *,
     hides_usage: bool = False,
 ) -> Answer:
-    """How this answer goes to the client; ``hides_usage``: less the usage, which the client did not ask for."""
+    """Choose how this answer goes to the client; ``hides_usage``: without the usage, which only the relay asked for."""
     streamed = head.content_type.startswith(EVENT_STREAM)
+    # 1. After a 200 that was sent while the model loaded, anything but a stream can only be told as an event.
     if loading.head_sent and (head.status != 200 or not streamed):
         return ErrorEvent(loading, framing)
     loading.answer_begun = True
-    plain = not (upstream_request.outside or loading.head_sent) and exchange.request.method != "HEAD"
-    if head.status == 404 and head.length == len(NO_ROUTE) and plain:
+    request = exchange.request
+    if request.method == "HEAD":
+        return PassThrough(exchange, head.status, response_head(exchange, head, None, chunked=head.chunked))
+    # 2. The engine has no such route: say so in the words of the API. Below /upstream the client wants its own words.
+    replaceable = not (upstream_request.client_prefix or loading.head_sent)
+    if head.status == 404 and head.length == len(NO_ROUTE) and replaceable:
         return NoRoute(exchange, head, framing, upstream_request)
-    names = _rewriter(upstream_request, head)
-    rewriter: Rewriter | Both | None = names
-    if exchange.request.method == "HEAD":
-        return PassThrough(exchange, head.status, opening(exchange, head, None, chunked=head.chunked))
+    # 3. What has to be replaced in the body: the engine's name for the model, a usage.
+    asked, served = upstream_request.parsed.model, upstream_request.target.served_name
+    has_names = asked and asked != served and (streamed or head.content_type.startswith(b"application/json"))
+    names = Rewriter(served, asked) if has_names else None
+    rewriter: Rewriter | FilterChain | None = names
     if hides_usage and streamed and head.status == 200:
-        if rewriter is None and isinstance(framing, Chunked) and exchange.takes_chunks:
-            begun = b"" if loading.head_sent else opening(exchange, head, None, chunked=True)
+        if names is None and isinstance(framing, Chunked) and exchange.takes_chunks:
+            begun = b"" if loading.head_sent else response_head(exchange, head, None, chunked=True)
             return WithoutUsage(exchange, framing, begun)
-        rewriter = Both(UsageFilter(), names)
-    if names is not None and head.length is not None and head.length <= MAX_HELD and not loading.head_sent:
+        rewriter = FilterChain(UsageFilter(), names)
+    # 4. A JSON answer keeps a length, if it is short enough to wait for: some clients want one.
+    if names is not None and head.length is not None and head.length <= MAX_BUFFERED_BYTES and not loading.head_sent:
         return Buffered(exchange, head, framing, names)
+    # 5. Else the bytes pass as they come, unless the client cannot take the framing or something is replaced.
     if loading.head_sent:
         if rewriter is None and head.chunked and exchange.takes_chunks:
             return PassThrough(exchange, 200, b"")
         return Reframed(exchange, framing, rewriter, 200, b"")
     if rewriter is None and (not head.chunked or exchange.takes_chunks):
-        return PassThrough(exchange, head.status, opening(exchange, head, head.length, chunked=head.chunked))
-    return Reframed(exchange, framing, rewriter, head.status, opening(exchange, head, None, chunked=True))
+        return PassThrough(exchange, head.status, response_head(exchange, head, head.length, chunked=head.chunked))
+    return Reframed(exchange, framing, rewriter, head.status, response_head(exchange, head, None, chunked=True))
 
 
-def _rewriter(upstream_request: UpstreamRequest, head: ResponseHead) -> Rewriter | None:
-    """What puts the client's name of the model into the answer, where the engine's is another."""
-    asked, served = upstream_request.asked.model, upstream_request.target.served_name
-    if asked and asked != served and head.content_type.startswith((EVENT_STREAM, b"application/json")):
-        return Rewriter(served, asked)
-    return None
-
-
-def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunked: bool) -> bytes:
-    """The head for the client, with the framing that its body is going to have."""
+def response_head(exchange: Exchange, head: ResponseHead, length: int | None, *, chunked: bool) -> bytes:
+    """The head for the client, with the framing that its body is going to have: ``length``, chunks, or the end."""
     framing = b""
     if exchange.request.method == "HEAD":
-        if told := head.headers.get("content-length"):  # what a GET's would be
-            framing = b"content-length: %b\r\n" % told.encode()
+        if content_length := head.headers.get("content-length"):  # of the body that a GET would have
+            framing = b"content-length: %b\r\n" % content_length.encode()
     elif length is not None:
         if head.status not in BODYLESS:
             framing = b"content-length: %d\r\n" % length
@@ -140,13 +141,13 @@ def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunk
         framing = b"transfer-encoding: chunked\r\n"
     else:
         exchange.end_with_connection()
-    connection = b""  # nothing is said of it where it is as HTTP/1.1 has it
+    connection = b""  # no field: HTTP/1.1 keeps connections alive
     if not exchange.keep_alive:
         connection = b"connection: close\r\n"
     elif exchange.request.version == "1.0":
         connection = b"connection: keep-alive\r\n"
     if not head.content_type.startswith(HARMLESS):
-        connection += PLAIN + FENCED if shares_the_page(exchange.request) else PLAIN
+        connection += NOSNIFF + SANDBOX if shares_the_page(exchange.request) else NOSNIFF
     return b"%b%b%bx-request-id: %b\r\n%b%b\r\n" % (
         status_line(head.status),
         b"" if head.dated else date_line(),
@@ -157,11 +158,13 @@ def opening(exchange: Exchange, head: ResponseHead, length: int | None, *, chunk
     )
 
 
-def relocated(head: ResponseHead, where: Address, outside: str) -> ResponseHead:
-    """``head`` whose Location makes sense outside: a path of ours, where it was one at the engine's own address."""
-    own = {host_field(where), "localhost"} | ({f"{where.host}:{where.port}", where.host} if where.host else set())
-    if where.host in LOOPBACK:
-        own |= {f"{name}:{where.port}" for name in LOOPBACK}
+def relocated(head: ResponseHead, address: Address, client_prefix: str) -> ResponseHead:
+    """``head`` with a Location that clients can follow: ``client_prefix`` takes the place of the engine's address."""
+    own = {host_field(address), "localhost"}
+    if address.host:
+        own |= {f"{address.host}:{address.port}", address.host}
+    if address.host in LOOPBACK:
+        own |= {f"{name}:{address.port}" for name in LOOPBACK}
     fields = []
     for name, value in head.headers.raw:
         if name == b"location":
@@ -169,13 +172,13 @@ def relocated(head: ResponseHead, where: Address, outside: str) -> ResponseHead:
             if absolute is not None and absolute[1].lower() in own:
                 value = (absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]).encode("latin-1")
             if value.startswith(b"/") and not value.startswith(b"//"):
-                value = outside.encode("latin-1") + value.removeprefix(where.prefix.encode())
+                value = client_prefix.encode("latin-1") + value.removeprefix(address.prefix.encode())
         fields.append((name, value))
     return replace(head, headers=Headers(fields))
 
 
 def _onward(head: ResponseHead) -> bytes:
-    """The engine's fields that a client gets, as lines."""
+    """The engine's fields that a client gets, as lines; noted in ``head.headers``, which the next answer may share."""
     fields = forwardable(head.headers.raw, but=OURS)
     if head.content_type.startswith(EVENT_STREAM):
         fields.append((b"x-accel-buffering", b"no"))
@@ -184,7 +187,7 @@ def _onward(head: ResponseHead) -> bytes:
 
 
 class PassThrough:
-    """The body's bytes as they come: once the head is out, the exchange itself takes them."""
+    """Passes the body on as it comes. After the head ``more`` is the exchange's own ``write``, to save a call."""
 
     __slots__ = ("_exchange", "_head", "_status", "end", "more")
 
@@ -202,22 +205,22 @@ class PassThrough:
 
 
 class Reframed:
-    """The payload in chunks of our own (or plain, for HTTP/1.0), with names put right."""
+    """Passes the payload on in chunks of our own (unframed, for HTTP/1.0), with what ``rewriter`` replaces in it."""
 
     def __init__(
-        self, exchange: Exchange, framing: Framing, rewriter: Rewriter | Both | None, status: int, head: bytes
+        self, exchange: Exchange, framing: Framing, rewriter: Rewriter | FilterChain | None, status: int, head: bytes
     ) -> None:
         self._exchange = exchange
         self._framing = framing
         self._rewriter = rewriter
         self._status = status
         self._head = head
-        self._plainly = rewriter is None and not exchange.takes_chunks  # the payload goes on as it is
+        self._unframed = rewriter is None and not exchange.takes_chunks  # the payload passes as it is
         framing.keep = True
 
     def more(self, data: bytes) -> None:
-        """Take the payload out of ``data`` and pass it on."""
-        if self._plainly:
+        """Pass on the payload that the framing has found in ``data``."""
+        if self._unframed:
             pieces, self._framing.pieces = self._framing.pieces, []
             if self._head:
                 head, self._head = self._head, b""
@@ -230,7 +233,7 @@ class Reframed:
         self._send(self._rewriter.feed(payload) if self._rewriter is not None else payload)
 
     def end(self) -> None:
-        """Pass on what was held, and the end."""
+        """Pass on what the rewriter held back, and the last chunk."""
         if self._rewriter is not None:
             self._send(self._rewriter.rest())
         if self._exchange.takes_chunks:
@@ -246,114 +249,114 @@ class Reframed:
             self._exchange.write(framed)
 
 
-class Kept:
-    """A body that is kept until it is whole, in one buffer however small its pieces; beyond ``most`` bytes it ends."""
+class Collected:
+    """A body that is collected until it is whole; what exceeds ``max_bytes`` is dropped.
 
-    def __init__(self, framing: Framing, most: int) -> None:
+    In one buffer: a list of pieces of two bytes would take twenty times their size.
+    """
+
+    def __init__(self, framing: Framing, max_bytes: int) -> None:
         self._framing = framing
-        self._most = most
+        self._max_bytes = max_bytes
         self._body = bytearray()
         framing.keep = True
 
     def more(self, data: bytes) -> None:
-        """Take what the framing has kept of ``data``."""
+        """Collect the payload that the framing has found in ``data``."""
         for piece in self._framing.pieces:
             self._body += piece
         self._framing.pieces.clear()
-        if len(self._body) > self._most:
+        if len(self._body) > self._max_bytes:
             self._framing.keep = False
 
-    @property
-    def body(self) -> bytes:
-        """The payload so far, in bytes."""
-        return bytes(self._body)
 
-
-class Buffered(Kept):
-    """A JSON answer of known length, kept until it is whole because its length changes with the name."""
+class Buffered(Collected):
+    """A JSON answer of known length, collected because its length changes with the model's name."""
 
     def __init__(self, exchange: Exchange, head: ResponseHead, framing: Framing, rewriter: Rewriter) -> None:
-        super().__init__(framing, MAX_HELD)
+        super().__init__(framing, MAX_BUFFERED_BYTES)
         self._exchange = exchange
         self._head = head
         self._rewriter = rewriter
 
     def end(self) -> None:
-        """Rename, and send all of it."""
-        body = self._rewriter.renamed(self.body)
-        head = opening(self._exchange, self._head, len(body), chunked=False)
+        """Replace the name, and send head and body."""
+        body = self._rewriter.renamed(bytes(self._body))
+        head = response_head(self._exchange, self._head, len(body), chunked=False)
         self._exchange.start(self._head.status, head + body)
         self._exchange.finish()
 
 
-class NoRoute(Kept):
-    """What FastAPI says where an engine has no such route, as vLLM's are made for the kind of model: it says nothing of
-    the model, nor what would be right."""
+class NoRoute(Collected):
+    """FastAPI's 404 for a path that it has no route for. vLLM has routes only for what the kind of model can do."""
 
-    def __init__(self, exchange: Exchange, head: ResponseHead, framing: Framing, asked: UpstreamRequest) -> None:
-        super().__init__(framing, MAX_HELD)
-        self._exchange, self._head, self._asked = exchange, head, asked
+    def __init__(
+        self, exchange: Exchange, head: ResponseHead, framing: Framing, upstream_request: UpstreamRequest
+    ) -> None:
+        super().__init__(framing, MAX_BUFFERED_BYTES)
+        self._exchange, self._head, self._model = exchange, head, upstream_request.target.model
 
     def end(self) -> None:
-        """Say so in the words of the API; anything else of that length is passed on."""
-        if self.body == NO_ROUTE:
+        """Name the model and what it serves instead; another body of the same length is passed on."""
+        if self._body == NO_ROUTE:
             path = self._exchange.request.path
-            told = f"the model {self._asked.target.model!r} does not serve {path}"
-            self._exchange.fail(NotFound(f"{told}; {INSTEAD[path]}" if path in INSTEAD else told))
+            message = f"the model {self._model!r} does not serve {path}"
+            self._exchange.fail(NotFound(f"{message}; {INSTEAD[path]}" if path in INSTEAD else message))
             return
-        self._exchange.start(404, opening(self._exchange, self._head, len(self.body), chunked=False) + self.body)
+        head = response_head(self._exchange, self._head, len(self._body), chunked=False)
+        self._exchange.start(404, head + bytes(self._body))
         self._exchange.finish()
 
 
-class Refusal(Kept):
-    """A replica's word that it cannot serve just now; the request may yet be served elsewhere."""
+class Refusal(Collected):
+    """A replica's answer that it cannot serve just now; another replica may."""
 
     def __init__(self, status: int, framing: Framing) -> None:
-        super().__init__(framing, MAX_ERROR)
+        super().__init__(framing, MAX_ERROR_BYTES)
         self.status = status
 
     def end(self) -> None:
-        """Nothing is sent to the client: ``Relay.forward`` decides whether another replica is tried."""
+        """Send nothing: ``Relay.forward`` decides whether another replica is tried."""
 
     def error(self) -> VllmdError:
         """The error for the client, if no other replica serves the request."""
         try:
-            told = str(json.loads(self.body)["error"]["message"])
+            message = str(json.loads(self._body)["error"]["message"])
         except (ValueError, LookupError, TypeError):
-            told = "it said no more"
-        return Unavailable(f"the engine answered {self.status}: {told}", retry_after=1)
+            message = "it said no more"
+        return Unavailable(f"the engine answered {self.status}: {message}", retry_after=1)
 
 
-class OptionRefusal(Kept):
-    """An error that is perhaps about the ``stream_options`` that the client did not send; else it is the client's."""
+class OptionRefusal(Collected):
+    """A 400 or 422 that may be about ``stream_options``, which the client did not send; else it is the client's."""
 
     def __init__(self, exchange: Exchange, loading: LoadingHeartbeat, head: ResponseHead, framing: Framing) -> None:
-        super().__init__(framing, MAX_ERROR)
+        super().__init__(framing, MAX_ERROR_BYTES)
         self._exchange, self._loading, self._head = exchange, loading, head
 
     @property
-    def ours(self) -> bool:
-        """Whether it is about what we have added."""
+    def is_about_option(self) -> bool:
+        """Whether the error names the option that was added to the request."""
         return b"stream_options" in self._body or b"include_usage" in self._body
 
     def end(self) -> None:
-        """Hand the refusal on to the client: it was not about an option of ours."""
+        """Pass the error on to the client: it is not about the option."""
         if self._loading.head_sent:
-            self._loading.fail_with(self.body)
+            self._loading.send_error_event(bytes(self._body))
             return
         self._loading.answer_begun = True
-        head = opening(self._exchange, self._head, len(self._body), chunked=False)
-        self._exchange.start(self._head.status, head + self.body)
+        head = response_head(self._exchange, self._head, len(self._body), chunked=False)
+        self._exchange.start(self._head.status, head + bytes(self._body))
         self._exchange.finish()
 
 
-class ErrorEvent(Kept):
-    """An error that comes after the client's 200: it becomes the stream's last event."""
+class ErrorEvent(Collected):
+    """An error after the client's 200, which was sent while the model loaded: it becomes the stream's last event."""
 
     def __init__(self, loading: LoadingHeartbeat, framing: Framing) -> None:
-        super().__init__(framing, MAX_ERROR)
+        super().__init__(framing, MAX_ERROR_BYTES)
         self._loading = loading
 
     def end(self) -> None:
         """Send the error as the stream's last event."""
-        self._loading.fail_with(self.body)
+        self._loading.send_error_event(bytes(self._body))

@@ -43,7 +43,7 @@ NULS: dict[
 }
 
 
-def decoded(body: bytes, coding: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:
+def decode_body(body: bytes, coding: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:
     """``body`` without its Content-Encoding. ``grew`` is told how long the plain body has become.
 
     Raises BadRequest for a coding that is not known or a body that is not in it, TooLarge beyond ``most`` bytes.
@@ -107,7 +107,7 @@ def charset_of(body: bytes, content_type: str) -> str:
     return WIDE.get(re.sub("[-_]", "", declared[1].lower()), "") if declared else ""
 
 
-def in_utf8(body: bytes, charset: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:
+def to_utf8(body: bytes, charset: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:
     """``body``, which is in ``charset``, as UTF-8 without a mark. Raises BadRequest, TooLarge."""
     decoder = codecs.getincrementaldecoder(charset)()
     out = bytearray()

@@ -1,4 +1,4 @@
-"""One request and its answer, as the handler sees them; ``connection.py`` has the socket."""
+"""One request and its answer, as a handler sees them; ``connection.py`` has the socket."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from vllmd.proxy.http import Pairs, Request, Response, error_response
 
 
 class Wire(Protocol):
-    """What an exchange needs of its connection."""
+    """The interface of a connection for its present exchange."""
 
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is whole: read the next request, or close."""
 
     def abort(self, *, reset: bool) -> None:
-        """Close so that the client sees the answer as broken off; ``reset``: an orderly end would look like its end."""
+        """Close so that the client sees a broken answer; ``reset``: where an orderly close would look like its end."""
 
     def tunnel(self, receive: Callable[[bytes], None]) -> None:
-        """From now on the client's bytes are ``receive``'s."""
+        """Hand all further bytes of the client's to ``receive``."""
 
-    def hold(self, held: bool) -> None:
-        """Take nothing more from the client, or take on."""
+    def pause_client(self, paused: bool) -> None:
+        """Stop reading from the client, or go on."""
 
     def expire(self, seconds: float) -> None:
-        """Give the present exchange so long."""
+        """Set the time limit of the present exchange."""
 
     def end(self, error: VllmdError) -> None:
         """Answer the present exchange with the error, or break off where its answer has begun; cancel its handler."""
 
-    def body_grew(self, size: int) -> None:
-        """The request's body takes so many bytes of memory now. Raises Unavailable if there is no room for them."""
+    def charge_body(self, size: int) -> None:
+        """Set the memory of the request's body, in bytes. Raises Unavailable if there is no room for it."""
 
 
 class Exchange:
     """One request and its answer.
 
-    An answer is either given whole with ``respond``, or spoken: ``start``, ``write``..., then ``finish`` or
-    ``abort``. ``on_pause(True)`` is called when the client stops taking data, ``on_pause(False)`` when it goes on.
+    A handler answers either with ``respond``, or with ``start``, ``write``..., then ``finish`` or ``abort``.
+    ``on_pause(True)`` is called when the client stops taking data, ``on_pause(False)`` when it goes on.
     """
 
     def __init__(self, request: Request, wire: Wire, send: Callable[[bytes], None], *, keep_alive: bool) -> None:
@@ -53,11 +53,11 @@ class Exchange:
         self.first_byte: float | None = None  # seconds until the answer began
         self.status = 0  # 0 until the answer began
         self.sent = 0  # bytes of the answer, heads and framing included
-        self.received = 0  # bytes that came through after an upgrade
-        self.model = ""  # which model it was for, once known
-        self.offer = ""  # the adapter or variant of it, if it was for one
-        self.error = ""  # why it failed, if it did
-        self.message = ""  # the same in words
+        self.received = 0  # bytes from the client after an upgrade
+        self.model = ""  # the model of the request, once it is known
+        self.offer = ""  # its adapter or variant, if the request was for one
+        self.error = ""  # the name of the error's class, if the request failed
+        self.message = ""  # and its message
         self.account: Account | None = None  # of a request for a model, once it is known which
         self.over = False
         self.ends_with_connection = False  # the answer's head does not say where its body ends
@@ -77,10 +77,10 @@ class Exchange:
         """Whether the client understands a chunked body; one that speaks HTTP/1.0 does not."""
         return self.request.version != "1.0"
 
-    # -- speaking
+    # -- the steps of an answer
 
     def start(self, status: int, head: bytes, pieces: Sequence[bytes] = ()) -> None:
-        """Send the head, with whatever body bytes are in hand already: behind it, or in ``pieces``."""
+        """Send the head, with the bytes of the body that are there already: appended to it, or in ``pieces``."""
         self.status = status
         self.first_byte = time.monotonic() - self.began
         if pieces:
@@ -88,17 +88,17 @@ class Exchange:
         self.write(with_fields(head, self.request.answer_fields) if self.request.answer_fields else head)
 
     def write(self, data: bytes) -> None:
-        """Send ``data`` as it is; after the end, nothing more."""
+        """Send ``data`` as it is; does nothing once the answer is over."""
         if not self.over:
             self.sent += len(data)
             self._send(data)
 
     def write_pieces(self, pieces: Sequence[bytes]) -> None:
-        """Send what is in ``pieces``, cut as the engine cut it: whoever translates it may want to know."""
+        """Send the ``pieces``, cut as the engine cut them, which a subclass that translates them may use."""
         self.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def client_left(self) -> None:
-        """The connection is gone: whatever is still said goes nowhere."""
+        """The connection is closed: drop all further bytes of the answer."""
         self._send = _drop
 
     def finish(self) -> None:
@@ -108,7 +108,7 @@ class Exchange:
             self._wire.finished(keep_alive=self.keep_alive)
 
     def abort(self) -> None:
-        """The answer broke off; the client shall see that it did."""
+        """Break the answer off, so that the client sees that it is not whole."""
         if not self.over:
             self.over = True
             self._wire.abort(reset=self.ends_with_connection)
@@ -119,28 +119,28 @@ class Exchange:
         self.keep_alive = False
 
     def upgrade(self, receive: Callable[[bytes], None]) -> None:
-        """The connection speaks another protocol from now on: hand ``receive`` whatever comes."""
+        """Switch the connection to another protocol: hand all further bytes to ``receive``."""
         self._wire.tunnel(receive)
 
-    def hold(self, held: bool) -> None:
-        """Take nothing more from the client of an upgraded connection, or take on."""
-        self._wire.hold(held)
+    def pause_client(self, paused: bool) -> None:
+        """Stop reading from the client of an upgraded connection, or go on."""
+        self._wire.pause_client(paused)
 
     def expire(self, seconds: float) -> None:
-        """If it is not over within ``seconds``, answer 504, or break off, and cancel the handler."""
+        """Set the time limit: after ``seconds`` answer 504, or break off, and cancel the handler."""
         self._wire.expire(seconds)
 
     def cancel(self, error: VllmdError) -> None:
-        """End it from outside, unless it is over: as ``expire`` does, at once and with this error."""
+        """End the exchange from outside, unless it is over: at once, with this error, and cancel the handler."""
         if not self.over:
             self._wire.end(error)
 
-    def body_grew(self, size: int) -> None:
-        """Count ``size`` bytes for the request's body, which was decoded. Raises Unavailable if there is no room."""
-        self._wire.body_grew(size)
+    def charge_body(self, size: int) -> None:
+        """Set the memory of the request's body, in bytes, as it is decoded. Raises Unavailable if there is no room."""
+        self._wire.charge_body(size)
 
     def fail(self, error: VllmdError) -> None:
-        """Answer with the error, or break off if an answer had begun."""
+        """Answer with the error, or break off if the answer has begun."""
         self.error, self.message = self.error or type(error).__name__, self.message or error.message
         if self.over:
             return
@@ -149,7 +149,7 @@ class Exchange:
             return
         response = error_response(error, self.request.path)
         response.headers = (*response.headers, *getattr(error, "headers", ()))
-        if response.status == 401 and "text/html" in self.request.headers.get("accept"):  # a person, who can be asked
+        if response.status == 401 and "text/html" in self.request.headers.get("accept"):  # a browser, which then asks
             response.headers = (*response.headers, ("www-authenticate", 'Basic realm="vllmd", charset="UTF-8"'))
         self._whole(response, response.body if isinstance(response.body, bytes) else b"")
 
@@ -159,8 +159,16 @@ class Exchange:
         """Send ``response``, a streamed one to its end. Raises what its iterator raises."""
         if isinstance(response.body, bytes):
             self._whole(response, response.body)
+            return
+        framing = [("content-type", response.content_type)]
+        if self.takes_chunks:
+            framing.append(("transfer-encoding", "chunked"))
         else:
-            await self._stream(response, response.body)
+            self.end_with_connection()
+        self.start(response.status, self._head(response, framing))
+        if self.request.method != "HEAD":
+            await self._send_pieces(response.body)
+        self.finish()
 
     def _whole(self, response: Response, body: bytes) -> None:
         framing: list[tuple[str, str]] = []
@@ -170,18 +178,7 @@ class Exchange:
         self.start(response.status, head if self.request.method == "HEAD" else head + body)
         self.finish()
 
-    async def _stream(self, response: Response, pieces: AsyncIterator[bytes]) -> None:
-        framing = [("content-type", response.content_type)]
-        if self.takes_chunks:
-            framing.append(("transfer-encoding", "chunked"))
-        else:
-            self.end_with_connection()
-        self.start(response.status, self._head(response, framing))
-        if self.request.method != "HEAD":
-            await self._pump(pieces)
-        self.finish()
-
-    async def _pump(self, pieces: AsyncIterator[bytes]) -> None:
+    async def _send_pieces(self, pieces: AsyncIterator[bytes]) -> None:
         try:
             async for piece in pieces:
                 if piece:
@@ -211,13 +208,13 @@ class Exchange:
             await self._writable
 
     def follow_pauses(self, callback: Callable[[bool], None]) -> None:
-        """Have ``callback(paused)`` called from now on, at once if the client has stopped taking data."""
+        """Call ``callback(paused)`` from now on, and at once if the client has stopped taking data."""
         self.on_pause = callback
         if self.paused:
             callback(True)
 
     def pause(self, paused: bool) -> None:
-        """The connection's word that the client stopped, or went on, taking data."""
+        """Called by the connection: the client stopped, or went on, taking data."""
         self.paused = paused
         if not paused and self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
@@ -226,7 +223,7 @@ class Exchange:
 
 
 def _drop(data: bytes) -> None:
-    """What a client that has left is still sent."""
+    """Takes the place of the transport's ``write`` once the connection is closed."""
 
 
 LAST_CHUNK = b"0\r\n\r\n"

@@ -1,21 +1,21 @@
-"""The way of a model's request: ``Relay.forward``, one procedure from the whole request to the last byte of its answer.
+"""The way of a model's request: ``Relay.forward``, one procedure from the whole request to the answer's last byte.
 
-The problem. Most of a request's time is the engine's: tokens come one after another for minutes, and each must cost
-the daemon next to nothing. So the answer's bytes do not pass through ``forward``. They go from the engine's connection
+Most of a request's time is the engine's: tokens come one after another for minutes, and each must cost the daemon
+next to nothing. So the answer's bytes do not pass through ``forward``. They go from the engine's connection
 (``upstream.Upstream``) to the client's (``connection.Connection``) within the callback that received them, by way of
 an ``AnswerRelay``, while ``forward`` waits for a single future: that all of it has passed, or why it has not.
 
 The invariants:
 
-- A request holds one permit at a time, and gives it back exactly once. That happens before the client has the last
-  byte of its answer: the next request of a client whose key may have one at a time must not find the last one there.
+- A request holds one permit at a time, and gives it back exactly once, before the client has the last byte of its
+  answer. Otherwise a client whose key may have one request at a time would be refused its next one.
 - A request is sent a second time only if no engine can have answered the first: a kept connection turned out to be
-  closed before a byte of the answer, or nobody listened, or (where the daemon's rules allow it: ``Permit.retry``)
+  closed before a byte of the answer, or no process listened, or (where the daemon's rules allow it: ``Permit.retry``)
   it failed before the client had a byte of its answer.
-- A client that leaves has its task cancelled, and the engine's connection is closed at once, so that the engine stops
-  generating.
+- When the client disconnects, the request's task is cancelled and the engine's connection is closed at once, so that
+  the engine stops generating.
 
-What a client sees of an engine's end: 502 before the answer began, a visible truncation in the middle of it.
+What a client sees of an engine's failure: 502 before the answer began, a visible truncation in the middle of it.
 
 Each request is a task of its own. It costs two turns of the event loop that a callback would not. Both ways around
 them were tried and given up: a coroutine that is run by hand brought rules (no time limit before the first wait,
@@ -44,10 +44,10 @@ from vllmd.proxy.loading_heartbeat import Heartbeats, LoadingHeartbeat
 from vllmd.proxy.model_requests import ModelRequests, StoredResponses
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.routing import Handler
-from vllmd.proxy.tokens import TAIL
-from vllmd.proxy.upstream import Pool, Upstream, host_field
+from vllmd.proxy.tokens import TAIL_BYTES
+from vllmd.proxy.upstream import OutOfFiles, Pool, Upstream, host_field
 
-# Of the client's fields an engine never sees these: its key, its cookies, and what we write ourselves.
+# Fields of the client's that no engine gets: its credentials, and those that ``request_head`` writes itself.
 KEPT_BACK = frozenset(
     b"host content-length expect authorization x-api-key api-key cookie accept-encoding x-request-id"
     b" apikey x-goog-api-key x-auth-token x-access-token x-auth-key ocp-apim-subscription-key x-litellm-api-key"
@@ -55,13 +55,13 @@ KEPT_BACK = frozenset(
     b" forwarded x-vllmd-keep-alive x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip"
     b" origin access-control-request-method access-control-request-headers".split()
 )
-KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # which the engine has from us then
+KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # a traced request carries the daemon's own
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
+RESPONSE_ID_BYTES = 256  # at most, with its key
 REPLICA_FAILURES = frozenset({502, 503, 504})  # statuses of one replica, instead of which another may serve
-MOST_TAIL = 16 * TAIL
-OPENING = 8192  # bytes at an answer's beginning in which its id or its first usage is looked for
+TAIL_BYTES_BEFORE_CUT = 16 * TAIL_BYTES
+OPENING_BYTES = 8192  # of an answer, in which its id or its first usage is looked for
 RESPONSES = "/v1/responses"
-LONGEST_ID = 256  # bytes of a response's id with its key
 
 Parse = Callable[[Exchange], Awaitable[UpstreamRequest | None]]
 
@@ -69,46 +69,54 @@ Parse = Callable[[Exchange], Awaitable[UpstreamRequest | None]]
 class Relay:
     """The handlers of all routes that are relayed to engines, and the connections to engines that they share."""
 
-    def __init__(self, gate: Gate, limits: Limits) -> None:
+    def __init__(
+        self, gate: Gate, limits: Limits, recorder: Recorder | None = None, tracer: Tracer | None = None
+    ) -> None:
+        """``recorder`` decides whether bodies are noted, ``tracer`` which requests are traced."""
         self.requests = ModelRequests(gate, limits)
         self.pool = Pool(limits)
         self.gate = gate
         self.limits = limits
         self.heartbeats = Heartbeats(limits)
-        self.recorder: Recorder | None = None  # decides whether bodies are noted
-        self.tracer: Tracer | None = None  # decides which requests are traced
-        self._not_asked: set[str] = set()  # engines that refuse to be asked for the usage of a stream
+        self._recorder = recorder
+        self._tracer = tracer
+        self._without_usage_option: set[str] = set()  # engines that refuse ``stream_options``
 
     def forget(self, engine: str) -> None:
         """Forget what was noted of an engine that has ended: its stored responses, and what it refuses."""
         self.requests.responses.forget(engine)
-        self._not_asked.discard(engine)
+        self._without_usage_option.discard(engine)
 
     def handler(self, parse: Parse) -> Handler:
-        """What answers the requests of a route; ``parse``, one of ``ModelRequests``, says what each asks for."""
+        """The handler of a route whose requests ``parse``, a method of ``ModelRequests``, reads."""
         return partial(self.forward, parse)
 
     async def forward(self, parse: Parse, exchange: Exchange) -> None:
         """Send one request to an engine, and the engine's answer to the client.
 
-        Raises VllmdError for what ``parse`` refuses; the client has been told of whatever goes wrong later.
+        Raises VllmdError for what ``parse`` refuses. A later failure is answered here.
         """
-        # 1. Parse and authorise. Who the caller is was found by the head (routing.Router.begin), before the body was
-        #    read; which model it wants, and whether it may have that one, only the whole request tells.
-        wanted = await parse(exchange)
-        if wanted is None:
+        # 1. Parse and authorise. The caller was identified by the head (routing.Router.begin), before the body was
+        #    read. Only the body tells which model is meant, and so whether the caller may use it.
+        upstream_request = await parse(exchange)
+        if upstream_request is None:
             return
-        request, model = exchange.request, wanted.target.model
-        offer = wanted.target.offer
-        exchange.model, exchange.offer = model, offer
-        account = exchange.account = self._account(wanted, request)
+        parsed, target, caller = upstream_request.parsed, upstream_request.target, exchange.request.caller
+        exchange.model, exchange.offer = target.model, target.offer
+        account = exchange.account = self._open_account(upstream_request, exchange.request)
         if self.limits.now.request_timeout is not None:
             exchange.expire(self.limits.now.request_timeout)
         heartbeat = LoadingHeartbeat(
-            exchange, model, wanted.asked.model, stream=wanted.asked.stream, limits=self.limits, gate=self.gate
+            exchange, target.model, parsed.model, stream=parsed.stream, limits=self.limits, gate=self.gate
         )
         acquiring = self.gate.acquire(
-            model, request.caller.name, wanted.only, wanted.asked.body, heartbeat.begin, offer, wanted.public
+            target.model,
+            caller.name,
+            upstream_request.only_replica,
+            parsed.raw,
+            heartbeat.start,
+            target.offer,
+            upstream_request.public_path,
         )
         try:
             while True:
@@ -116,27 +124,28 @@ class Relay:
                 try:
                     permit = await acquiring
                 finally:
-                    heartbeat.end()
-                sent, failure = wanted if permit.target is None else wanted.at(permit.target), None
-                account.admit(sent.target.model)
-                answer = AnswerRelay(exchange, sent, heartbeat, permit, self.requests.responses)
+                    heartbeat.stop()
+                attempt = upstream_request if permit.target is None else upstream_request.for_replica(permit.target)
+                failure = None
+                account.admit(attempt.target.model)
+                answer = AnswerRelay(exchange, account, attempt, heartbeat, permit, self.requests.responses)
                 try:
                     permit.on_cut(answer.cut)
-                    if heartbeat.wanted:
-                        answer.beat_by(self.heartbeats)
+                    if heartbeat.enabled:
+                        answer.send_signs_of_life(self.heartbeats)
                     # 3. Connect, 4. send, 5. relay: the answer passes while this waits.
-                    where = permit.upstream
-                    connection = self.pool.take(where) or await self.pool.connect(where)
+                    address = permit.upstream
+                    connection = self.pool.get_idle(address) or await self.pool.connect(address)
                     # A second time if the engine had closed the connection meanwhile, or refuses stream_options.
-                    while not await answer.through(connection, *self._message(request, sent, where, answer)):
-                        connection = await self.pool.connect(where)
+                    while not await answer.relay(connection, *self._message(exchange.request, attempt, answer)):
+                        connection = await self.pool.connect(address)
                     return
                 except VllmdError as error:
-                    # What raised the error may hold it, and its traceback holds the variables of every function on the
-                    # way: in that cycle of references the request's body would stay, which body_memory no longer
-                    # counts, until the cycle collector finds it.
+                    # The frame that raised the error may hold it, and its traceback holds the variables of every
+                    # function on the way: in that cycle of references the request's body, which body_memory no longer
+                    # counts, would stay until the cycle collector runs.
                     failure = error.with_traceback(None)
-                    if answer.reached_client or exchange.over:
+                    if heartbeat.answer_begun or exchange.over:
                         raise
                     acquiring = permit.retry(failure)  # awaited once this permit is given back
                 finally:
@@ -145,98 +154,96 @@ class Relay:
         except VllmdError as error:
             heartbeat.fail(error.with_traceback(None))
         finally:
-            if wanted.keep_alive is not None:
-                self.gate.keep_alive(model, request.caller.name, wanted.keep_alive)
+            if upstream_request.keep_alive is not None:
+                self.gate.keep_alive(target.model, caller.name, upstream_request.keep_alive)
 
-    def _account(self, wanted: UpstreamRequest, request: Request) -> Account:
-        """What is noted of the request from now on. The client is told of bodies, if somebody has that switched on."""
-        account, recorder, called = Account(stream=wanted.asked.stream), self.recorder, wanted.target.called
-        if self.tracer is not None:
-            account.trace = self.tracer.begin(request)
-        if recorder and recorder.active and recorder.begin(account, called, request.caller.name, wanted.asked.body):
+    def _open_account(self, upstream_request: UpstreamRequest, request: Request) -> Account:
+        """What is noted of the request from now on. If its body is recorded, a field of the answer tells the client."""
+        parsed, recorder, name = upstream_request.parsed, self._recorder, upstream_request.target.permit_name
+        account = Account(stream=parsed.stream)
+        if self._tracer is not None:
+            account.trace = self._tracer.begin(request)
+        if recorder and recorder.active and recorder.begin(account, name, request.caller.name, parsed.raw):
             request.answer_fields = (*request.answer_fields, ("x-vllmd-recorded", "bodies"))
         return account
 
-    def _message(
-        self, request: Request, sent: UpstreamRequest, where: Address, answer: AnswerRelay
-    ) -> tuple[bytes, Parts, int]:
-        """The head and the body that the engine is sent, and the body's size.
+    def _message(self, request: Request, attempt: UpstreamRequest, answer: AnswerRelay) -> tuple[bytes, Parts, int]:
+        """The head and the body for the engine, and the body's size in bytes.
 
-        ``answer`` is told if the engine is asked for the usage of a stream, and the client did not ask for it.
+        Sets ``answer.hides_usage`` if the message asks for a usage that the client did not ask for.
         """
-        target, asked = sent.target, sent.asked
+        target, parsed = attempt.target, attempt.parsed
         if answer.usage_refused:
-            self._not_asked.add(target.model)
+            self._without_usage_option.add(target.model)
         answer.hides_usage = (
-            asked.stream and usage.to_be_asked(asked, sent.route, target.rules) and target.model not in self._not_asked
+            parsed.stream
+            and usage.must_request_usage(parsed, attempt.route, target.rules)
+            and target.model not in self._without_usage_option
         )
-        body = usage.asking(asked, target.served_name) if answer.hides_usage else asked.renamed(target.served_name)
+        name = target.served_name
+        body = usage.with_usage_option(parsed, name) if answer.hides_usage else parsed.with_model(name)
         size = sum(map(len, body))
-        account = answer.account
-        return request_head(request, sent, where, size, account.trace if account else None), body, size
+        return request_head(request, attempt, answer.address, size, answer.account.trace), body, size
 
 
 class AnswerRelay:
-    """One answer on its way from an engine's connection, which reports to it (``upstream.Sink``), to the client."""
+    """One answer on its way to the client. The engine's connection reports to it (``upstream.Sink``)."""
 
     def __init__(
         self,
         exchange: Exchange,
-        sent: UpstreamRequest,
+        account: Account,
+        attempt: UpstreamRequest,
         heartbeat: LoadingHeartbeat,
         permit: Permit,
         responses: StoredResponses,
     ) -> None:
         self._exchange = exchange
-        self.account = exchange.account
-        self._recorded = exchange.account.answer if exchange.account is not None else None
-        self._sent = sent
+        self.account = account
+        self.address = permit.upstream
+        self.hides_usage = False  # the message asks for a usage that the client did not ask for
+        self.usage_refused = False  # the engine takes no such option
+        self._recorded = account.answer  # where the body is noted, if it is
+        self._attempt = attempt
         self._heartbeat = heartbeat
         self._permit: Permit | None = permit  # None once it was given back
-        self._over: asyncio.Future[None] | None = None
+        self._done: asyncio.Future[None] | None = None  # the answer has passed, or ``_error`` says why not
         self._error: VllmdError | None = None
         self._resend = False  # a kept connection was closed before a byte of the answer
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
-        self._heartbeats: Heartbeats | None = None  # while no byte of the body has come, and the client wants to know
-        self._plain_events = False  # events that end with their last chunk or the connection: comments may precede them
+        self._heartbeats: Heartbeats | None = None  # until the first byte of the body, if the client is sent comments
+        self._takes_comments = (
+            False  # a stream that ends with its last chunk or the connection, so bytes may precede it
+        )
         self._size = 0  # bytes of the body that came
-        self._tail: bytes | bytearray = b""  # the last of them, TAIL or more
+        self._tail: bytes | bytearray = b""  # the last of them, TAIL_BYTES or more
         self._opening = b""  # the first of them, as long as they are of interest
+        self._reads_opening = exchange.request.path in (RESPONSES, ANTHROPIC_PATH)
         self._responses = responses
-        self._looks = exchange.request.path in (RESPONSES, ANTHROPIC_PATH)  # at the opening
-        self.hides_usage = False  # the engine is asked for the usage of a stream, and the client did not
-        self.usage_refused = False  # the engine takes no such question
         self._status = 0
 
-    @property
-    def reached_client(self) -> bool:
-        """Whether the client has bytes of the engine's answer."""
-        return self._heartbeat.answer_begun
-
-    async def through(self, upstream: Upstream, head: bytes, body: Parts, size: int) -> bool:
+    async def relay(self, upstream: Upstream, head: bytes, body: Parts, size: int) -> bool:
         """Send the request, whose body has ``size`` bytes, and wait until the answer has passed.
 
-        False if nothing of it has: ``upstream`` was a kept connection, and is closed; or ``usage_refused``. Raises
-        VllmdError.
+        False if nothing was passed on and the request must be sent again: ``upstream`` was a kept connection and is
+        closed, or ``usage_refused``. Raises VllmdError.
         """
         self._upstream, self._resend, self.usage_refused = upstream, False, False
-        if self._error is None:  # not cut off while it connected
-            self._over = asyncio.get_running_loop().create_future()
+        if self._error is None:  # else it was cut off while it connected
+            self._done = asyncio.get_running_loop().create_future()
             upstream.send(self._exchange.request.method, head, body, size, self)
-            self._exchange.on_pause = self._on_pause
-            if self._exchange.paused:
-                self._on_pause(True)
-            await self._over
+            self._exchange.follow_pauses(self._on_pause)
+            await self._done
         if self._error is not None:
             raise self._error
         return not self._resend
 
     def close(self, failure: VllmdError | None) -> None:
-        """Close and give back whatever still is not; nothing more reaches the client. ``failure``: why it failed."""
+        """Release the permit and close the engine's connection, unless that is done. ``failure``: why it failed."""
         self._exchange.on_pause = None
         if self._heartbeats is not None:
-            self._quiet()
+            self._stop_signs_of_life()
         if self._upstream is not None:
             self._upstream.abort()
         if self._permit is not None:
@@ -248,88 +255,98 @@ class AnswerRelay:
         self._settle(EngineFailed(f"the request was broken off: {reason}"))
 
     def _release(self) -> None:
-        """Give the permit back, with what the answer's usage says that it took."""
+        """Give the permit back, with the tokens that the request took."""
         permit, self._permit = self._permit, None
-        if permit is not None:
-            failed = self._error.message if self._error is not None else ""
-            sent = self._sent
-            took = tokens.told(self._tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
-            if took is None and self._status == 200 and sent.route.endswith(tokens.COUNTED):  # untold, or broken off
-                took = tokens.reckoned(sent.route, sent.asked.body, self._size, stream=sent.asked.stream)
-            if self.account is not None:
-                self.account.tokens = took
-            permit.release(took, self._size, failed)
+        if permit is None:
+            return
+        attempt = self._attempt
+        used = tokens.from_usage(self._tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
+        if used is None and self._status == 200 and attempt.route.endswith(tokens.COUNTED):  # no usage, or broken off
+            used = tokens.estimate(attempt.route, attempt.parsed.raw, self._size, stream=attempt.parsed.stream)
+        self.account.tokens = used
+        error = self._error  # that we could not ask the engine is no failure of its
+        failed = error.message if error is not None and not isinstance(error, OutOfFiles) else ""
+        permit.release(used, self._size, failed)
 
-    # -- what the engine's connection says
+    def _settle(self, error: VllmdError | None) -> None:
+        self._error = self._error or error
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    # -- what the engine's connection reports
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
         """The engine's head has come: decide how its body goes to the client (``answer_for``)."""
         self._status = head.status
         if self._recorded is not None:
             self._recorded.chunked = head.chunked
+        streamed = head.content_type.startswith(EVENT_STREAM)
         if self._permit is not None and self._permit.target is not None:
             if head.status in REPLICA_FAILURES:
                 self._answer = Refusal(head.status, framing)
                 return
-            self._permit.answered(head.content_type.startswith(EVENT_STREAM))
+            self._permit.answered(streamed)
         if head.has_location and self._permit is not None:
-            head = relocated(head, self._permit.upstream, self._sent.outside)
-        self._plain_events = head.status == 200 and head.length is None and head.content_type.startswith(EVENT_STREAM)
+            head = relocated(head, self._permit.upstream, self._attempt.client_prefix)
+        self._takes_comments = head.status == 200 and head.length is None and streamed
+        exchange, heartbeat = self._exchange, self._heartbeat
         if self.hides_usage and head.status in usage.UNKNOWN_MEMBER:
-            self._answer = OptionRefusal(self._exchange, self._heartbeat, head, framing)
+            self._answer = OptionRefusal(exchange, heartbeat, head, framing)
             return
-        exchange, beat = self._exchange, self._heartbeat
-        self._answer = answer_for(exchange, self._sent, beat, head, framing, hides_usage=self.hides_usage)
+        self._answer = answer_for(exchange, self._attempt, heartbeat, head, framing, hides_usage=self.hides_usage)
 
     def data(self, data: bytes) -> None:
-        """More of the body has come, framing included: hand it on, and keep its end, where the usage is."""
+        """More of the body has come, framing included: pass it on, and keep its end, where the usage is."""
         size = len(data)
         self._size += size
         if self._heartbeats is not None and size:
-            self._quiet()
+            self._stop_signs_of_life()
         tail = self._tail
-        if size >= TAIL or not tail:
-            self._tail = data[-TAIL:]
-        elif len(tail) > MOST_TAIL:  # what is too old goes when there is much of it, not at each piece
-            self._tail = tail[-TAIL:] + data
+        if size >= TAIL_BYTES or not tail:
+            self._tail = data[-TAIL_BYTES:]
+            if size:
+                self.account.answered = True
+        elif len(tail) > TAIL_BYTES_BEFORE_CUT:  # cut when much has collected: at each piece it would be copied anew
+            self._tail = tail[-TAIL_BYTES:] + data
         else:
             if not isinstance(tail, bytearray):
                 self._tail = tail = bytearray(tail)
             tail += data
-        if self._looks:
-            self._look(data)
+        if self._reads_opening:
+            self._read_opening(data)
         if self._recorded is not None:
             self._recorded.more(data)
         if self._answer is not None:
             self._answer.more(data)
 
-    def _look(self, data: bytes) -> None:
-        """At the beginning are a response's id, perhaps cut in two, and the tokens of the prompt of a message."""
-        seen = len(self._opening)
-        self._opening += data[: OPENING - seen]
-        self._looks = len(self._opening) < OPENING
+    def _read_opening(self, data: bytes) -> None:
+        """Collect the opening: a response's id is in it, perhaps cut in two, or the usage of a message's prompt."""
+        before = len(self._opening)
+        self._opening += data[: OPENING_BYTES - before]
+        self._reads_opening = len(self._opening) < OPENING_BYTES
         if self._exchange.request.path == RESPONSES:
-            named = RESPONSE_ID.search(self._opening, max(0, seen - LONGEST_ID))
-            if named:
-                self._looks = False
-                self._responses.note(named[1].decode(), self._sent.target.model, self._sent.asked.model)
+            match = RESPONSE_ID.search(self._opening, max(0, before - RESPONSE_ID_BYTES))
+            if match:
+                self._reads_opening = False
+                self._responses.note(match[1].decode(), self._attempt.target.model, self._attempt.parsed.model)
 
     def whole(self) -> None:
         """The answer is complete: the engine's connection is free again, and the client's request is over."""
         self._upstream = None
         self._exchange.on_pause = None
-        if isinstance(self._answer, Refusal):
-            self._settle(self._answer.error())
+        answer = self._answer
+        if isinstance(answer, Refusal):
+            self._settle(answer.error())
             return
-        if isinstance(self._answer, OptionRefusal) and self._answer.ours:
+        if isinstance(answer, OptionRefusal) and answer.is_about_option:
             self._answer, self._resend, self.usage_refused = None, True, True
             self._settle(None)
             return
-        self._release()
-        if self._answer is not None:
-            self._answer.end()
-        if self._over is not None and not self._over.done():
-            self._over.set_result(None)
+        self._release()  # before the client has the last byte, see the invariants
+        if answer is not None:
+            answer.end()
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
 
     def lost(self, reason: str, *, untouched: bool) -> None:
         """The engine's connection broke off."""
@@ -337,56 +354,55 @@ class AnswerRelay:
         self._upstream = None
         self._settle(None if self._resend else UpstreamFailed(f"the engine broke off: {reason}"))
 
-    def _settle(self, error: VllmdError | None) -> None:
-        self._error = self._error or error
-        if self._over is not None and not self._over.done():
-            self._over.set_result(None)
-
     def _on_pause(self, paused: bool) -> None:
         if self._upstream is not None:
             (self._upstream.pause if paused else self._upstream.resume)()
 
     # -- signs of life while the engine reads the prompt
 
-    def beat_by(self, heartbeats: Heartbeats) -> None:
-        """Have ``beat`` called from time to time until the answer's body begins."""
+    def send_signs_of_life(self, heartbeats: Heartbeats) -> None:
+        """Have ``heartbeats`` send the client comments until the answer's body begins."""
         self._heartbeats = heartbeats
-        heartbeats.add(self)
+        heartbeats.add(self._beat)
 
-    def beat(self) -> None:
+    def _beat(self) -> None:
         """A sign of life: behind a head of our own, or, if the engine has sent its head, as the body's first bytes."""
         if self._answer is None:
-            self._heartbeat.reading()
-        elif self._plain_events:
+            self._heartbeat.reading_prompt()
+        elif self._takes_comments:
             comment = b": reading the prompt\n\n"
             self._exchange.write(comment if self._exchange.ends_with_connection else chunk(comment))
 
-    def _quiet(self) -> None:
+    def _stop_signs_of_life(self) -> None:
         if self._heartbeats is not None:
-            self._heartbeats.discard(self)
+            self._heartbeats.discard(self._beat)
             self._heartbeats = None
 
 
 def request_head(
-    request: Request, sent: UpstreamRequest, where: Address, length: int, trace: Trace | None = None
+    request: Request, attempt: UpstreamRequest, address: Address, length: int, trace: Trace | None = None
 ) -> bytes:
-    """What an engine is sent before a body of ``length`` bytes: the client's fields less what is not its business."""
-    headers, target, for_what = request.headers, sent.target, (sent.path, trace is not None)
-    known = headers.sent
-    if known is not None and known[0] is where and known[1] is target and known[2] == for_what:
-        same = known[3]  # a client's requests on one connection are mostly for one model
+    """The head that an engine gets before a body of ``length`` bytes: the client's fields less ``KEPT_BACK``.
+
+    All but the last lines are the same for a client's requests to one model on one connection, so ``headers.sent``
+    keeps them: the requests of one connection mostly share one ``Headers`` (``heads.HeadMemo``).
+    """
+    headers, target, path_and_traced = request.headers, attempt.target, (attempt.path, trace is not None)
+    memo = headers.sent
+    if memo is not None and memo[0] is address and memo[1] is target and memo[2] == path_and_traced:
+        first_lines = memo[3]
     else:
         if headers.onward is None:
             headers.onward = write_fields(forwardable(headers.raw, but=KEPT_BACK))
         onward = headers.onward
-        if trace is not None:  # the client's own would be a second one; which of them counts, nobody says
+        if trace is not None:  # two fields of that name would be read in two ways
             onward = write_fields(forwardable(headers.raw, but=KEPT_BACK_TRACED))
-        line = f"{request.method} {where.prefix}{sent.path} HTTP/1.1\r\nhost: {host_field(where)}\r\n"
+        line = f"{request.method} {address.prefix}{attempt.path} HTTP/1.1\r\nhost: {host_field(address)}\r\n"
         more = "".join([f"{name.lower()}: {value}\r\n" for name, value in target.headers])
-        if where.key:
-            more += f"authorization: Bearer {where.key}\r\n"
-        same = line.encode("ascii") + onward + more.encode("latin-1")
-        headers.sent = where, target, for_what, same
+        if address.key:
+            more += f"authorization: Bearer {address.key}\r\n"
+        first_lines = line.encode("ascii") + onward + more.encode("latin-1")
+        headers.sent = address, target, path_and_traced, first_lines
     if trace is not None:
-        same += b"traceparent: %b\r\n" % trace.field.encode("ascii")
-    return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (same, request.id.encode("ascii"), length)
+        first_lines += b"traceparent: %b\r\n" % trace.field.encode("ascii")
+    return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (first_lines, request.id.encode("ascii"), length)

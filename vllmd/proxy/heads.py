@@ -23,7 +23,7 @@ import h11
 from vllmd.errors import BadRequest
 from vllmd.proxy.framing import BadFraming, Chunked, Framing, Length, UntilEof
 from vllmd.proxy.http import Headers, Pairs, date_line, status_line
-from vllmd.proxy.response_heads import tidied
+from vllmd.proxy.response_heads import normalize_head
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -135,15 +135,15 @@ class HeadMemo(Generic[H]):
         self._parse: Callable[[bytes], H] = parse
         self._raw = b""
         self._shape = NO_SHAPE  # the bytes before and after the length's digits
-        self._head: H
+        self._head: H | None = None
 
     def read(self, raw: bytes) -> H:
         """What ``raw``, which ends with its blank line, says. Raises what ``parse`` raises."""
-        if raw == self._raw:
+        if raw == self._raw and self._head is not None:
             return self._head
         digits = PLAIN_LENGTH.search(raw)
         shape = NO_SHAPE if digits is None else (raw[: digits.start(1)], raw[digits.end(1) :])
-        if digits is not None and shape == self._shape:
+        if digits is not None and shape == self._shape and self._head is not None:
             head = self._head.with_length(int(digits[1]))
         else:
             head = self._parse(raw)
@@ -196,7 +196,7 @@ def parse_request_head(head: bytes) -> RequestHead:
 
 def parse_response_head(head: bytes, method: str) -> ResponseHead:
     """Read an upstream's head as the answer to ``method``. Raises BadFraming if it is not sound."""
-    head = tidied(head)
+    head = normalize_head(head)
     try:
         event = _read(h11.CLIENT, head)
     except BadRequest as error:
@@ -223,7 +223,7 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
 
 def parse_upgrade_head(head: bytes) -> RawHeaders:
     """Read an upstream's ``101`` to a WebSocket handshake; its fields. Raises BadFraming if it is anything else."""
-    head = tidied(head)
+    head = normalize_head(head)
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=len(head) + 1)
     connection.send(h11.Request(method="GET", target="/", headers=[("host", "-"), ("upgrade", "websocket")]))
     connection.receive_data(head)

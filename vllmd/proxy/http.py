@@ -173,16 +173,27 @@ def json_response(value: object, status: int = 200, headers: Pairs = ()) -> Resp
     return Response(status, json.dumps(value, separators=(",", ":"), default=str).encode(), headers=headers)
 
 
-async def list_response(value: Mapping[str, object], name: str, default: Callable[[object], object] = str) -> Response:
+def _as_it_is(item: object) -> object:
+    return item
+
+
+async def list_response(
+    value: Mapping[str, object],
+    name: str,
+    default: Callable[[object], object] = str,
+    make: Callable[[Any], object] = _as_it_is,
+) -> Response:
     """``value`` as compact JSON. Its member ``name`` may be a list of thousands: it is written in turns of the loop.
 
-    ``default`` makes JSON of what JSON does not know.
+    ``default`` makes JSON of what JSON does not know. ``make`` makes of each item of the list, in its turn, what is
+    written.
     """
     items, written = cast(Sequence[object], value[name]), list[str]()
     for start in range(0, len(items), AT_A_TIME):
         if start:
             await asyncio.sleep(0)
-        written.append(json.dumps(items[start : start + AT_A_TIME], separators=(",", ":"), default=default)[1:-1])
+        some = [make(item) for item in items[start : start + AT_A_TIME]]
+        written.append(json.dumps(some, separators=(",", ":"), default=default)[1:-1])
     members = {
         key: json.dumps(each, separators=(",", ":"), default=default) for key, each in value.items() if key != name
     }

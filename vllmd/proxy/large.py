@@ -1,7 +1,8 @@
-"""Find the ``model`` of a body that is too large to be read in one go while everybody else waits.
+"""Find the ``model`` of a JSON body of megabytes, in turns of the event loop.
 
-Only its structure is read: where strings begin and end, and how deep the brackets are. What stands between them
-(and whether it is sound JSON) is the engine's to judge; no sound body means anything else to it.
+``json.loads`` of such a body would hold the loop, and every stream with it, for tens of milliseconds. So only its
+structure is read: where strings begin and end, and how deep the brackets are. Whether the values between them are
+sound JSON is left to the engine. A body that an engine can read has the same ``model`` for both readers.
 """
 
 from __future__ import annotations
@@ -13,33 +14,33 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 
+from vllmd.config.types import RequestRules
 from vllmd.errors import BadRequest
-from vllmd.proxy.gate import Rules
-from vllmd.proxy.peek import KEEP_ALIVE, NO_NAME, SLICE, Asked, T, Turns, model_name, with_rules
+from vllmd.proxy.peek import KEEP_ALIVE, NO_NAME, SLICE_BYTES, ParsedBody, T, Turns, model_name, object_after_rules
 from vllmd.proxy.system_prompt import Prompt
 
-LARGE = 1 << 20  # bytes; reading so much takes some ten milliseconds
-STEPS = 1000  # strings and brackets between two turns
+LARGE_BYTES = 1 << 20  # reading so much in one go takes some ten milliseconds
+STEPS_PER_TURN = 1000  # strings and brackets
 
 STRUCTURE = re.compile(rb'["{}\[\]]')
-LEAST, BULK = 256, 32 << 10  # bytes of the inside of a value that are looked at as a whole
-SHORT = 1 << 10  # bytes in which most strings end
+MIN_PIECE_BYTES, MAX_PIECE_BYTES = 256, 32 << 10  # of the inside of a value, read as a whole
+SHORT_STRING_BYTES = 1 << 10  # most strings are shorter
 NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 DELTA = tuple(1 if byte in b"{[" else -1 for byte in range(256))
 NO_SPACE = re.compile(rb"[^ \t\r\n]")
 NAME = re.compile(rb'"(?:[^"\\]|\\.){0,4096}"|null(?=[ \t\r\n,}])')
 SMALL = re.compile(rb'"[^"\\\x00-\x1f]{0,64}"|-?[0-9]{1,16}(?:\.[0-9]{1,16})?(?=[ \t\r\n,}])|null|true|false')
-DEEPEST = 500  # brackets within brackets; engines' own readers give up at about twice that, not all of them gracefully
-LONGEST_KEY = 1024  # bytes; with every letter spelled by number a name has six times its letters
-MOST_MEMBERS = 10_000
+MAX_DEPTH = 500  # brackets within brackets; engines' own readers give up at about twice that, some of them by crashing
+MAX_KEY_BYTES = 1024  # a name whose letters are all escaped (\u006d) takes six bytes for each
+MAX_MEMBERS = 10_000
 TOO_DEEP = "the body is not acceptable JSON: nested too deeply"
-MOST_STEPS = 3 * MOST_MEMBERS  # strings and brackets of the object itself
+MAX_STEPS = 3 * MAX_MEMBERS  # strings and brackets of the object itself
 QUOTE = 0x22
 BETWEEN = b" \t\r\n,"  # what may stand between a member's value and the next key
 
 
 async def in_turns(work: Turns[T]) -> T:
-    """Do the work, letting everybody else have their turn in between."""
+    """Do the work. At each ``yield`` of it the event loop serves others."""
     while True:
         try:
             next(work)
@@ -48,132 +49,135 @@ async def in_turns(work: Turns[T]) -> T:
         await asyncio.sleep(0)
 
 
-def in_large(body: bytes) -> Turns[Asked]:
-    """As ``peek.in_json``. Raises BadRequest if it is no JSON object with at most one ``model``, a string."""
-    asked = Asked("", False, body)
+def parse_large_json_body(body: bytes) -> Turns[ParsedBody]:
+    """As ``peek.parse_json_body``. Raises BadRequest if it is no JSON object with at most one ``model``, a string."""
+    parsed = ParsedBody("", False, body)
 
-    def look(start: int, end: int, value: int) -> None:
-        nonlocal asked
-        asked = _member(asked, body[start:end], value)
+    def read_member(start: int, end: int, value: int) -> None:
+        nonlocal parsed
+        parsed = _with_member(parsed, body[start:end], value)
 
-    yield from _walk(body, look)
-    return asked
+    yield from _walk(body, read_member)
+    return parsed
 
 
-def ruled_large(body: bytes, rules: Rules, prompt: Prompt | None = None) -> Turns[bytes]:
-    """As ``peek.ruled``, of a body that ``in_large`` has read. Raises BadRequest if it has too many members."""
+def apply_rules_large(body: bytes, rules: RequestRules, prompt: Prompt | None = None) -> Turns[bytes]:
+    """As ``peek.apply_rules``, for a body that ``parse_large_json_body`` has read. Raises BadRequest."""
     members: list[tuple[int, int, int]] = []
 
     def note(start: int, end: int, value: int) -> None:
-        if len(members) == MOST_MEMBERS:
-            raise BadRequest(f"the body has more than {MOST_MEMBERS} members")
+        if len(members) == MAX_MEMBERS:
+            raise BadRequest(f"the body has more than {MAX_MEMBERS} members")
         members.append((start, end, value))
 
     close = yield from _walk(body, note)
     ends = [start for start, _, _ in members[1:]] + [close]
     view, kept = memoryview(body), {}
     for (start, end, value), until in zip(members, ends, strict=False):
-        until = yield from _stripped(body, value, until)
-        kept[_key(body[start:end])] = view[start:until]
-    return with_rules(kept, rules, prompt)
+        until = yield from _value_end(body, value, until)
+        key = body[start:end]
+        kept[_text(key) if len(key) <= MAX_KEY_BYTES else key.decode("latin-1")] = view[start:until]
+    return object_after_rules(kept, rules, prompt)
 
 
 def _walk(body: bytes, member: Callable[[int, int, int], None]) -> Turns[int]:
-    """To the object's closing bracket, whose place it returns.
+    """Walk to the object's closing bracket, and return its place.
 
-    ``member`` is told of each of its members: where the key starts and ends, and where the value starts.
+    ``member`` is called for each of its members: where the key starts and ends, and where the value starts.
     """
-    start = yield from _past_space(body, 0)
+    start = yield from _skip_space(body, 0)
     if body[start : start + 1] != b"{":
         raise BadRequest("the body is not a JSON object")
-    depth, pos, steps, found, looked, size = 0, start, 0, 0, 0, LEAST
+    depth, pos, steps, mark_pos, next_skip, size = 0, start, 0, 0, 0, MIN_PIECE_BYTES
     while depth or not steps:
-        if depth > 1 and pos >= looked:
-            depth, pos, size = yield from _inside(body, pos, depth, size)
-            looked = pos + LEAST
+        # 1. The inside of a member's value is passed over in pieces; what is left of it, step by step.
+        if depth > 1 and pos >= next_skip:
+            depth, pos, size = yield from _skip_inside(body, pos, depth, size)
+            next_skip = pos + MIN_PIECE_BYTES
         steps += depth < 2
-        if steps > MOST_STEPS:
-            raise BadRequest(f"the body has more than {MOST_MEMBERS} members")
-        if steps % STEPS == 0:
+        if steps > MAX_STEPS:
+            raise BadRequest(f"the body has more than {MAX_MEMBERS} members")
+        if steps % STEPS_PER_TURN == 0:
             yield
-        found = yield from _find(STRUCTURE, body, pos)
-        mark, pos = body[found], found + 1
+        # 2. The next quote or bracket.
+        mark_pos = yield from _find(STRUCTURE, body, pos)
+        mark, pos = body[mark_pos], mark_pos + 1
         if mark != QUOTE:
             depth += 1 if mark in b"{[" else -1
-            if depth > DEEPEST:
+            if depth > MAX_DEPTH:
                 raise BadRequest(TOO_DEEP)
             continue
+        # 3. A string. In the object itself it is a key, for a value that is a string is passed over with its key.
         pos = yield from _string_end(body, pos)
         if depth == 1:
-            pos = yield from _value(body, found, pos, member)
-    if (yield from _past_space(body, pos)) != len(body):
+            pos = yield from _pass_member(body, mark_pos, pos, member)
+    if (yield from _skip_space(body, pos)) != len(body):
         raise BadRequest(f"the body is not JSON: extra data after the object, at byte {pos}")
-    return found
+    return mark_pos
 
 
-def _value(body: bytes, start: int, end: int, member: Callable[[int, int, int], None]) -> Turns[int]:
-    """Behind the key from ``start`` to ``end``: tell ``member``. Returns the place of the value, or a text's end."""
-    pos = yield from _past_space(body, end)
+def _pass_member(body: bytes, start: int, end: int, member: Callable[[int, int, int], None]) -> Turns[int]:
+    """Call ``member`` for the key from ``start`` to ``end``. Returns its value's start, or, if a string, its end."""
+    pos = yield from _skip_space(body, end)
     if body[pos : pos + 1] != b":":
         return pos
-    pos = yield from _past_space(body, pos + 1)
+    pos = yield from _skip_space(body, pos + 1)
     member(start, end, pos)
-    # A text is no key, whatever is in it.
     return (yield from _string_end(body, pos + 1)) if body[pos : pos + 1] == b'"' else pos
 
 
-def _inside(body: bytes, pos: int, depth: int, size: int) -> Turns[tuple[int, int, int]]:
-    """Go through the inside of a member's value, ``pos`` being in no string, in pieces as large as its end allows.
+def _skip_inside(body: bytes, pos: int, depth: int, size: int) -> Turns[tuple[int, int, int]]:
+    """Pass over the inside of a member's value, from a ``pos`` outside of strings, in pieces.
 
-    What costs a step for each bracket and string elsewhere is done by the interpreter's own loops here: a body of
-    nothing but brackets would keep a core busy for a quarter of a minute. ``size``: bytes of a piece that went well the
-    last time. Returns the depth, the place and the next such size; the rest, up to the end of the value or into a
-    string that is larger than a piece, has to be gone through step by step.
+    One Python step for each bracket would keep a core busy for a quarter of a minute, if a body has nothing but
+    brackets. Here the interpreter's own loops (``split``, ``translate``, ``accumulate``) do it for a whole piece.
+    ``size``: bytes of the piece that went well the last time. Returns the depth, the place and the next such size. It
+    stops where a piece would go beyond the value, or into a string that is larger than a piece.
     """
     while pos < len(body):
-        piece = _without_escapes(body[pos : pos + size])
-        parts = piece.split(b'"')
+        piece = _mask_escapes(body[pos : pos + size])
+        parts = piece.split(b'"')  # every second part is inside a string
         end = len(piece) if len(parts) % 2 else piece.rindex(b'"')  # before a string that is cut off
         outside = b"".join(parts[::2]).translate(None, NO_BRACKETS)
         depths = list(accumulate(map(DELTA.__getitem__, outside), initial=depth))
         if end and min(depths) > 1:
-            if max(depths) > DEEPEST:
+            if max(depths) > MAX_DEPTH:
                 raise BadRequest(TOO_DEEP)
-            pos, depth, size = pos + end, depths[-1], min(2 * size, BULK)
+            pos, depth, size = pos + end, depths[-1], min(2 * size, MAX_PIECE_BYTES)
             yield
-        elif size > LEAST:
+        elif size > MIN_PIECE_BYTES:
             size //= 4
         else:
             break
-    return depth, pos, max(size, LEAST)
+    return depth, pos, max(size, MIN_PIECE_BYTES)
 
 
-def _without_escapes(text: bytes) -> bytes:
-    """As long as ``text``, which begins with no second half of one; no quote in it is escaped."""
+def _mask_escapes(text: bytes) -> bytes:
+    """``text`` with escaped backslashes and quotes masked, byte for byte. It must not begin within an escape."""
     return text.replace(b"\\\\", b"..").replace(b'\\"', b"..") if b"\\" in text else text
 
 
-def _past_space(body: bytes, pos: int) -> Turns[int]:
+def _skip_space(body: bytes, pos: int) -> Turns[int]:
     """The place of the next byte that is no white space; the body's end if there is none."""
     found = yield from _search(NO_SPACE, body, pos)
     return len(body) if found < 0 else found
 
 
-def _search(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
-    """Where ``what`` begins from ``pos`` on, -1 if nowhere; others have their turn after each ``SLICE``."""
+def _search(pattern: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
+    """Where ``pattern`` first matches from ``pos`` on, -1 if nowhere; the loop serves others after each slice."""
     while pos < len(body):
-        found = what.search(body, pos, pos + SLICE)
-        if found:
-            return found.start()
-        pos += SLICE
+        match = pattern.search(body, pos, pos + SLICE_BYTES)
+        if match:
+            return match.start()
+        pos += SLICE_BYTES
         yield
     return -1
 
 
-def _stripped(body: bytes, start: int, end: int) -> Turns[int]:
-    """Where the value ends that starts at ``start``, without what stands between it and the next key at ``end``."""
+def _value_end(body: bytes, start: int, end: int) -> Turns[int]:
+    """The end of the value from ``start``, which is followed at ``end`` by the next key or the closing bracket."""
     while end > start:
-        piece = body[max(start, end - SLICE) : end]
+        piece = body[max(start, end - SLICE_BYTES) : end]
         kept = len(piece.rstrip(BETWEEN))
         if kept:
             return end - len(piece) + kept
@@ -182,9 +186,9 @@ def _stripped(body: bytes, start: int, end: int) -> Turns[int]:
     return end
 
 
-def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
-    """As ``_search``. Raises BadRequest where there is none."""
-    found = yield from _search(what, body, pos)
+def _find(pattern: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
+    """As ``_search``. Raises BadRequest where there is no match."""
+    found = yield from _search(pattern, body, pos)
     if found >= 0:
         return found
     raise BadRequest("the body is not JSON: it ends in the middle")
@@ -192,57 +196,44 @@ def _find(what: re.Pattern[bytes], body: bytes, pos: int) -> Turns[int]:
 
 def _string_end(body: bytes, pos: int) -> Turns[int]:
     """The place after the closing quote of the string whose content starts at ``pos``."""
-    size = SHORT
+    size = SHORT_STRING_BYTES
     while pos < len(body):
-        piece = _without_escapes(body[pos : pos + size])
+        piece = _mask_escapes(body[pos : pos + size])
         end = piece.find(b'"')
         if end >= 0:
             return pos + end + 1
-        step = len(piece) - piece.endswith(b"\\")  # half an escape is looked at with its other half
+        step = len(piece) - piece.endswith(b"\\")  # a backslash stays with the character that it escapes
         if not step:
             break
-        pos, size = pos + step, SLICE
+        pos, size = pos + step, SLICE_BYTES
         yield
     raise BadRequest("the body is not JSON: it ends in the middle")
 
 
-def _member(asked: Asked, key: bytes, start: int) -> Asked:
-    """``asked`` with what the member of the object says whose value starts at ``start``."""
-    name = _key(key)
+def _with_member(parsed: ParsedBody, key: bytes, start: int) -> ParsedBody:
+    """``parsed`` with the object's member ``key``, whose value starts at ``start``."""
+    # A key beyond the limit is none of those below, and stays as it is spelled.
+    name, body = _text(key) if len(key) <= MAX_KEY_BYTES else "", parsed.raw
     if name == "stream":
-        return replace(asked, stream=asked.body[start : start + 4] == b"true")
+        return replace(parsed, stream=body[start : start + 4] == b"true")
     if name == "stream_options":
-        return replace(asked, stream_options=(_object(asked.body, start),))
+        try:
+            options = json.JSONDecoder().raw_decode(body[start : start + MAX_KEY_BYTES].decode("latin-1"))[0]
+        except (ValueError, RecursionError):
+            options = []  # too large for options: a value that is refused like any that is no object
+        return replace(parsed, stream_options=(options,))
     if name in KEEP_ALIVE:
-        return replace(asked, keep_alive=(_small(asked.body, start),))
+        small = SMALL.match(body, start)
+        return replace(parsed, keep_alive=(json.loads(small[0]) if small else [],))
     if name != "model":
-        return asked
-    if asked.end:
+        return parsed
+    if parsed.name_end:
         raise BadRequest("the body has 'model' twice", param="model")
-    value = NAME.match(asked.body, start)
+    value = NAME.match(body, start)
     if value is None:
         raise BadRequest(NO_NAME, param="model")
     model = model_name(None if value[0] == b"null" else _text(value[0]))
-    return replace(asked, model=model, start=start, end=value.end(), quoted=True)
-
-
-def _small(body: bytes, start: int) -> object:
-    """The number, string or word that is the value at ``start``; a list for anything else."""
-    found = SMALL.match(body, start)
-    return json.loads(found[0]) if found else []
-
-
-def _object(body: bytes, start: int) -> object:
-    """The value at ``start`` if it is a small one; else a list, which is what nobody takes for options."""
-    try:
-        return json.JSONDecoder().raw_decode(body[start : start + LONGEST_KEY].decode("latin-1"))[0]
-    except (ValueError, RecursionError):
-        return []
-
-
-def _key(string: bytes) -> str:
-    """What a key says; an endless one is none that anybody here knows, and is left as it is spelled."""
-    return _text(string) if len(string) <= LONGEST_KEY else string.decode("latin-1")
+    return replace(parsed, model=model, name_start=start, name_end=value.end(), quoted=True)
 
 
 def _text(string: bytes) -> str:

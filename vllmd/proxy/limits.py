@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import resource
 import socket
 
@@ -38,10 +37,6 @@ def read_small(transport: asyncio.BaseTransport) -> None:
     """Have ``transport`` ask for ``RECEIVE`` bytes at a time, if it is one that can be told."""
     if hasattr(transport, "max_size"):
         transport.max_size = RECEIVE
-
-
-# What the kernel says where this process, or the machine, can open no more files and sockets.
-OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def clients_files() -> int:

@@ -1,9 +1,9 @@
-"""What a streaming client hears while its model loads or reads the prompt, and how it learns of a failure then.
+"""Signs of life for a streaming client while its model loads or reads the prompt, and how it learns of a failure then.
 
-After ``loading_comment_interval`` seconds of waiting a request that asked for a stream gets its 200 and an SSE
-comment, and another one at every further interval, so that no proxy or client on the way gives up (or, where the
-configuration says so, a chat client gets reasoning text, which it shows to whoever waits). From then on
-a failure can only be told as an event, the way vLLM tells one in the middle of a stream.
+After ``loading_comment_interval`` seconds of waiting a request for a stream gets its 200 and an SSE comment, and
+another one at every further interval, so that no proxy or client on the way times out. With ``loading_as_reasoning``
+a chat client gets reasoning text instead, which it shows to its user. From the 200 on a failure can only be told as an
+event, the way vLLM tells one in the middle of a stream.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 from vllmd.errors import VllmdError
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
@@ -28,41 +28,43 @@ EARLY_HEAD = (
 
 
 class LoadingHeartbeat:
-    """What a client hears while its request waits for ``model``, which it called ``asked``."""
+    """The comments for one client whose request waits for ``model``; ``client_name``: the client's name for it."""
 
-    def __init__(self, exchange: Exchange, model: str, asked: str, *, stream: bool, limits: Limits, gate: Gate) -> None:
+    def __init__(
+        self, exchange: Exchange, model: str, client_name: str, *, stream: bool, limits: Limits, gate: Gate
+    ) -> None:
         self.head_sent = False  # the client has a head with status 200 from us, before any of an engine
         self.answer_begun = False  # the client has bytes of the engine's answer
         self._exchange = exchange
         self._model = model
-        self._asked = asked
+        self._client_name = client_name
         self._gate = gate
         self._interval = limits.now.loading_comment_interval if stream else 0.0
-        self.wanted = self._interval > 0  # whether the client is to hear anything before its answer
+        self.enabled = self._interval > 0  # whether the client gets comments before its answer
         self._as_reasoning = limits.now.loading_as_reasoning
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self) -> None:
-        """The wait begins, if it has not."""
-        if self.wanted and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._interval, self._comment)
+    def start(self) -> None:
+        """The request waits for its model: send comments from now on, if ``enabled``."""
+        if self.enabled and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self._tell_progress)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """The wait for the model has ended: no more comments about it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _comment(self) -> None:
-        self.say(self._told(self._gate.loading(self._model) or "waiting"))
-        self._timer = asyncio.get_running_loop().call_later(self._interval, self._comment)
+    def _tell_progress(self) -> None:
+        self._send(self._comment(self._gate.loading(self._model) or "waiting"))
+        self._timer = asyncio.get_running_loop().call_later(self._interval, self._tell_progress)
 
-    def reading(self) -> None:
+    def reading_prompt(self) -> None:
         """The engine has the request and has not begun to answer: it reads the prompt."""
-        self.say(f": {self._model}: reading the prompt\n\n".encode())
+        self._send(f": {self._model}: reading the prompt\n\n".encode())
 
-    def say(self, comment: bytes) -> None:
-        """Send it, the first time behind a head. HTTP/1.0 has no chunks: there the answer ends with its connection."""
+    def _send(self, comment: bytes) -> None:
+        """Send a comment, the first one behind a head. HTTP/1.0 has no chunks: the answer ends with its connection."""
         exchange = self._exchange
         if self.head_sent:
             exchange.write(self._framed(comment))
@@ -80,7 +82,7 @@ class LoadingHeartbeat:
     def _framed(self, data: bytes) -> bytes:
         return chunk(data) if self._exchange.takes_chunks else data
 
-    def _told(self, progress: str) -> bytes:
+    def _comment(self, progress: str) -> bytes:
         request = self._exchange.request
         if not self._as_reasoning or request.path != "/v1/chat/completions":
             return f": loading {self._model}: {progress}\n\n".encode()
@@ -90,63 +92,60 @@ class LoadingHeartbeat:
             "id": f"chatcmpl-{request.id}",
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": self._asked,
+            "model": self._client_name,
             "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
         }
         return b"data: " + json.dumps(event).encode() + b"\n\n"
 
     def fail(self, error: VllmdError) -> None:
-        """Tell the client, in the way that is left."""
+        """Tell the client of the error: as an event, if the head is out already."""
         self._exchange.error, self._exchange.message = type(error).__name__, error.message
         if self.head_sent and not self.answer_begun and not self._exchange.over:
-            self.fail_with(json.dumps(error_body(error, self._exchange.request.path)).encode())
+            self.send_error_event(json.dumps(error_body(error, self._exchange.request.path)).encode())
         else:
             self._exchange.fail(error)
 
-    def fail_with(self, body: bytes) -> None:
+    def send_error_event(self, body: bytes) -> None:
         """End the stream with ``body``, an error as the API has them, as its last event."""
         event = error_event(self._exchange.request.path, body)
         self._exchange.write(self._framed(event) + (LAST_CHUNK if self._exchange.takes_chunks else b""))
         self._exchange.finish()
 
 
-class Waiting(Protocol):
-    """A stream that waits for its engine's first byte."""
-
-    def beat(self) -> None:
-        """Give a sign of life."""
-
-
 class Heartbeats:
     """One timer for all streams whose engines have not begun to answer, so that none costs a timer of its own.
 
-    A stream is given a sign of life at each sweep but the first after it came: after one interval, or two at most.
+    Each stream adds a function that sends a sign of life. It is called at each sweep but the first after it was added:
+    after one interval, or two at most.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._new: set[Waiting] = set()
-        self._old: set[Waiting] = set()
+        self._new: set[Callable[[], None]] = set()
+        self._old: set[Callable[[], None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, waiting: Waiting) -> None:
-        """Send this stream comments from now on."""
-        self._new.add(waiting)
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
+
+    def add(self, beat: Callable[[], None]) -> None:
+        """Call ``beat`` from now on."""
+        self._new.add(beat)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._limits.now.loading_comment_interval, self._sweep)
 
-    def discard(self, waiting: Waiting) -> None:
-        """The stream's first byte has come, or its client has left: no more signs of life."""
-        self._new.discard(waiting)
-        self._old.discard(waiting)
+    def discard(self, beat: Callable[[], None]) -> None:
+        """Call ``beat`` no more: the stream's first byte has come, or its client has disconnected."""
+        self._new.discard(beat)
+        self._old.discard(beat)
 
     def _sweep(self) -> None:
         self._timer = None
-        for waiting in list(self._old):
-            waiting.beat()
+        for beat in list(self._old):
+            beat()
         self._old |= self._new
         self._new.clear()
-        if self._old and self._limits.now.loading_comment_interval > 0:  # it may have been switched off meanwhile
+        if self._old and self._limits.now.loading_comment_interval > 0:  # a reload may have switched comments off
             self._timer = asyncio.get_running_loop().call_later(self._limits.now.loading_comment_interval, self._sweep)
 
 
@@ -162,10 +161,10 @@ def error_event(path: str, body: bytes) -> bytes:
 
 def _anthropic(body: bytes) -> bytes:
     try:
-        told = json.loads(body)
-        if told.get("type") == "error":
-            return json.dumps(told).encode()
-        message = told["error"]["message"]
+        error = json.loads(body)
+        if error.get("type") == "error":
+            return json.dumps(error).encode()
+        message = error["error"]["message"]
     except (ValueError, KeyError, TypeError, AttributeError):
         message = body.decode("utf-8", "replace")
     return json.dumps({"type": "error", "error": {"type": "api_error", "message": message}}).encode()

@@ -85,7 +85,7 @@ INSTEAD = {
 }
 
 
-def meant(path: str) -> Iterator[str]:
+def candidates(path: str) -> Iterator[str]:
     """What ``path`` may mean, the likeliest first; ``path`` itself is not among it."""
     tidy = V1_AGAIN.sub("/v1", SLASHES.sub("/", path))
     if len(tidy) > 1:
@@ -111,9 +111,9 @@ def _tail(path: str) -> Iterator[str]:
         yield path[found.start() :]
 
 
-def referred(path: str) -> str:
+def alternative_for(path: str) -> str:
     """Where to go instead; "" where nobody can say."""
-    for each in (path, *meant(path)):
+    for each in (path, *candidates(path)):
         if each in REFERRED:
             return REFERRED[each].replace("{path}", each)
         if any(each == kept or each.startswith(kept + "/") for kept in KEPT):

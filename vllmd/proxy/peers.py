@@ -11,13 +11,14 @@ if the engine's user listens at its other end (``Address.owner``):
   engine's user's, or root's: Docker's proxy is root.
 
 An engine must never make the daemon call itself, neither where both run as one user nor by a second name for the
-daemon's own socket: ``are_ours`` remembers those. Among processes of one user nothing more is promised, since each of
-them can do to an engine whatever it likes.
+daemon's own socket: ``register_own_sockets`` remembers those. Among processes of one user nothing more is promised,
+since each of them can do to an engine whatever it likes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllmd.credentials import credentials
-from vllmd.errors import UpstreamFailed
+from vllmd.errors import OUT_OF_FILES, UpstreamFailed
 
 if TYPE_CHECKING:
     from vllmd.proxy.gate import Address
@@ -58,7 +59,7 @@ class Listener(NamedTuple):
 _ours: set[tuple[int, int]] = set()  # (device, inode) of files; (0, inode) of TCP sockets
 
 
-def are_ours(sockets: Iterable[socket.socket]) -> None:
+def register_own_sockets(sockets: Iterable[socket.socket]) -> None:
     """Note the daemon's own listening sockets: no engine is ever there."""
     for each in sockets:
         if each.family != socket.AF_UNIX:
@@ -147,7 +148,9 @@ def _check(found: Listener, owner: int, host: str, port: int) -> None:
 def listener_of(host: str, port: int) -> Listener | None:
     """The process that listens on a TCP address, for messages; None if there is none, or if that is unknown."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return listener(family, host, port) or _listed(host, port)
+    with contextlib.suppress(OSError):
+        return listener(family, host, port) or _listed(host, port)
+    return None
 
 
 def user_named(uid: int) -> str:
@@ -210,13 +213,18 @@ def _diagnosed(family: socket.AddressFamily, states: int, place: bytes) -> Liste
 
 
 def _listed(host: str, port: int) -> Listener | None:
-    """The same from /proc/net, of which a kernel without sock_diag has only the whole."""
+    """The same from /proc/net, of which a kernel without sock_diag has only the whole.
+
+    Raises OSError where we have no file descriptor to read it.
+    """
     wanted = [_hex(host), *(_hex("0.0.0.0") if ":" not in host else "", "0" * 32)]
     found: dict[str, Listener] = {}
     for name in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        except OSError:
+        except OSError as error:
+            if error.errno in OUT_OF_FILES:  # who listens is not known then, which is not that somebody else does
+                raise
             continue
         for line in lines:
             fields = line.split()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 
-from vllmd.errors import BadRequest, HeadTooLarge, TooLarge
+from vllmd.errors import BadRequest, HeadTooLarge, SpokenTls, TooLarge
 from vllmd.proxy.framing import BadFraming, Chunked, Length
 from vllmd.proxy.heads import HeadMemo, RequestHead, parse_request_head
 from vllmd.proxy.limits import Limits
@@ -115,8 +115,9 @@ class RequestReader:
             if data.find(b"\n\n", max(0, self._scanned - 1)) >= 0:
                 raise BadRequest("malformed request: a line that does not end with CRLF")
             if data and data[0] not in TOKEN:  # no method begins like that: nothing good will come of waiting
-                tls = "; this is TLS, and plain HTTP is spoken here" if data[0] == TLS_HANDSHAKE else ""
-                raise BadRequest(f"malformed request: no request line{tls}")
+                if data[0] == TLS_HANDSHAKE:
+                    raise SpokenTls("this is TLS, and plain HTTP is spoken here: the URL must begin with http://")
+                raise BadRequest("malformed request: no request line")
             self._scanned = len(data)
             return None
         self.head_size = end + 4

@@ -40,7 +40,7 @@ def head_end(data: bytes | bytearray, start: int = 0) -> int:
     return crlf + 3 if crlf >= 0 else -1
 
 
-def tidied(head: bytes) -> bytes:
+def normalize_head(head: bytes) -> bytes:
     """``head``, which ends with its blank line, with every line as RFC 9112 writes it."""
     if IRREGULAR.search(head) is not None:
         text = head.replace(b"\r\n", b"\n").rstrip(b"\n")

@@ -146,13 +146,13 @@ class Router:
         if methods is not None:
             return methods
         method = "GET" if request.method == "HEAD" else request.method
-        for path in paths.meant(request.path):
+        for path in paths.candidates(request.path):
             methods = self._at(request, path)
             if methods is not None and (method in methods or method == "OPTIONS"):
                 request.path = path
                 request.answer_fields = (*request.answer_fields, ("x-vllmd-path", quote(path)))
                 return methods
-        where = paths.referred(request.path) or self._near(request.path) or LISTED
+        where = paths.alternative_for(request.path) or self._near(request.path) or LISTED
         raise NotFound(f"there is no {request.path[:LONGEST_TOLD]} here: {where}")
 
     def _near(self, path: str) -> str:

@@ -9,14 +9,14 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from vllmd.errors import TooManyRequests, Unavailable, VllmdError
+from vllmd.errors import OUT_OF_FILES, BadRequest, TooManyRequests, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.connection import Connection
 from vllmd.proxy.departures import SWEEP
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
 from vllmd.proxy.http import error_response
-from vllmd.proxy.limits import OUT_OF_FILES, Limits, keep_alive
+from vllmd.proxy.limits import RECEIVE, Limits, keep_alive
 from vllmd.proxy.routing import Router
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Server:
         self.begin = router.begin
         self._listeners = list(listeners)
         self.ended = on_exchange
-        self._connections: set[Connection] = set()
+        self.open_connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
         self._empty = asyncio.Event()
@@ -63,11 +63,11 @@ class Server:
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self._connections) + len(self._opening)
+        return len(self.open_connections) + len(self._opening)
 
     def exchanges(self) -> list[Exchange]:
         """The requests that are being answered now."""
-        return [each.exchange for each in self._connections if each.exchange is not None]
+        return [each.exchange for each in self.open_connections if each.exchange is not None]
 
     # -- accepting
 
@@ -128,10 +128,16 @@ class Server:
         return None
 
     async def _open(self, sock: socket.socket) -> None:
+        tls = self.tls
         try:
-            limit = HANDSHAKE_LIMIT if self.tls else None
+            if tls is not None and await _speaks_plainly(sock):
+                sock.recv(RECEIVE)  # what is left unread would reset the connection, and take the answer with it
+                _turn_away(
+                    sock, BadRequest("TLS is spoken here, and this is plain HTTP: the URL must begin with https://")
+                )
+                return
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Connection(self), sock, ssl=self.tls, ssl_handshake_timeout=limit
+                lambda: Connection(self), sock, ssl=tls, ssl_handshake_timeout=HANDSHAKE_LIMIT if tls else None
             )
         except OSError as error:
             log.debug("a connection was gone before it was served: %s", error)
@@ -145,7 +151,7 @@ class Server:
 
     def joined(self, connection: Connection) -> None:
         """Count a connection in that has just been made."""
-        self._connections.add(connection)
+        self.open_connections.add(connection)
         if self._sweeping is None:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP, self._sweep)
         if connection.peer.address:
@@ -153,7 +159,7 @@ class Server:
 
     def left(self, connection: Connection) -> None:
         """Count a connection out that has been closed."""
-        self._connections.discard(connection)
+        self.open_connections.discard(connection)
         address = connection.peer.address
         if address:
             self._by_address[address] -= 1
@@ -164,9 +170,9 @@ class Server:
     def _sweep(self) -> None:
         """Look for clients that vanished in the middle of an answer."""
         self._sweeping = None
-        for connection in list(self._connections):
-            connection.look()
-        if self._connections:
+        for connection in list(self.open_connections):
+            connection.close_if_vanished()
+        if self.open_connections:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP, self._sweep)
 
     def _check_empty(self) -> None:
@@ -178,17 +184,17 @@ class Server:
     @property
     def busy(self) -> int:
         """Connections on which a request is being read or answered."""
-        return sum(connection.busy for connection in self._connections) + len(self._opening)
+        return sum(connection.busy for connection in self.open_connections) + len(self._opening)
 
-    def last_ones(self) -> None:
+    def disable_keep_alive(self) -> None:
         """Let each connection end with the answer that it is at, or with its next one; new ones are still accepted."""
         self.draining = True
-        for connection in list(self._connections):
-            connection.last_one()
+        for connection in list(self.open_connections):
+            connection.disable_keep_alive()
 
     def refuse_unread(self, error: VllmdError) -> None:
         """Answer the clients that have sent only a part of a request."""
-        for connection in list(self._connections):
+        for connection in list(self.open_connections):
             connection.refuse_unread(error)
 
     async def drain(self, limit: float, grace: float = 1.0) -> bool:
@@ -196,25 +202,25 @@ class Server:
 
         Idle connections are closed at once; one that has never sent a request gets ``grace`` seconds to do so.
         """
-        self.last_ones()
+        self.disable_keep_alive()
         self.closing = True
         self.stop_accepting()
         await self._wait_empty(0.0)
-        self._retire(fresh_too=False)
+        self._close_idle(fresh_too=False)
         if not await self._wait_empty(min(grace, limit)):
-            self._retire(fresh_too=True)
+            self._close_idle(fresh_too=True)
         return await self._wait_empty(max(0.0, limit - grace))
 
     async def close(self, limit: float = 0.0) -> None:
         """Drain within ``limit`` seconds, then cut off the clients that are left. Listeners stay open."""
         await self.drain(limit)
-        for connection in list(self._connections):
+        for connection in list(self.open_connections):
             connection.cut()
         await self._wait_empty(1.0)
 
-    def _retire(self, *, fresh_too: bool) -> None:
-        for connection in list(self._connections):
-            connection.retire(fresh_too=fresh_too)
+    def _close_idle(self, *, fresh_too: bool) -> None:
+        for connection in list(self.open_connections):
+            connection.close_if_idle(fresh_too=fresh_too)
 
     async def _wait_empty(self, limit: float) -> bool:
         self._empty.clear()
@@ -226,6 +232,18 @@ class Server:
         except TimeoutError:
             return not self.connections
         return True
+
+
+async def _speaks_plainly(sock: socket.socket) -> bool:
+    """Whether a client begins with a letter, as requests in plain HTTP do, and no TLS. Raises OSError."""
+    loop, came = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sock.fileno(), came.set)
+    try:
+        async with asyncio.timeout(HANDSHAKE_LIMIT):
+            await came.wait()
+    finally:
+        loop.remove_reader(sock.fileno())
+    return sock.recv(1, socket.MSG_PEEK).isalpha()
 
 
 def _turn_away(sock: socket.socket, refusal: VllmdError) -> None:

@@ -1,4 +1,4 @@
-"""What a request took: told by the usage in its answer, in the words of any of the APIs, or reckoned from sizes."""
+"""How many tokens a request took: by the usage in its answer, in any API's form, or estimated from sizes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 
 from vllmd.frozen import frozen
 
-TAIL = 1024  # bytes at an answer's end in which its usage is looked for
+TAIL_BYTES = 1024  # of an answer's end, in which its usage is looked for
 BYTES_PER_EVENT = 250  # of a stream: about one token's
 BYTES_PER_TOKEN = 4  # of text: English has about four letters in a token
 FILE = b";base64,"  # a file within JSON (a data: URL)
 TOKENS_PER_FILE = 1000  # of an image within JSON, or of a form with files: about what an image of 1 megapixel takes
 
 COUNTS = re.compile(rb'"(\w{5,27})_tokens"\s*:\s*(\d{1,12})')  # inside a string, the quotes would be escaped
-GENERATES = ("completions", "/messages", "/responses", "/infill", "/completion")  # ends of paths whose answer is text
-COUNTED = (*GENERATES, "/embeddings", "/rerank", "/score", "/pooling", "/classify")  # and of those that read text
+GENERATES = ("completions", "/messages", "/responses", "/infill", "/completion")  # path suffixes: the answer is text
+COUNTED = (*GENERATES, "/embeddings", "/rerank", "/score", "/pooling", "/classify")  # and those that read text
 
 
 @frozen
 class Tokens:
-    """What a request took: of the ``prompt``, ``cached`` of it, of the ``answer``. ``estimated``: by size alone."""
+    """Tokens of one request: ``prompt``, ``cached`` of them, and ``answer``. ``estimated``: from sizes alone."""
 
     prompt: int
     answer: int
@@ -32,38 +32,38 @@ class Tokens:
         return self.prompt + self.answer
 
 
-def told(tail: bytes | bytearray, opening: bytes = b"") -> Tokens | None:
-    """What the usage in the last bytes of an answer says, in the words of any of the APIs; None if there is none.
+def from_usage(tail: bytes | bytearray, opening: bytes = b"") -> Tokens | None:
+    """The tokens by the usage in the last bytes of an answer, in the form of any of the APIs; None if there is none.
 
-    ``opening``: the first bytes of a stream of Anthropic's, whose first usage has what the last one leaves out.
+    ``opening``: the first bytes of a stream of Anthropic's, whose first usage has numbers that the last one leaves out.
     """
-    start = tail.rfind(b'"usage"', max(0, len(tail) - TAIL))
+    start = tail.rfind(b'"usage"', max(0, len(tail) - TAIL_BYTES))
     if start < 0:
         return None
     counts, first = COUNTS.findall(tail, start), opening.find(b'"usage"')
     if first >= 0:
-        counts = [*COUNTS.findall(opening, first, first + TAIL), *counts]
+        counts = [*COUNTS.findall(opening, first, first + TAIL_BYTES), *counts]
     found = {name: int(number) for name, number in counts}
     total = found.get(b"total")
     cached = found.get(b"cached", 0)
     if total is not None:
         prompt = found.get(b"prompt", found.get(b"input", total - found.get(b"completion", found.get(b"output", 0))))
         return Tokens(prompt, max(0, total - prompt), cached)
-    if b"input" in found and b"output" in found:  # Anthropic's, where what was cached is apart from the rest
+    if b"input" in found and b"output" in found:  # Anthropic's, whose input tokens do not include the cached ones
         cached = found.get(b"cache_read_input", 0)
         return Tokens(found[b"input"] + cached + found.get(b"cache_creation_input", 0), found[b"output"], cached)
     return None
 
 
-def reckoned(path: str, body: bytes, size: int, *, stream: bool) -> Tokens:
-    """About what a request at ``path`` took, by its body and the ``size`` of what came of its answer, in bytes."""
+def estimate(path: str, body: bytes, size: int, *, stream: bool) -> Tokens:
+    """Estimate a request's tokens by its path at the engine, its body, and the bytes that came of its answer."""
     if not path.endswith(GENERATES):
         return Tokens(prompt_tokens(body), 0, estimated=True)
     return Tokens(prompt_tokens(body), -(-size // (BYTES_PER_EVENT if stream else BYTES_PER_TOKEN)), estimated=True)
 
 
 def prompt_tokens(body: bytes) -> int:
-    """About how many tokens an engine reads for a request with this body; a file in it counts as one of its kind."""
+    """About how many tokens an engine reads for a request with this body; each file in it counts the same."""
     if body.startswith(b"--"):  # a form
         return TOKENS_PER_FILE
     if FILE not in body:

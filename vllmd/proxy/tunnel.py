@@ -27,7 +27,7 @@ from vllmd.proxy.limits import read_small
 from vllmd.proxy.model_requests import KEY_IN_QUERY
 from vllmd.proxy.response_heads import HeadCollector
 from vllmd.proxy.routing import RECHECK
-from vllmd.proxy.upstream import connect, host_field
+from vllmd.proxy.upstream import OutOfFiles, connect, host_field
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,13 @@ class FarEnd(asyncio.Protocol):
         self.answered: asyncio.Future[bytes] = loop.create_future()  # the head's bytes
         self.closed: asyncio.Future[None] = loop.create_future()
         self._exchange = exchange
-        self._transport: asyncio.Transport
+        self.transport: asyncio.Transport
         self._collector = HeadCollector()
         self.early = b""  # what came along with the head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The engine has accepted the tunnel's connection."""
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
         read_small(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -63,13 +63,13 @@ class FarEnd(asyncio.Protocol):
         try:
             found = self._collector.feed(data)
         except BadFraming:
-            self._transport.abort()
+            self.transport.abort()
             return
         if found is not None:
             whole, end = found
             self.early = whole[end:]
             self.answered.set_result(whole[:end])
-            self._transport.pause_reading()  # until the client has been told
+            self.transport.pause_reading()  # until the client has been told
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine's side is closed: close the client's."""
@@ -79,16 +79,16 @@ class FarEnd(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The engine does not take the client's bytes fast enough."""
-        self._exchange.hold(True)
+        self._exchange.pause_client(True)
 
     def resume_writing(self) -> None:
         """The engine takes bytes again: so may the client send."""
-        self._exchange.hold(False)
+        self._exchange.pause_client(False)
 
     def send(self, data: bytes) -> None:
         """Pass on bytes from the client to the engine."""
-        if not self._transport.is_closing():
-            self._transport.write(data)
+        if not self.transport.is_closing():
+            self.transport.write(data)
 
     def take(self, data: bytes) -> None:
         """The client's bytes once it may speak."""
@@ -101,17 +101,17 @@ class FarEnd(asyncio.Protocol):
         if early:
             self._exchange.write(early)
         self._exchange.follow_pauses(self._on_pause)
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def close(self) -> None:
         """Close both sides at once."""
         self._exchange.on_pause = None
-        self._transport.abort()
+        self.transport.abort()
 
     def _on_pause(self, paused: bool) -> None:
-        if not self._transport.is_closing():
-            (self._transport.pause_reading if paused else self._transport.resume_reading)()
+        if not self.transport.is_closing():
+            (self.transport.pause_reading if paused else self.transport.resume_reading)()
 
 
 class Tunnels:
@@ -174,6 +174,8 @@ class Tunnels:
         """
         try:
             far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
+        except OutOfFiles:
+            raise
         except UpstreamFailed as error:  # which names an address of ours
             log.warning("%s: %s", target.model, error.message)
             raise UpstreamFailed(f"the engine of {target.model!r} cannot be reached") from None

@@ -1,16 +1,23 @@
 """Connections to engines: one request at a time on each, kept a short while for the next one.
 
-A ``Upstream`` reads the answer's head through h11 and hands the body on as the bytes it came in. Foreign
-errors end here: its callers see ``UpstreamFailed`` or a ``lost`` call.
+An ``Upstream`` reads the answer's head through h11 and passes the body on as the bytes it came in, to a ``Sink``.
+Errors of sockets and of h11 end here: callers see ``UpstreamFailed`` or a call of ``Sink.lost``.
+
+A kept connection may be closed by the engine at the very moment in which the next request is sent on it. HTTP has no
+way to tell that from an engine that got the request and died. What tells it here is ``untouched``: not a byte of an
+answer came, on a connection that was ``reused``. Only then does ``Relay.forward`` send the request again. A connection
+that is not at rest after an answer (bytes of the request unsent, more bytes than the answer has) is never kept.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json as json_codec
 import logging
 import os
+import select
 import socket
 import ssl
 from collections import deque
@@ -18,35 +25,39 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
 from vllmd.addresses import is_loopback
-from vllmd.errors import UpstreamFailed
+from vllmd.errors import OUT_OF_FILES, UpstreamFailed, out_of_files
 from vllmd.proxy.framing import BadFraming, Framing
 from vllmd.proxy.gate import Address
 from vllmd.proxy.heads import HeadMemo, RawHeaders, ResponseHead, parse_response_head, write_request_head
-from vllmd.proxy.limits import OUT_OF_FILES, UNACKNOWLEDGED, Limits, keep_alive, read_small
+from vllmd.proxy.limits import UNACKNOWLEDGED, Limits, keep_alive, read_small
 from vllmd.proxy.peek import Parts
 from vllmd.proxy.peers import Impostor, connected
 from vllmd.proxy.response_heads import HeadCollector
 
 log = logging.getLogger(__name__)
 
-WRITE_LIMIT = 256 << 10  # the transport says stop when it holds more than this
+WRITE_BYTES = 256 << 10  # given to the transport at a time
 
 
 class Unreached(UpstreamFailed):
-    """No process listens there: the engine never saw the request, so it may be sent anew."""
+    """No process listens there: no engine has seen the request, so it may be sent again."""
+
+
+class QueueFull(Unreached):
+    """The engine listens, and has not come to accept what others have begun: it never saw the request, either."""
 
 
 class OutOfFiles(UpstreamFailed):
-    """This process can open no more connections; of the engine that says nothing."""
+    """This process can open no more sockets, which is not the engine's fault."""
 
     status = 503
 
 
 class Sink(Protocol):
-    """What takes an engine's answer. After ``whole`` or ``lost`` nothing more comes."""
+    """The receiver of an engine's answer: ``head``, ``data``..., and ``whole`` or ``lost`` as the last call."""
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
-        """The head; ``data`` follows at once with what came of the body along with it, be it nothing."""
+        """The head; ``data`` follows at once with the bytes of the body that came along with it, perhaps none."""
 
     def data(self, data: bytes) -> None:
         """More of the body, framing included."""
@@ -59,17 +70,12 @@ class Sink(Protocol):
 
 
 def describe(address: Address) -> str:
-    """The address as people write it."""
+    """The address for logs: a path, ``host:port``, or a URL."""
     return address.uds or f"{'https://' * bool(address.tls)}{_authority(address)}{address.prefix}"
 
 
-def _for_clients(address: Address) -> str:
-    """The address in an error that clients may see: where engines of this machine have their sockets is not told."""
-    return "the engine's socket" if address.uds else describe(address)
-
-
 def host_field(address: Address) -> str:
-    """The Host of a request: what a server elsewhere knows itself by, and ``localhost`` for one of our own."""
+    """The Host of a request: the name of a server on another machine, and ``localhost`` for an engine on this one."""
     if address.uds or (not address.tls and is_loopback(address.host)):
         return "localhost"
     return _authority(address).removesuffix(":443" if address.tls else ":80")
@@ -84,20 +90,20 @@ _Key = tuple[str, str, int, str, int | None]
 
 
 def _key(address: Address) -> _Key:
-    """What two addresses have in common that may share a connection."""
+    """Addresses with the same key may share a connection."""
     return address.uds, address.host, address.port, address.tls, address.owner
 
 
 class Upstream(asyncio.Protocol):
-    """One connection to an engine: one request at a time, whose ``Sink`` hears of the answer."""
+    """One connection to an engine. Carries one request at a time, and reports its answer to a ``Sink``."""
 
     def __init__(self, address: Address, pool: Pool | None = None) -> None:
         self.address = address
         self.key = _key(address)
-        self.reused = False
-        self.idle_since = 0.0
+        self.reused = False  # the pool had kept it
+        self.idle_since = 0.0  # seconds of the loop's clock
         self._pool = pool
-        self._transport: asyncio.Transport
+        self.transport: asyncio.Transport
         self._sink: Sink | None = None
         self._method = ""
         self._heads = HeadMemo(lambda head: parse_response_head(head, "POST"))
@@ -109,21 +115,22 @@ class Upstream(asyncio.Protocol):
         self._paused = False
         self._unsent: deque[memoryview] = deque()  # of the request's body, while the engine takes it slowly
         self._write_paused = False
+        self._poll: select.poll | None = None  # made when it is reused
 
     # -- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio once the engine has accepted the connection."""
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
         read_small(transport)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             keep_alive(sock, UNACKNOWLEDGED)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of an answer; from an idle connection they are a reason to drop it.
+        """Bytes of an answer, or, on an idle connection, a reason to drop it.
 
-        This is called for every piece of every answer: all that a piece of a body costs here is a look for its end.
+        Called for every piece of every answer, so a piece of a body costs nothing here but the search for its end.
         """
         sink = self._sink
         if sink is None:
@@ -143,16 +150,16 @@ class Upstream(asyncio.Protocol):
         if end < 0:
             sink.data(data)
             return
-        if end != len(data):  # more than was announced: what follows cannot be told apart
+        if end != len(data):  # more than was announced: the next answer could not be told from the rest
             self._keep_alive, data = False, data[:end]
         sink.data(data)
         self._finish()
 
     def eof_received(self) -> None:
-        """The engine says no more: asyncio closes, and ``connection_lost`` judges."""
+        """The engine has shut its sending side: asyncio closes, and ``connection_lost`` follows."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Gone: for a body that ends with the connection that is its end, for any other it is a loss."""
+        """The connection is closed: the end of a body that ends with its connection, for any other a loss."""
         self._broken = True
         if self._pool is not None:
             self._pool.forget(self)
@@ -164,7 +171,7 @@ class Upstream(asyncio.Protocol):
             self._break(str(exc) if exc else "closed by the engine")
 
     def pause_writing(self) -> None:
-        """The engine does not take the request fast enough: what is left of its body stays where it is, uncopied."""
+        """The engine does not take the request fast enough: the rest of its body waits where it is, uncopied."""
         self._write_paused = True
 
     def resume_writing(self) -> None:
@@ -172,61 +179,75 @@ class Upstream(asyncio.Protocol):
         self._write_paused = False
         self._send_on()
 
-    # -- its user's side
+    # -- the user's side
 
     @property
     def usable(self) -> bool:
         """Whether another request may be sent on it."""
-        return not self._broken and not self._transport.is_closing()
+        return not self._broken and not self.transport.is_closing()
+
+    def is_silent(self) -> bool:
+        """Whether nothing has come of it since the last answer, be it its end, that the event loop has yet to read.
+
+        What comes between two requests is no answer to the second one, and would be taken for it.
+        """
+        poll = self._poll
+        if poll is None:
+            sock = self.transport.get_extra_info("socket")
+            if sock is None:
+                return True
+            poll = self._poll = select.poll()
+            poll.register(sock.fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     def send(self, method: str, head: bytes, body: Parts, size: int, sink: Sink) -> None:
         """Send one request, whose body has ``size`` bytes in all; ``sink`` gets the answer.
 
-        A large body goes out in pieces as fast as the engine takes them: given to the transport whole, it would be
-        copied into its buffer, and be in memory twice.
+        A large body goes out in pieces as fast as the engine takes them. The transport would copy it whole into its
+        buffer, so that it would be in memory twice.
         """
         self._sink, self._method = sink, method
         self._framing, self._begun = None, False
-        if size <= WRITE_LIMIT:
-            self._transport.write(b"".join((head, *body)))
+        if size <= WRITE_BYTES:
+            self.transport.write(b"".join((head, *body)))
         else:
-            self._transport.write(head)
+            self.transport.write(head)
             self._unsent.extend(memoryview(part) for part in body)
             self._send_on()
 
     def _send_on(self) -> None:
-        while self._unsent and not self._write_paused and not self._transport.is_closing():
+        while self._unsent and not self._write_paused and not self.transport.is_closing():
             part = self._unsent[0]
-            self._transport.write(part[:WRITE_LIMIT])
-            self._unsent[0] = part[WRITE_LIMIT:]
-            if len(part) <= WRITE_LIMIT:
+            self.transport.write(part[:WRITE_BYTES])
+            self._unsent[0] = part[WRITE_BYTES:]
+            if len(part) <= WRITE_BYTES:
                 self._unsent.popleft()
 
     def pause(self) -> None:
-        """Take nothing more from the engine for now."""
+        """Stop reading from the engine: the client does not take its answer."""
         if self.usable:
             self._paused = True
-            self._transport.pause_reading()
+            self.transport.pause_reading()
 
     def resume(self) -> None:
         """Read from the engine again, after ``pause``."""
         if self.usable:
             self._paused = False
-            self._transport.resume_reading()
+            self.transport.resume_reading()
 
     def abort(self) -> None:
-        """Close at once; the sink hears nothing more."""
+        """Close at once; the sink is not called any more."""
         self._sink = None
         self._broken = True
         self._unsent.clear()
-        self._transport.abort()
+        self.transport.abort()
 
     # -- reading
 
     def _read_head(self, data: bytes, sink: Sink) -> bytes | None:
-        """Collect the head, and hand it on once it is whole: what has come of the body along with it, else None.
+        """Collect the head and report it once it is whole. Returns the bytes of the body that came with it, else None.
 
-        1xx answers before it are passed over: they are meant for a client that waits for one, and ours does not.
+        1xx answers before it are dropped: the request never asks for one.
         """
         pieces, self._begun = self._begun, True
         end = data.find(b"\n\r\n") + 3  # the common case: one plain head of a success, whole
@@ -242,12 +263,13 @@ class Upstream(asyncio.Protocol):
 
     def _finish(self) -> None:
         sink, self._sink = self._sink, None
-        if sink is None:  # the sink gave up on the last piece
+        if sink is None:  # the sink called ``abort`` on the last piece
             return
         if self._paused:
             self.resume()
-        transport = self._transport
+        transport = self.transport
         unsent = self._unsent or transport.get_write_buffer_size() > 0
+        # Before ``sink.whole``, in which a next request may already look for a connection.
         if self._pool is None or not self._keep_alive or self._broken or unsent or transport.is_closing():
             self.abort()
         else:
@@ -270,24 +292,24 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
-    def take(self, address: Address) -> Upstream | None:
-        """An idle connection to ``address``, if there is one young enough."""
+    def get_idle(self, address: Address) -> Upstream | None:
+        """Take an idle connection to ``address`` out of the pool, if one is young enough."""
         idle = self._idle.get(_key(address))
         oldest = asyncio.get_running_loop().time() - self._limits.now.upstream_idle
         while idle:
             connection = idle.pop()
-            if connection.idle_since > oldest and connection.usable:
+            if connection.idle_since > oldest and connection.usable and connection.is_silent():
                 connection.reused = True
                 return connection
             connection.abort()
         return None
 
     async def connect(self, address: Address) -> Upstream:
-        """A new connection. Raises UpstreamFailed."""
+        """Open a new connection. Raises UpstreamFailed."""
         return await connect(address, self._limits.now.connect_timeout, lambda: Upstream(address, self))
 
     def put(self, connection: Upstream) -> None:
-        """Keep it for the next request."""
+        """Keep a connection, whose answer is over, for the next request."""
         if self._closed:
             connection.abort()
             return
@@ -298,14 +320,14 @@ class Pool:
             self._timer = loop.call_later(self._limits.now.upstream_idle, self._sweep)
 
     def forget(self, connection: Upstream) -> None:
-        """Keep a connection no longer that has been closed."""
+        """Drop a connection that has been closed."""
         idle = self._idle.get(connection.key, [])
         if connection in idle:
             idle.remove(connection)
 
-    def idle(self) -> int:
-        """How many connections it keeps."""
-        return sum(map(len, self._idle.values()))
+    def idle(self) -> list[Upstream]:
+        """The connections that the pool keeps."""
+        return [connection for connections in self._idle.values() for connection in connections]
 
     def close(self) -> None:
         """Drop all of them and keep no more."""
@@ -313,13 +335,12 @@ class Pool:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for connections in self._idle.values():
-            for connection in list(connections):
-                connection.abort()
+        for connection in self.idle():
+            connection.abort()
         self._idle.clear()
 
     def _sweep(self) -> None:
-        """Drop what is too old; look again when the next one will be."""
+        """Drop connections that were idle for too long; come again when the next one will have been."""
         loop, self._timer = asyncio.get_running_loop(), None
         oldest = loop.time() - self._limits.now.upstream_idle
         for address, connections in list(self._idle.items()):
@@ -328,9 +349,10 @@ class Pool:
                 connection.abort()
             if not connections:
                 del self._idle[address]
-        left = [c.idle_since for connections in self._idle.values() for c in connections]
-        if left:
-            self._timer = loop.call_at(min(left) + self._limits.now.upstream_idle, self._sweep)
+        kept = self.idle()
+        if kept:
+            next_due = min(connection.idle_since for connection in kept) + self._limits.now.upstream_idle
+            self._timer = loop.call_at(next_due, self._sweep)
 
 
 P = TypeVar("P", bound=asyncio.BaseProtocol)
@@ -339,10 +361,11 @@ P = TypeVar("P", bound=asyncio.BaseProtocol)
 async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> P:
     """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not.
 
-    Unreached if nobody listens, Impostor if somebody does who is not ``address.owner``, OutOfFiles if we have no file
-    descriptor for it.
+    Unreached if no process listens there (QueueFull if one does, and is busy), Impostor if one of another user than
+    ``address.owner`` does, OutOfFiles if this process has no file descriptor left.
     """
     loop = asyncio.get_running_loop()
+    place = "the engine's socket" if address.uds else describe(address)  # clients are not told the socket's path
     try:
         async with asyncio.timeout(limit):
             if address.owner is not None:
@@ -357,31 +380,38 @@ async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> 
     except Impostor as error:
         raise Impostor(f"no connection to {describe(address)}: {error.message}") from None
     except TimeoutError:
-        raise UpstreamFailed(f"no connection to {_for_clients(address)} within {limit:g} s") from None
-    except ssl.SSLError as error:
-        why = getattr(error, "verify_message", "") or error.reason or error
-        raise UpstreamFailed(f"no connection to {_for_clients(address)}: TLS: {why}") from None
+        raise UpstreamFailed(f"no connection to {place} within {limit:g} s") from None
     except OSError as error:
-        if error.errno in OUT_OF_FILES:
-            why = f"vllmd cannot connect to the engine: {os.strerror(error.errno)}"
-            raise OutOfFiles(why, retry_after=5) from None
-        raise Unreached(f"no connection to {_for_clients(address)}: {_told(error)}") from None
+        raise _unconnected(address, place, error) from None
 
 
-def _told(error: OSError) -> str:
-    """asyncio puts the address in the place of what was wrong, and several addresses' errors into one."""
-    number = error.errno or 0
-    return os.strerror(number) if number > 0 else str(error.strerror or error)
+def _unconnected(address: Address, place: str, error: OSError) -> UpstreamFailed:
+    """Why there is no connection, and whose fault that is. ``place``: the address as clients may be told of it."""
+    number = error.errno
+    if isinstance(error, ssl.SSLError | socket.gaierror):  # certificates and names are looked up in files
+        number = errno.EMFILE if out_of_files() else None
+    elif number == errno.EADDRNOTAVAIL and ":" in address.host:  # of IPv6 it may say that there is none
+        number = None
+    if number in OUT_OF_FILES or number == errno.EADDRNOTAVAIL:  # our own ports may be used up, too
+        return OutOfFiles(f"vllmd cannot connect to the engine: {os.strerror(number or 0)}", retry_after=5)
+    if isinstance(error, ssl.SSLError):
+        why = getattr(error, "verify_message", "") or error.reason or error
+        return UpstreamFailed(f"no connection to {place}: TLS: {why}")
+    # asyncio's own text has the address in the place of the reason, and several addresses' errors in one.
+    code = error.errno or 0
+    reason = os.strerror(code) if code > 0 else str(error.strerror or error)
+    kind = QueueFull if code == errno.EAGAIN else Unreached
+    return kind(f"no connection to {place}: {reason}")
 
 
 @functools.lru_cache(100)
 def tls_context(trusted: str) -> ssl.SSLContext:
-    """How to check a server's certificate: ``system``, or the path of a file with the certificates to trust."""
+    """How to check a server's certificate. ``trusted``: ``system``, or the path of a file with certificates."""
     return ssl.create_default_context(cafile=None if trusted == "system" else trusted)
 
 
-class _Collected:
-    """A sink that keeps the whole answer."""
+class Collector:
+    """A sink that collects an answer of up to ``limit`` bytes: ``body``, and its head by the future ``over``."""
 
     def __init__(self, limit: int) -> None:
         self.over: asyncio.Future[ResponseHead] = asyncio.get_running_loop().create_future()
@@ -391,11 +421,11 @@ class _Collected:
         self._limit = limit
 
     def head(self, head: ResponseHead, framing: Framing) -> None:
-        """Remember it, and have the payload kept."""
+        """Remember the head, and have the framing keep the payload."""
         self._head, self._framing, framing.keep = head, framing, True
 
     def data(self, data: bytes) -> None:
-        """Take what the framing has kept."""
+        """Collect the payload that the framing has kept."""
         pieces = cast(Framing, self._framing).pieces
         for piece in pieces:
             self.body += piece
@@ -434,7 +464,7 @@ async def request(
     if listen.key:
         fields.append((b"authorization", b"Bearer " + listen.key.encode()))
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in headers)
-    sink = _Collected(limit)
+    sink = Collector(limit)
     connection: Upstream | None = None
     try:
         async with asyncio.timeout(timeout):

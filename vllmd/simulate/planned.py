@@ -29,7 +29,7 @@ def read_config(path: str | None, devices: Sequence[str] = (), host_memory: str 
         overrides["devices"] = [{"memory": size} for size in devices]
     if host_memory:
         overrides["host_memory"] = host_memory
-    config = load(path, overrides=overrides)
+    config = load(path, overrides=overrides, strict=True)
     if not config.models:
         raise ConfigError("the configuration has no models to simulate")
     return config

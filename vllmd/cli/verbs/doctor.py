@@ -10,10 +10,9 @@ import argparse
 from collections.abc import Iterator
 
 from vllmd.api.answers import ModelLine, Status
-from vllmd.cli import show
+from vllmd.cli import show, standing
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_UNAVAILABLE, Failure
-from vllmd.cli.verbs import ps
 
 Finding = tuple[str, str, str]
 COLOURS = {"ok": "green", "warning": "yellow", "bad": "red"}
@@ -84,6 +83,14 @@ def models(status: Status) -> Iterator[Finding]:
             yield "bad", f"{name} has failed: {why}", f"vllmctl why {name}; vllmctl logs {name}"
         elif line.degraded:
             yield "warning", troubles(line), f"vllmctl why {name}"
+        elif quiet := standing.silence(line):
+            yield (
+                "warning",
+                f"{name} is {line.state}: {quiet}",
+                f"vllmctl logs {name}; vllmctl restart {name} --force",
+            )
+        elif line.never:
+            yield "bad", f"{name} can never be loaded: {line.never}", f"vllmctl assign {name} --gpu-memory"
         elif line.state == "stopped" and why:
             yield "bad", f"{name} cannot be loaded: {why}", ""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vllmd.api.answers import ModelLine, Status
-from vllmd.cli import downloads, nothing, show
+from vllmd.cli import downloads, nothing, show, standing
 from vllmd.cli.admin import Admin
 from vllmd.text import shortened
 
@@ -111,10 +111,12 @@ def replicas_of(line: ModelLine) -> str:
 def note(line: ModelLine) -> str:
     """The phase of a start, replicas, pin, leases, why requests wait, why the model failed."""
     parts = [show.phase(line)]
-    parts.append(replicas_of(line))
+    parts.append(standing.replicas_of(line))
+    parts.append(standing.silence(line))
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
-    parts.append("pinned" if line.pinned else "")
+    parts.append(_pin(line))
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
+    parts.append("" if line.replicas or not line.never else f"can never be loaded: {line.never}")
     parts.append("" if line.replicas else shortened(show.first_line(line.failure), CAUSE))  # else its replicas have it
     return "; ".join(part for part in parts if part)

@@ -69,7 +69,7 @@ def runs(path: str) -> bool:
 
 def check(arguments: argparse.Namespace, *, system: bool) -> int:
     """Say whether the next start can use the file. Raises Failure where it cannot be read."""
-    from vllmd.config.loader import default_file
+    from vllmd.config.loader import default_file, read
 
     path = SYSTEM_FILE if system and SYSTEM_FILE.exists() else default_file(os.environ)
     if path.exists() and not os.access(path, os.R_OK):
@@ -77,5 +77,7 @@ def check(arguments: argparse.Namespace, *, system: bool) -> int:
     arguments.file = path if path.exists() else None
     status = config.check(arguments)
     if not arguments.json:
-        print("vllmd does not run: its next start " + ("fails on this" if status == EX_CONFIG else "reads this"))
+        fails = any(not problem.alone for problem in read(arguments.file).problems)
+        told = "fails on this" if fails else "serves all other models" if status == EX_CONFIG else "reads this"
+        print(f"vllmd does not run: its next start {told}")
     return status

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 
 from vllmd.api.answers import Status
-from vllmd.cli import downloads, models, nothing, show
+from vllmd.cli import downloads, models, nothing, show, standing
 from vllmd.cli.admin import Admin
 from vllmd.cli.failures import EX_CONFIG, EX_UNAVAILABLE
 from vllmd.cli.terminal import wrapped
-from vllmd.cli.verbs import info, ps, why
+from vllmd.cli.verbs import info, ps
 
 FACTS = (
     *("version", "process", "event loop", "devices", "requests", "configuration", "configuration error"),
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json(named if named else status))
     elif named:
         for line in named:
-            show.say(why.now(line, made=True))
+            show.say(standing.now(line, made=True))
     else:
         print(overview(status, admin.url or admin.path))
     if status.configuration.error:

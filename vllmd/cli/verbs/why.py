@@ -6,7 +6,7 @@ import argparse
 
 from vllmd.api.answers import Decisions, ModelLine
 from vllmd.api.verbs import verb
-from vllmd.cli import models, show
+from vllmd.cli import models, show, standing
 from vllmd.cli.admin import Admin
 from vllmd.cli.verbs import ps
 from vllmd.cli.verbs.events import in_words

@@ -101,6 +101,7 @@ function About({ line }) {
   const { value: settings } = useLoaded((signal) => text(`/admin/config?model=${encodeURIComponent(line.name)}`, { signal }), [line.name]);
   return html`<${Problem} error=${error} />
     ${line.failure && html`<div class="problem" role="alert"><strong>It failed.</strong><pre>${line.failure}</pre></div>`}
+    ${line.never && html`<div class="problem" role="alert"><strong>It can never be loaded.</strong> ${line.never}</div>`}
     <dl class="facts">${facts.filter(([, value]) => value).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${String(value)}</dd></div>`)}</dl>
     ${settings && html`<h3>Settings</h3><p class="soft">Those that are not the defaults, and where each comes from.</p><pre class="log" tabindex="0" aria-label="settings">${settings}</pre>`}
     ${line.replicas.length > 1 && html`<h3>Replicas</h3><table class="rows"><thead><tr><th scope="col">replica</th><th scope="col">state</th><th scope="col">health</th>

@@ -68,12 +68,12 @@ const MOST_TROUBLES = 5; // failed models whose causes are told above everything
 
 /** What whoever looks in the morning must not have to scroll for: what failed, and why. */
 function Troubles({ status }) {
-  const failed = status.models.filter((line) => line.state === "error");
+  const failed = status.models.filter((line) => line.state === "error" || line.never);
   const more = failed.length - MOST_TROUBLES;
   if (failed.length === 0 && !status.configuration.refused) return null;
   return html`<div class="problem troubles" role="status" aria-label="what is wrong">
     ${status.configuration.refused && html`<p>The configuration files are not in force, a restart would serve no model: ${status.configuration.refused}</p>`}
-    ${failed.slice(0, MOST_TROUBLES).map((line) => html`<p key=${line.name}><strong>${line.name}</strong> has failed: ${firstLine(line.failure)}</p>`)}
+    ${failed.slice(0, MOST_TROUBLES).map((line) => html`<p key=${line.name}><strong>${line.name}</strong> ${line.never ? `can never be loaded: ${line.never}` : `has failed: ${firstLine(line.failure)}`}</p>`)}
     ${more > 0 && html`<p>and ${plural(more, "more model")}</p>`}</div>`;
 }
 
@@ -162,6 +162,8 @@ function Line({ line, rates, onAsk }) {
       ${line.disabled && html` <span class="warn" title=${line.disabled}>disabled: ${line.disabled}</span>`}
       ${phase && html` <span class="soft">${phase}</span>`}
       ${waits && html` <span class="warn">waits for ${waits}</span>`}
+      ${line.silent >= 30 && html` <span class="warn">no answer for ${seconds(line.silent)}</span>`}
+      ${line.never && html` <span class="bad-text">can never be loaded: ${line.never}</span>`}
       ${line.state === "error" && html` <span class="bad-text" title=${line.failure}>${firstLine(line.failure)}</span>`}</td>
     <td class="number">${line.queued || ""}</td><td class="number">${line.in_flight || ""}</td>
     <td class="number wide">${rate(rates?.tokens)}</td><td class="number wide">${seconds(rates?.firstByte)}</td>
