@@ -50,7 +50,7 @@ class MetricsEndpoints:
             except (Conflict, UpstreamFailed):  # the others are shown all the same
                 return ""
 
-        models = self._control.status.status(request.caller).models
+        models = (await self._control.status.status(request.caller)).models
         lines = [each for line in models for each in line.replicas or (line,)]
         loaded = [line.name for line in lines if line.state not in UNLOADED]
         texts = await asyncio.gather(*map(scraped, loaded))

@@ -46,9 +46,9 @@ class ModelEndpoints:
         given = request.params["model"]
         with contextlib.suppress(Forbidden):  # a model that the key may not use does not exist for it
             name = self._control.status.called(given, request.caller)
-            for model in await self._models(request):
-                if model.id == name:
-                    return json(_card(model, given if given in model.aliases else name))
+            model = await self._control.status.model(name)
+            if model is not None and request.caller.may_use(name):
+                return json(_card(model, given if given in model.aliases else name))
         raise UnknownModel(f"model {given!r} does not exist; GET /v1/models lists those that do", param="model")
 
     async def settings(self, request: Request) -> Response:

@@ -70,7 +70,7 @@ class VerbEndpoint:
             result = await result if inspect.isawaitable(result) else result
         # 3. Answer: at once; or, where a model changes its state, with its progress or when that has ended.
         if not verb.settles:
-            return json(result if result is not None else control.status.line(model))
+            return await json_in_turns(result if result is not None else control.status.line(model))
         progress = control.following.progress(model)
         if NDJSON in request.headers.get("accept"):
             return Response(200, ndjson(progress), NDJSON)

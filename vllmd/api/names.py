@@ -60,7 +60,7 @@ class Meanings:
 
 
 class Guesses:
-    """What names can mean that are none exactly, by other case, and by their ends. ``names``: each with its model."""
+    """Which models an inexact name can mean, by other case and by its end. ``names``: each with its model."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.folded, self.suffixes, self.folded_suffixes = Meanings(), Meanings(), Meanings()
@@ -90,7 +90,7 @@ class Names:
         for model, aliases in models:
             for name in (model, *aliases):
                 self._exact[name] = model
-        self._of_models = len(self._exact)  # so many names, the first ones, are models'
+        self._of_models = len(self._exact)  # the first of the names; the others are offers'
         for name in offers:
             self._exact.setdefault(name, name)
         self._known_guesses: Guesses | None = None
@@ -100,7 +100,7 @@ class Names:
 
     @property
     def _guesses(self) -> Guesses:
-        """Made when a name is asked for that is none exactly: of ten thousand models they take megabytes."""
+        """Made for the first name that is not exact: of ten thousand models they take megabytes."""
         if self._known_guesses is None:
             self._known_guesses = Guesses(self._exact)
         return self._known_guesses
@@ -115,7 +115,7 @@ class Names:
         if name in self._exact:
             return self._exact[name]
         if not name:  # llama.cpp's own clients send none: the only model there is
-            models = set(filter(visible, self._models))
+            models = set(filter(visible, itertools.islice(self._exact.values(), self._of_models)))
             if len(models) != 1:
                 raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
             return models.pop()
@@ -161,10 +161,10 @@ class Names:
         lowered = plain.lower()
         without_prefix = [plain[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix)]
         for rest in without_prefix:
-            yield self._folded.of(folded(rest))
+            yield guesses.folded.of(folded(rest))
         for end in (plain, *without_prefix):
-            yield self._suffixes.of(end)
-            yield self._folded_suffixes.of(folded(end))
+            yield guesses.suffixes.of(end)
+            yield guesses.folded_suffixes.of(folded(end))
 
     def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
         """The error for a name that means nothing: with the nearest names, else with how to list them."""

@@ -21,6 +21,9 @@ def line(progress: Download | Pulled, since: float = 0.0) -> str:
     ``since``: seconds since that progress was reported.
     """
     phase = progress.phase
+    if phase == "waiting" and progress.behind:
+        noun = "download" if len(progress.behind) == 1 else "downloads"
+        return f"waiting for the {noun} of {', '.join(progress.behind)}"
     if phase != "downloading":
         return " ".join(filter(None, (PHASES.get(phase, phase), progress.source if phase == "looking" else "")))
     done, total, rate = progress.completed, progress.total, progress.rate

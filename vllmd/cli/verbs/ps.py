@@ -98,23 +98,16 @@ def row(line: ModelLine) -> tuple[str, ...]:
     )
 
 
-def replicas_of(line: ModelLine) -> str:
-    """How many of a model's replicas serve; of a replica its health status and the time to its first byte."""
-    if line.replicas:
-        return f"{line.serving} of {len(line.replicas)} replicas serve{', degraded' * line.degraded}"
-    if not line.standing:
-        return ""
-    latency = f" ({line.latency * 1000:.0f} ms to the first byte)" if line.latency is not None else ""
-    return f"{line.standing}{latency}"
-
-
 def note(line: ModelLine) -> str:
     """The phase of a start, replicas, pin, leases, why requests wait, why the model failed."""
     parts = [show.phase(line)]
     parts.append(standing.replicas_of(line))
     parts.append(standing.silence(line))
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
-    parts.append(_pin(line))
+    # A pinned model that is down, as after a drain, is brought back by no rule.
+    is_down = line.state == "stopped" and not (line.disabled or line.never or line.waiting_for)
+    back = ", and not loaded before its next request or vllmctl start" if is_down else ""
+    parts.append(f"pinned{back}" if line.pinned else "")
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
     parts.append("" if line.replicas or not line.never else f"can never be loaded: {line.never}")
