@@ -18,7 +18,7 @@ SETTINGS: dict[str, object] = {"type": "object", "description": "settings of one
 
 
 class RuntimeModels(Protocol):
-    """The daemon's run-time models."""
+    """The run-time models, as the daemon implements them."""
 
     async def put(self, name: str, settings: Mapping[str, object], *, trusted: bool) -> Known:
         """Add a run-time model. Raises BadRequest, TooManyRequests."""
