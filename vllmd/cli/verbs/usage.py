@@ -1,7 +1,7 @@
 """Show the use by key or model: requests, tokens, seconds of engines and devices.
 
 IN and OUT are tokens.
-Days and hours are in UTC.
+Days and hours are in UTC, not in local time.
 DEVICE is the share of devices' memory that a model held, times seconds; while a
 model is idle it counts for the key that used it last.
 """
