@@ -178,11 +178,8 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     files, quantization = choose(listed_files(info.siblings or [], folder), source, repository)
     if source.get("quantization"):
         called = f"{called}:{quantization_of(files[0].name)}".removesuffix(":")
-    # The hub takes a repository's name in any case, and an older one; and a quantisation goes by any part of its file's
-    # name. Each would be a model of its own here, so that a client of requests could add as many as it likes.
-    given = f"{source['repository']}{':' * bool(source.get('quantization'))}{source.get('quantization') or ''}"
-    if request.get("exact") and given != called:
-        raise Failed(f"a request has it fetched by its own name only, which is {called}", "not_found", final=True)
+    if request.get("exact"):
+        check_called(source, called)
     # 3. Room for them, then their bytes.
     status.told |= {"total": sum(file.size for file in files), "files": len(files), "quantization": quantization}
     _check_size(request, status.told["total"])
@@ -199,6 +196,17 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     single = files[0].name if source.get("file") else ""
     return {"repository": repository, "commit": commit, "quantization": quantization, "file": single, "called": called,
             "snapshot": os.path.join(folder, "snapshots", commit)}  # fmt: skip
+
+
+def check_called(source: dict[str, Any], called: str) -> None:
+    """Raise Failed where a client's request does not give the one name of what it would have fetched.
+
+    The hub takes a repository's name in any case, and an older one; and a quantisation goes by any part of its file's
+    name. Each would be a model of its own here, so that a client could add as many as it likes.
+    """
+    given = f"{source['repository']}{':' * bool(source.get('quantization'))}{source.get('quantization') or ''}"
+    if given != called:
+        raise Failed(f"a request has it fetched by its own name only, which is {called}", "not_found", final=True)
 
 
 def provide_hub_library(request: dict[str, Any], status: Status) -> None:
