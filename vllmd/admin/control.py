@@ -15,36 +15,6 @@ from vllmd.admin.adapters import RuntimeAdapters
 from vllmd.admin.counters import Counters
 from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.api import answers
-from vllmd.api.answers import (
-    Added,
-    Arrival,
-    Cached,
-    Cancelled,
-    Card,
-    Decision,
-    Decisions,
-    Device,
-    Download,
-    GPUInfo,
-    Health,
-    KeyLine,
-    Keys,
-    Killed,
-    ModelLine,
-    NewKey,
-    Plan,
-    Preview,
-    Probed,
-    Progress,
-    Pulled,
-    Recordings,
-    Reloaded,
-    Removed,
-    RequestEntry,
-    RequestInFull,
-    Requests,
-    Suspended,
-)
 from vllmd.core.types import Snapshot
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter
@@ -84,19 +54,19 @@ class Status(Protocol):
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
 
-    async def models(self) -> list[Card]:
+    async def models(self) -> list[answers.Card]:
         """Every model, adapter, variant and pool."""
 
-    async def model(self, name: str) -> Card | None:
+    async def model(self, name: str) -> answers.Card | None:
         """One of them by its name; None if none is called so."""
 
-    def health(self) -> Health:
+    def health(self) -> answers.Health:
         """The health of vllmd, with its devices and the state of every model."""
 
     async def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """Everything that ``vllmctl ps``, ``info`` and ``gpus`` show, of the models that the caller may use."""
 
-    def line(self, model: str) -> ModelLine:
+    def line(self, model: str) -> answers.ModelLine:
         """One model's line of ``status``."""
 
     def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
@@ -114,13 +84,13 @@ class Status(Protocol):
     def settings(self, model: str) -> Iterator[str]:
         """The configuration in force, or one model's part, as lines of YAML with each setting's origin; no secrets."""
 
-    def decisions(self, model: str) -> Decisions:
+    def decisions(self, model: str) -> answers.Decisions:
         """The last decisions, oldest first; all of them, or one model's."""
 
     async def gauges(self) -> Gauges:
         """The values for a scrape; reads the devices."""
 
-    async def gpus(self) -> list[GPUInfo]:
+    async def gpus(self) -> list[answers.GPUInfo]:
         """The devices with the processes on them. Raises Unsupported where none can be read."""
 
     async def scrape(self, model: str) -> bytes:
@@ -157,7 +127,7 @@ class Commands(Protocol):
     async def release(self, model: str, lease: str, *, stop: bool) -> None:
         """Give a lease back; ``stop``: the last one to go stops the model."""
 
-    async def probe(self, model: str, all: bool, *, limit: float | None) -> Probed:
+    async def probe(self, model: str, all: bool, *, limit: float | None) -> answers.Probed:
         """Probe the engines of a model that serve, all at the same time.
 
         Without ``all`` none is waited for once another has answered; with it each has ``limit`` seconds (None: as
@@ -172,30 +142,30 @@ class Commands(Protocol):
     def drop_instance(self) -> Callable[[str], Awaitable[None]]:
         """Forget an instance that the instances API added; ids of configured engines are ignored."""
 
-    async def kill(self, pid: int, *, force: bool) -> Killed:
+    async def kill(self, pid: int, *, force: bool) -> answers.Killed:
         """Kill the engine that a process belongs to, or with ``force`` another process that holds a GPU.
 
         Raises NotFound, Forbidden.
         """
 
-    async def drain(self, device: int, drained: bool) -> Device:
+    async def drain(self, device: int, drained: bool) -> answers.Device:
         """Take a device out of use, or give it back. Raises NotFound."""
 
-    async def suspend(self, suspended: bool) -> Suspended:
+    async def suspend(self, suspended: bool) -> answers.Suspended:
         """Take the engines off the devices before the machine sleeps, or let them back."""
 
     @property
-    def reload(self) -> Callable[[], Awaitable[Reloaded]]:
+    def reload(self) -> Callable[[], Awaitable[answers.Reloaded]]:
         """Read the configuration again. Raises ConfigError."""
 
 
 class Previews(Protocol):
     """Says what operators' verbs would do, and does nothing."""
 
-    async def of_model(self, model: str, action: str, *, caller: Caller = ANYBODY) -> Preview:
+    async def of_model(self, model: str, action: str, *, caller: Caller = ANYBODY) -> answers.Preview:
         """What the verb would do with a model or a replica now. Raises UnknownModel."""
 
-    async def of_device(self, device: int, action: str) -> Preview:
+    async def of_device(self, device: int, action: str) -> answers.Preview:
         """What draining a device, or giving it back, would do. Raises NotFound."""
 
 
@@ -209,18 +179,18 @@ class Plans(Protocol):
         policy: str | None,
         host_memory: str | None,
         models: Mapping[str, object],
-    ) -> Plan:
+    ) -> answers.Plan:
         """Simulate it as it is, and with what is not None. Raises BadRequest, NotFound, Conflict, TookTooLong."""
 
 
 class Following(Protocol):
     """Streams of what happens, as it happens."""
 
-    def progress(self, model: str) -> AsyncIterator[Progress]:
+    def progress(self, model: str) -> AsyncIterator[answers.Progress]:
         """A model's state and phase, now and at each change until no change is under way; the last one is ``done``."""
 
     @property
-    def watch(self) -> Callable[[], AsyncIterator[Decision]]:
+    def watch(self) -> Callable[[], AsyncIterator[answers.Decision]]:
         """Decisions and the changes of state that follow, until the caller stops."""
 
     def log(self, model: str, lines: int, *, follow: bool) -> AsyncIterator[str]:
@@ -247,25 +217,25 @@ class Records(Protocol):
         slower: float | None,
         limit: int,
         caller: Caller,
-    ) -> Requests:
+    ) -> answers.Requests:
         """The last requests that ended and those under way that match (see ``Filter.of``), at most ``limit``."""
 
-    def request(self, request_id: str, caller: Caller) -> RequestInFull:
+    def request(self, request_id: str, caller: Caller) -> answers.RequestInFull:
         """One request with its head, and with bodies if the caller may change things. Raises NotFound."""
 
-    def cancel(self, request_id: str, caller: Caller) -> Cancelled:
+    def cancel(self, request_id: str, caller: Caller) -> answers.Cancelled:
         """Cancel the requests under way that have this id, whether they wait or run. Raises NotFound."""
 
-    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
+    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[answers.RequestEntry]:
         """Requests that match, as they end, until the caller stops."""
 
-    def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> Recordings:
+    def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> answers.Recordings:
         """Keep bodies for ``seconds``, ``most_bytes`` of each. Raises BadRequest."""
 
-    def stop_recording(self, number: int | None) -> Recordings:
+    def stop_recording(self, number: int | None) -> answers.Recordings:
         """End a recording; None: all. Raises NotFound."""
 
-    def recorded(self) -> Recordings:
+    def recorded(self) -> answers.Recordings:
         """The recordings under way, and the size of what they have kept."""
 
     async def usage(
@@ -273,32 +243,32 @@ class Records(Protocol):
     ) -> answers.Usage:
         """Sums by these dimensions, which have commas between. Raises BadRequest, Unavailable, NotFound."""
 
-    def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[Arrival]:
+    def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[answers.Arrival]:
         """Arrivals from then on (None: of seven days), for ``vllmctl simulate``. Raises Unavailable, NotFound."""
 
 
 class Store(Protocol):
     """Models as files: downloads, added models, the caches."""
 
-    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[Pulled, None]:
+    def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[answers.Pulled, None]:
         """Download a model, and with ``add`` serve it. Yields the progress; the last line is ``done``.
 
         ``detached``: the download goes on when the caller has left.
         """
 
-    def stop(self, model: str) -> Download:
+    def stop(self, model: str) -> answers.Download:
         """End a download. Raises NotFound."""
 
-    async def contents(self) -> Cached:
+    async def contents(self) -> answers.Cached:
         """The models in the engines' caches, and which served models use each."""
 
-    async def add(self, name: str, settings: Mapping[str, object]) -> Added:
+    async def add(self, name: str, settings: Mapping[str, object]) -> answers.Added:
         """Serve a model from now on. Raises BadRequest, Conflict, Forbidden."""
 
-    async def copy(self, model: str, name: str) -> Added:
+    async def copy(self, model: str, name: str) -> answers.Added:
         """Serve the files of a model under another name as well. Raises UnknownModel, Conflict."""
 
-    async def remove(self, model: str, *, files: bool, dry: bool) -> Removed:
+    async def remove(self, model: str, *, files: bool, dry: bool) -> answers.Removed:
         """Remove an added model, and with ``files`` its files; ``dry``: only say what would be removed.
 
         Raises UnknownModel, Conflict.
@@ -309,16 +279,16 @@ class KeyStore(Protocol):
     """API keys made while the daemon runs; each change counts at once."""
 
     @property
-    def list(self) -> Callable[[], Keys]:
+    def list(self) -> Callable[[], answers.Keys]:
         """All keys, those of the configuration among them; never their text."""
 
-    def create(self, name: str, settings: Mapping[str, object]) -> NewKey:
+    def create(self, name: str, settings: Mapping[str, object]) -> answers.NewKey:
         """Make a key; only this answer has its text. Raises BadRequest, Conflict, Unavailable."""
 
-    def revoke(self, name: str) -> Keys:
+    def revoke(self, name: str) -> answers.Keys:
         """Revoke a key. Returns the keys that are left. Raises NotFound, Unavailable."""
 
-    def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
+    def limit(self, name: str, settings: Mapping[str, object]) -> answers.KeyLine:
         """Change the named settings of a key; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
 
 
