@@ -69,7 +69,7 @@ class Status:
     def __init__(self, path: str) -> None:
         self._path = path
         self.told: dict[str, Any] = {"phase": "looking", "source": "", "done": 0, "total": 0, "error": "", "code": ""}
-        self.measure: Callable[[], int] | None = None  # returns the bytes that are on the disk
+        self._measure: Callable[[], int] | None = None  # returns the bytes that are on the disk
         self._over = threading.Event()
 
         def write_now_and_then() -> None:
@@ -90,7 +90,7 @@ class Status:
         self.write()
 
     def enter(self, phase: str, measure: Callable[[], int] | None = None) -> None:
-        """The download is in this phase now; ``measure`` gives the bytes that are here."""
+        """Begin a phase of the download. ``measure`` returns the bytes that are on the disk."""
         self.told["phase"], self._measure = phase, measure
 
     def write(self) -> None:
