@@ -226,7 +226,7 @@ class Records(Protocol):
     def cancel(self, request_id: str, caller: Caller) -> answers.Cancelled:
         """Cancel the requests under way that have this id, whether they wait or run. Raises NotFound."""
 
-    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[answers.RequestEntry]:
+    def watch(self, filter: Filter, caller: Caller) -> AsyncIterator[answers.RequestEntry]:
         """Requests that match, as they end, until the caller stops."""
 
     def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> answers.Recordings:

@@ -29,7 +29,7 @@ Labels = tuple[str, ...]
 Values = Mapping[Any, float] | Iterable[tuple[Labels, float]]  # by label values
 PIECE_SERIES = 500  # written in one turn of the loop: about 5 ms
 END = b"# EOF\n"  # of OpenMetrics
-STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
+HEALTH_STATUSES = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
 
@@ -45,7 +45,7 @@ def expose_in_turns(
     written: dict[str, list[bytes]] = {}
     for metric in ProcessCollector(registry=None).collect():
         written[metric.name] = [_text(encode, metric)]
-    families = [counted(counters), standing(gauges)]
+    families = [counted(counters), daemon_state(gauges)]
     if gauges.snapshot:
         families += [models(gauges), replicas(gauges), devices(gauges.snapshot.devices, gauges)]
     for metric in itertools.chain.from_iterable(families):
@@ -138,7 +138,7 @@ def counted(counters: Counters) -> Iterator[Metric]:
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
-def standing(gauges: Gauges) -> Iterator[Metric]:
+def daemon_state(gauges: Gauges) -> Iterator[Metric]:
     """The daemon itself, and the host memory."""
     yield from _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
     yield from _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
@@ -192,9 +192,9 @@ def replicas(gauges: Gauges) -> Iterator[Metric]:
     balanced = [model for model in (gauges.snapshot.models if gauges.snapshot else ()) if model.balanced]
     known = [((model.name, replica.id), replica) for model in balanced for replica in model.replicas]
     labels = ["model", "replica"]
-    yield from _gauge("replica_standing", "1 for what its answers have earned it; down: its engine is not up.",
-                 [*labels, "standing"], {(*of, standing): standing == (view.standing or "down")
-                                         for of, view in known for standing in STANDINGS})  # fmt: skip
+    yield from _gauge("replica_health", "1 for what its answers have earned it; down: its engine is not up.",
+                 [*labels, "health"], {(*of, health): health == (view.health or "down")
+                                         for of, view in known for health in HEALTH_STATUSES})  # fmt: skip
     yield from _gauge("replica_latency_seconds", "Time to the first byte of its answers, the last ones weighing most.",
                  labels, {of: view.latency for of, view in known if view.latency is not None})  # fmt: skip
     yield from _gauge("replica_running_requests", "Requests that run in it.", labels,

@@ -26,7 +26,7 @@ STATES = (
 )
 NO_ENGINE = frozenset({"stopped", "error"})  # of STATES: nothing runs
 State = Annotated[str, {"enum": list(STATES)}]
-Standing = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
+HealthStatus = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
 Watts = Annotated[float, "watts"]
 Moment = Annotated[str, {"format": "date-time"}]
 
@@ -135,7 +135,7 @@ class ModelLine(Answer):
     failure: str = ""
     never: Annotated[str, "why it can never be loaded on these devices; empty if it can, or is"] = ""
     silent: Annotated[float | None, "seconds for which it has answered nothing, while requests wait in it"] = None
-    standing: Standing = ""
+    health: HealthStatus = ""
     latency: Annotated[float | None, "of a replica: seconds to the first byte of its answers"] = None
     rests_in: Annotated[float | None, "seconds until its idle rules make it sleep, sleep deeper or stop"] = None
     pid: int | None = None

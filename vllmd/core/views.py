@@ -76,12 +76,12 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         leases=tuple(model.leases),
         waiting_for=next((view.waiting_for for view in views if view.waiting_for and (view.queued or not up)), ""),
         failure="; ".join(f"{name}: {why}" if model.rules else why for name, why in failures),
-        standing=first.standing,
+        health=first.health,
         latency=min([view.latency for view in up if view.latency is not None], default=None),
         replicas=views,
         balanced=model.rules is not None,
         serving=len(up),
-        degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
+        degraded=bool(model.rules) and any(view.state is State.FAILED or view.health in UNWELL for view in views),
         disabled=model.off,
         never=first.never if all(view.never for view in views) else "",
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
@@ -127,7 +127,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         leases=tuple(r.leases),
         waiting_for=_waiting_for(core, r, now, outlook) if r.demand else "",
         failure=r.failure or (r.health.why if r.health else ""),
-        standing=_standing(r),
+        health=_health(r),
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
         disabled=r.off,
@@ -136,7 +136,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
     )
 
 
-def _standing(r: Replica) -> str:
+def _health(r: Replica) -> str:
     if r.health is None or not r.on:
         return ""
     return "resting" if r in resting(r.model) else r.health.status.value

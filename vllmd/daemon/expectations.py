@@ -1,4 +1,4 @@
-"""What a configuration means on this machine: where engines live, what they take, what the core is told of them."""
+"""What a configuration means on this machine: engines' paths, their footprints, and the core's view of the models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Expectations:
 async def expect(
     config: Config, runtime: RuntimeEnvironment, devices: Sequence[Device], resolver: EngineResolver
 ) -> Expectations:
-    """What the models will take, told to the log as well; reads their files."""
+    """The models' footprints, which are logged as well; reads the models' files."""
     engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
@@ -70,7 +70,7 @@ def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:
 
 
 def settings_of(config: Config, devices: Sequence[Device] = ()) -> Settings:
-    """What the core is told of the machine's policy."""
+    """The settings of the core."""
     return Settings(config.policy, host_budget(config, devices), config.server.queue_limit)
 
 
@@ -85,7 +85,7 @@ def host_budget(config: Config, devices: Sequence[Device] = ()) -> int:
 
 
 def files_of(config: Config) -> dict[int, Path]:
-    """The files in which stand-ins keep who holds how much of declared devices."""
+    """The files in which stand-ins write how much they hold of declared devices."""
     return {index: device.file for index, device in enumerate(config.devices or ()) if device.file}
 
 
@@ -95,5 +95,5 @@ def opener(config: Config, environment: Mapping[str, str]) -> Open:
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
-    """The devices, for whoever can wait for the answer."""
+    """The devices, for a caller that can wait for the answer."""
     return await DeviceWatch(opener(config, environment)).begin(LIMIT)

@@ -116,7 +116,7 @@ def front_end(
 
     def note_outcome(model: str, status: int, failed: bool) -> None:
         if back.now is not None:
-            back.now.engines.answered(model, status, failed=failed)
+            back.now.engines.note_answer(model, status, failed=failed)
 
     # 2. Keys, which come before everything else that a request meets.
     key_store = KeyStore(

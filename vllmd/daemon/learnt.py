@@ -35,7 +35,7 @@ RUNS, DECISIONS, MOST_ENGINES = 3, 5, 512  # of an engine, and engines, that are
 
 
 class Learnt:
-    """The cache file; without a path it remembers nothing."""
+    """The cache file; without a path nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -72,19 +72,19 @@ class Learnt:
         if self._path is None:
             return
         try:
-            told = Folder(self._path.parent).json(self._path.name)
-            self.costs = dict(told["costs"])
-            runs = dict(told.get("runs", {})).items()
+            content = Folder(self._path.parent).json(self._path.name)
+            self.costs = dict(content["costs"])
+            runs = dict(content.get("runs", {})).items()
             self.runs = {name: [(str(run), float(at)) for run, at in ended] for name, ended in runs}
-            made = dict(told.get("decisions", {})).items()
+            made = dict(content.get("decisions", {})).items()
             self.decisions = {
                 name: [replace(parse(Decision, each), model=name) for each in kept] for name, kept in made
             }
             self.earlier = {name: list(kept) for name, kept in self.decisions.items()}
-            starts = dict(told.get("starts", {})).items()
+            starts = dict(content.get("starts", {})).items()
             self.starts = Starts((name, Start.read(kept)) for name, kept in starts)
-            self.failures = {name: Failure.read(kept) for name, kept in dict(told.get("failures", {})).items()}
-            self.loaders = LoaderBook(told.get("loaders", {}))
+            self.failures = {name: Failure.read(kept) for name, kept in dict(content.get("failures", {})).items()}
+            self.loaders = LoaderBook(content.get("loaders", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error.__cause__, FileNotFoundError):  # nothing has been learnt yet
                 return
@@ -94,7 +94,7 @@ class Learnt:
             self.starts, self.loaders = Starts(), LoaderBook()
 
     def save(self) -> None:
-        """Write it whole or not at all; a full disk is told and costs nothing but the figures."""
+        """Write the file whole or not at all; a full disk is logged, and costs nothing but the figures."""
         if self._path is None:
             return
         failures = {name: asdict(failure) for name, failure in self.failures.items()}

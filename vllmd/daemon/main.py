@@ -23,7 +23,7 @@ from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.disabled import disabled_path
 from vllmd.daemon.event_loop import name_of, new_loop
 from vllmd.daemon.key_store import key_store_path
-from vllmd.daemon.listen import Listeners, listeners, told
+from vllmd.daemon.listen import Listeners, in_words, listeners
 from vllmd.daemon.records import store_path
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import ConfigError
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(broken, file=sys.stderr)
         return EX_CONFIG
     if arguments.check:
-        from vllmd.daemon.check import check  # all that a check needs, nobody else waits for
+        from vllmd.daemon.check import check  # imported by nothing else, so that a start does not wait for it
 
         return check(config, os.environ)
     setup_logging(config.log_level)
@@ -84,7 +84,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         except OSError as error:
             print(f"cannot listen on {error.strerror}", file=sys.stderr)
             return EX_UNAVAILABLE
-        log.info("listening on %s", told(sockets))
+        log.info("listening on %s", in_words(sockets))
         identity.become(config, os.environ, activated=bool(given))
         try:
             around = stack.enter_context(runtime(os.environ, activated=bool(given)))
@@ -96,7 +96,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
 
 
 def _raise_file_limit() -> None:
-    """A client takes two descriptors; the usual soft limit of 1024 is meant for programs that use select()."""
+    """Raise the soft limit of open files: a client takes two; the usual 1024 is for programs that use select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -111,7 +111,7 @@ async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload:
 
 
 def learnt_of(environment: Mapping[str, str]) -> Path | None:
-    """The file in which a daemon without a unit keeps what it learnt, so that the next ``vllmd serve`` knows it.
+    """The file in which a daemon without a unit keeps learnt figures for the next ``vllmd serve``.
 
     In the user's cache, or where ``VLLMD_LEARNT`` says; None where that is empty, and for a user without a home:
     nothing is kept.

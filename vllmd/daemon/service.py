@@ -1,4 +1,16 @@
-"""The daemon from its first to its last breath, as lists of bounded steps; it decides nothing about models itself."""
+"""The life of the daemon: the front end at once, the back end when it is built, periodic chores, an orderly end.
+
+Theory of operation. Clients are let in before anything is known of devices and engines, which takes seconds; they wait
+at the admission gate. So the life is one task (``run``) and two more beside it: ``_open`` builds the back end and opens
+the gate, and ``_tick`` does what is due from time to time. A daemon at rest does nothing at all: where no engine runs,
+no client is connected and nothing waits, ``_tick`` sleeps until the core's state changes, the watchdog wants a sign of
+life, or the idle exit is due.
+
+A shutdown is a list of steps, each with a limit, for systemd kills what takes too long. Engines under systemd live on
+in their scopes: the next daemon adopts them. A second signal ends every wait.
+
+Nothing about models is decided here.
+"""
 
 from __future__ import annotations
 
@@ -35,33 +47,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllmd")
 
-SAMPLE_INTERVAL = 5.0  # seconds between looks at the devices while an engine is loaded
-WAIT_INTERVAL = 1.0  # the same while a model waits for room: strangers may leave any moment
+SAMPLE_INTERVAL = 5.0  # seconds between readings of the devices while an engine is loaded
+WAIT_INTERVAL = 1.0  # the same while a model waits for room: other processes may leave the device at any moment
 STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
-REST = 60.0  # seconds between looks at rest, where no watchdog wants them sooner
-STOP_ENGINES_LIMIT = 60.0
-ANSWERS_LIMIT = 5.0  # for answers that clients are still taking
-NOTES_LIMIT = 2.0  # for notes that the next daemon can do without; a launcher that has died cannot take them
-DRAIN_LOOK = 0.05  # seconds between looks at who is still there
+REST = 60.0  # seconds between ticks at rest, where no watchdog wants them sooner
+STOP_ENGINES_LIMIT = 60.0  # seconds
+ANSWERS_LIMIT = 5.0  # seconds for answers that clients are still taking
+NOTES_LIMIT = 2.0  # seconds for notes that the next daemon can do without; a launcher that has died cannot take them
+DRAIN_LOOK = 0.05  # seconds between looks at which clients are still there
 QUIET = 0.3  # seconds without a request after which kept connections count as unused
-LAUNCHER_LIMIT = 5.0  # seconds that a shutdown waits for a launcher: systemd may start none before we have gone
+LAUNCHER_LIMIT = 5.0  # seconds that a drain waits for a launcher: systemd may start none before this daemon has ended
 
 
 async def for_this_host(config: Config, runtime: RuntimeEnvironment) -> Config:
-    """``config`` without what is meant for other machines, and with the models of the cache, if it wants them."""
+    """``config`` without what is meant for other machines, and with the models of the cache if ``discover`` is on."""
     config, elsewhere = of_this_host(config, is_this_host)
     if elsewhere:
-        log.info("left out, for they are meant for other machines: %s", ", ".join(elsewhere))
+        log.info("not served here, for the configuration names other machines for them: %s", ", ".join(elsewhere))
     if not config.discover:
         return config
-    from vllmd.hub import cache_of  # most configurations do not ask for it
+    from vllmd.hub import cache_of  # most configurations leave ``discover`` off
 
     cache = cache_of(runtime.environment, config.engines.home or runtime.home)
     return await asyncio.to_thread(with_discovered, config, cache)
 
 
 class Daemon:
-    """The daemon's life: the front end at once, the back end when it is built, periodic chores, an orderly end."""
+    """Runs the front end and the back end from start to shutdown."""
 
     def __init__(
         self,
@@ -71,7 +83,7 @@ class Daemon:
         sockets: Mapping[str, Sequence[socket.socket]],
         broken: str = "",
     ) -> None:
-        """``config`` is ``for_this_host``. ``read`` reads the files anew; ``broken``: why they cannot be used."""
+        """``config`` is ``for_this_host``. ``read`` reads its files anew. ``broken``: why they cannot be used."""
         self.front = front_end(config, broken, runtime, sockets, self.apply_configuration, self.reload)
         self.failed = False
         self._read = read
@@ -81,13 +93,13 @@ class Daemon:
         self._sampling = asyncio.Lock()
         self._stopping, self._second_signal = asyncio.Event(), asyncio.Event()
         self._idle_exit = IdleExit(time.monotonic())
-        self._last_status = ""  # the status that systemd was told last
+        self._last_status = ""  # as systemd has it
         self._slept_time = SleptTime()
 
-    # -- a life ----------------------------------------------------------------------------
+    # -- start and shutdown ----------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until told to stop, or until there has been nothing to do for long enough."""
+        """Serve until ``stop`` is called: by a signal, or by the idle exit."""
         self._on_signals()
         self.front.listeners.open()
         if not self.front.current.config.models and not self.front.current.broken:
@@ -103,48 +115,53 @@ class Daemon:
             await asyncio.gather(*chores, return_exceptions=True)
 
     async def _open(self) -> None:
-        """Have the back end built, then let requests through.
+        """Build the back end, then let requests through.
 
-        The packages that this takes are imported only now, in a thread: the first client need not wait for them.
+        Its packages are imported only now, in a thread, so that the first client does not wait for them.
         """
         try:
             startup = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
             back: BackEnd = await startup.back_end(self.front)
             collector.exempt_existing()
             self.front.open(back)
-            self.side_task(self._remember_use())
+            self.side_task(self._load_use())
             self.side_task(back.devices.run(lambda devices: startup.apply_devices(self.front, back, devices)))
             back.post(events.TimePassed())
-        except Exception:  # a defect, and nothing can be served: the next start may fare better
-            log.exception("vllmd cannot open")
+        except Exception:  # a defect, by which nothing can be served: end, for the next start may fare better
+            log.exception("vllmd cannot start its engines' side, and ends")
             self.failed = True
             self.stop()
 
-    async def _remember_use(self) -> None:
+    async def _load_use(self) -> None:
         """Load what keys have used before, so that limits per day and month go on from there."""
         today, before = await self.front.records.spent()
-        for key, (tokens, device) in today.items():
-            self.front.quotas.spent(key, tokens, device)
-        for key, (tokens, device) in before.items():
-            self.front.quotas.spent_this_month(key, tokens, device)
+        for key, (tokens, device_seconds) in today.items():
+            self.front.quotas.spent(key, tokens, device_seconds)
+        for key, (tokens, device_seconds) in before.items():
+            self.front.quotas.spent_this_month(key, tokens, device_seconds)
 
     async def shut_down(self) -> None:
-        """Stop, each step bounded; engines under systemd are systemd's to stop, if it wants them stopped."""
+        """Stop in bounded steps. Engines in systemd's scopes are left to systemd, and to the next daemon."""
         front = self.front
         self._notify.stopping(f"finishing {front.gate.requests} requests")
-        last = not self._runtime.activated  # nobody comes after us whom clients could wait for
-        front.listeners.drain(turn_away=last)
-        if last:
+        # 1. No new requests. Where systemd keeps the listeners clients may wait for the next daemon; else they are
+        #    refused.
+        is_last = not self._runtime.activated
+        front.listeners.drain(turn_away=is_last)
+        if is_last:
             front.refuse_waiting()
+        # 2. The requests that have begun; what is left after the limit is refused.
         await self._drain(front.current.config.server.drain_timeout)
         front.refuse_waiting()
         front.listeners.refuse_unread(Unavailable(SHUTTING_DOWN, retry_after=5))
+        # 3. Engines that nobody else would stop, and what the next daemon is to know of the others.
         back = front.back.now
         if back is not None:
             await self._stop_engines(back)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(back.note_idle(), NOTES_LIMIT)
             await back.keep_learnt()
+        # 4. Connections, records, the launcher.
         await front.listeners.close(limit=0.0 if self._second_signal.is_set() else ANSWERS_LIMIT)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(front.records.close(), NOTES_LIMIT)
@@ -152,7 +169,7 @@ class Daemon:
             await back.close()
 
     def stop(self) -> None:
-        """Ask it to shut down; asked a second time it waits for nobody any more."""
+        """Begin the shutdown; a second call has it wait for nothing any more."""
         if self._stopping.is_set():
             log.warning("told to stop once more: breaking off what is under way")
             self._second_signal.set()
@@ -161,12 +178,9 @@ class Daemon:
     # -- chores ----------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        """Do the periodic chores: once a second, or as often as the idle exit wants.
-
-        At rest only as often as the watchdog wants, and when something happens.
-        """
+        """Do the periodic chores: once a second, or as often as the idle exit wants; at rest see the file's head."""
         looked = kept = -SAMPLE_INTERVAL
-        bad: frozenset[tuple[str, str]] | None = None  # what is in error, as kept last
+        bad: frozenset[tuple[str, str]] | None = None  # the models in error, as written down last
         while True:
             back = self.front.back.now
             seen = back.activity() if back else None
@@ -176,13 +190,14 @@ class Daemon:
                 self._last_status = status
                 self._notify.status(status)
             # 2. The idle exit.
-            if self._may_exit(seen) and not self._stopping.is_set():  # a second time it would wait for nobody
+            if self._may_exit(seen) and not self._stopping.is_set():  # a second ``stop`` would break off the shutdown
                 log.info("nothing is loaded and nobody is connected: exiting until the next connection")
                 self.stop()
             if back and seen:
-                # 3. A sleep of the machine, during which the clock by which everything is measured stood still.
+                # 3. A suspension of the machine, during which the monotonic clock, by which all is measured, stood
+                #    still.
                 if seconds := self._slept_time.passed():
-                    log.info("the machine has slept for %.0f s", seconds)
+                    log.info("the machine was suspended for %.0f s", seconds)
                     back.post(events.MachineSlept(seconds))
                 # 4. Standbys: started when nothing starts and no request waits, given up where models need the memory.
                 processes = back.engines.processes
@@ -191,41 +206,39 @@ class Daemon:
                 over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
                 back.engines.standbys.review(busy=busy, running=processes, over=over)
                 # 5. What a later daemon must know: failures at once, everything else with a sample now and then.
-                if (news := failed(seen)) != bad:
+                if (bad_now := failed(seen)) != bad:
                     if bad is not None:
                         self.side_task(back.keep_learnt())
-                    bad = news
+                    bad = bad_now
                 now = time.monotonic()
                 if now >= looked + self._look_interval(back, seen):
                     keep, looked = now >= kept + SAMPLE_INTERVAL, now
                     kept = now if keep else kept
                     self.side_task(self._sample(back, keep=keep))
-            if back and seen and self._rests(back, seen):
-                await self.front.changes.changed(self._longest_rest())
-            else:
-                await asyncio.sleep(self._tick_interval())
+            await self._pause(back, seen)
 
-    def _tick_interval(self) -> float:
+    async def _pause(self, back: BackEnd | None, seen: Snapshot | None) -> None:
+        """Wait until the next tick is due: in a second, or, at rest, when something changes or the idle exit is due."""
         idle_exit = self.front.current.config.server.idle_exit
-        return STATUS_INTERVAL if idle_exit is None else min(STATUS_INTERVAL, max(idle_exit, SHORTEST_TICK))
+        if back and seen and self._is_at_rest(back, seen):
+            seconds = self._notify.watchdog_interval or REST
+            if idle_exit is not None and self._runtime.activated:
+                seconds = min(seconds, max(self._idle_exit.left(time.monotonic(), idle_exit), SHORTEST_TICK))
+            await self.front.changes.changed(seconds)
+        else:
+            seconds = STATUS_INTERVAL if idle_exit is None else max(idle_exit, SHORTEST_TICK)
+            await asyncio.sleep(min(STATUS_INTERVAL, seconds))
 
-    def _rests(self, back: BackEnd, seen: Snapshot) -> bool:
-        """Whether nothing will be to do until somebody wants something, which changes what the core knows."""
+    def _is_at_rest(self, back: BackEnd, seen: Snapshot) -> bool:
+        """Whether nothing is to be done until a client or an operator comes, which changes the core's state."""
         front = self.front
         in_use = front.listeners.connections or front.store.active or back.engines.standbys.in_use
         return not in_use and self._look_interval(back, seen) == math.inf
 
-    def _longest_rest(self) -> float:
-        """Seconds until the watchdog wants a sign of life, or the idle exit is due."""
-        after, longest = self.front.current.config.server.idle_exit, self._notify.watchdog_interval or REST
-        if after is None or not self._runtime.activated:
-            return longest
-        return min(longest, max(self._idle_exit.left(time.monotonic(), after), SHORTEST_TICK))
-
     async def _sample(self, back: BackEnd, *, keep: bool) -> None:
-        """A side task: neither a stuck driver nor a stuck launcher may hold up the watchdog.
+        """Read the devices; with ``keep`` write down what a later daemon must know as well.
 
-        ``keep``: what a later daemon must know is written down as well.
+        A side task, because neither a stuck driver nor a stuck launcher may hold up the watchdog.
         """
         if self._sampling.locked():
             return
@@ -238,7 +251,7 @@ class Daemon:
                 await back.keep_learnt()
 
     def _look_interval(self, back: BackEnd, seen: Snapshot) -> float:
-        """How often it matters what the devices hold: something waits for room, is loaded, or has not come back."""
+        """Seconds between readings of the devices; infinite where nothing is loaded, waits for room, or is amiss."""
         if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.replicas):
             return WAIT_INTERVAL
         wedged = any(device.wedged for device in seen.devices)
@@ -246,7 +259,7 @@ class Daemon:
         return SAMPLE_INTERVAL if in_use else math.inf
 
     def status_line(self, seen: Snapshot | None) -> str:
-        """What ``systemctl status vllmd`` shows."""
+        """The line that ``systemctl status vllmd`` shows."""
         current = self.front.current
         if current.broken:
             return f"configuration invalid, serving errors: {current.broken.splitlines()[0]}"
@@ -256,9 +269,9 @@ class Daemon:
         return f"{len(current.config.models)} models configured; {loaded}; {requests} requests"
 
     def _may_exit(self, seen: Snapshot | None) -> bool:
-        """Whether the idle exit is due: activated, nothing loaded or asked for, nobody connected, for long enough.
+        """Whether the idle exit is due: socket-activated, nothing loaded or waiting, no client, for long enough.
 
-        A device that an operator has taken out of use is a reason to stay: nobody but us remembers it.
+        A device that an operator has drained is a reason to stay: only this daemon remembers that.
         """
         front, back = self.front, self.front.back.now
         busy = bool(
@@ -274,28 +287,29 @@ class Daemon:
         after, accepted = front.current.config.server.idle_exit, front.listeners.accepted
         return self._idle_exit.due(time.monotonic(), after, busy=busy, accepted=accepted)
 
-    # -- endings ---------------------------------------------------------------------------
+    # -- steps of the shutdown -------------------------------------------------------------
 
     async def _drain(self, limit: float) -> None:
         """Let the requests that have begun come to their end, within ``limit`` seconds.
 
-        A request counts from its first byte on. Clients whose connections are kept, and could not be told yet that
-        they end, get the time to send what they are about to.
+        A request counts from its first byte on. A client that keeps its connection cannot be told that the connection
+        ends before its next answer: it gets ``QUIET`` seconds to send the request that it may be about to send.
         """
         gate, listeners = self.front.gate, self.front.listeners
-        began = quiet = connected = time.monotonic()
-        told = -math.inf
+        began = last_busy = last_connected = time.monotonic()
+        reported = -math.inf
         while (now := time.monotonic()) < began + limit and not self._second_signal.is_set():
             if gate.requests or listeners.busy:
-                quiet = now
-            if now - quiet >= QUIET or not (listeners.clients or gate.requests):
+                last_busy = now
+            if now - last_busy >= QUIET or not (listeners.clients or gate.requests):
                 break
+            # Requests that wait for an engine cannot be served without a launcher, and one may never come.
             back = self.front.back.now
-            connected = now if back and back.launcher.connected else connected
-            if now - connected >= LAUNCHER_LIMIT:
+            last_connected = now if back and back.launcher.connected else last_connected
+            if now - last_connected >= LAUNCHER_LIMIT:
                 self.front.refuse_waiting()
-            if now - told >= STATUS_INTERVAL:
-                told = now
+            if now - reported >= STATUS_INTERVAL:
+                reported = now
                 self._notify.extend_timeout(10.0)
                 self._notify.status(f"stopping: waiting for {gate.requests or listeners.busy} requests")
                 self._notify.watchdog()
@@ -303,7 +317,7 @@ class Daemon:
                 await asyncio.wait_for(self._second_signal.wait(), DRAIN_LOOK)
 
     async def _stop_engines(self, back: BackEnd) -> None:
-        """Without systemd nobody else would: end every engine."""
+        """End every engine of a private launcher; those in systemd's scopes are systemd's."""
         if self._runtime.launcher:
             return
         deadline, processes = time.monotonic() + STOP_ENGINES_LIMIT, back.engines.processes
@@ -312,7 +326,8 @@ class Daemon:
         while processes and time.monotonic() < deadline and not self._second_signal.is_set():
             changed = asyncio.ensure_future(self.front.changes.changed(deadline - time.monotonic()))
             hurried = asyncio.ensure_future(self._second_signal.wait())
-            await asyncio.sleep(0)  # both listen from here on; engines elsewhere have stopped by now, and say so once
+            # Both tasks wait from here on. Remote engines have stopped by now, and their change came before.
+            await asyncio.sleep(0)
             if processes:
                 await asyncio.wait({changed, hurried}, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
@@ -324,22 +339,23 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self.stop)
-        ends_with_terminal = _terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
+        ends_with_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup, ends_with_terminal)
 
     def _on_hangup(self, ends_with_terminal: bool) -> None:
-        """Somebody wants a reload; or the terminal was closed that we run at."""
-        if ends_with_terminal and not _terminal():
+        """SIGHUP asks for a reload; or it comes from the terminal of this process, which was closed."""
+        if ends_with_terminal and not _has_terminal():
             self.stop()
-        else:
-            self.side_task(self._reload_logged())
+            return
 
-    async def _reload_logged(self) -> None:
-        with contextlib.suppress(ConfigError):
-            await self.reload()
+        async def reload() -> None:
+            with contextlib.suppress(ConfigError):  # which ``reload`` has logged
+                await self.reload()
+
+        self.side_task(reload())
 
     async def reload(self) -> Reloaded:
-        """Take a changed configuration; an invalid one changes nothing. Raises ConfigError."""
+        """Read the configuration anew and apply it; an invalid one changes nothing. Raises ConfigError."""
         await self.front.back.wait()
         self._notify.reloading()
         try:
@@ -364,13 +380,14 @@ class Daemon:
         return await apply_configuration(self.front, await self.front.back.wait(), config, unless_used)
 
     def side_task(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` beside everything else."""
         task = asyncio.ensure_future(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
 
 
-def _terminal() -> bool:
-    """Whether this process belongs to a terminal that is there."""
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal that is still open."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError:

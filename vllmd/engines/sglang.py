@@ -27,7 +27,7 @@ from vllmd.engines.options import switch, unknown
 from vllmd.engines.plain import DETAIL, PROBE, Plain, environment, has_flag, own_key
 from vllmd.engines.vllm_cpu import has_accelerator
 
-# Phase -> what of its log (0.5.23) shows that it has begun. The first match counts.
+# Phase -> the log lines (0.5.23) that show that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("configuring", re.compile(r"server_args=")),
     ("download", re.compile(r"\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
@@ -113,7 +113,7 @@ class SglangOf(Plain):
         return ("--enable-memory-saver", *(("--enable-weights-cpu-backup",) if self._backup else ()))
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        """One call; it fails while requests run, frozen or not."""
+        """One call, which fails while requests run, frozen or not."""
         return (_RELEASE,)
 
     def wake(self, level: int) -> Sequence[Call]:
@@ -128,11 +128,11 @@ class SglangOf(Plain):
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start, as its log has them."""
-        found = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
-        return Progress(found, line.strip()[:DETAIL], once=found == "compile") if found else None
+        phase_name = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
+        return Progress(phase_name, line.strip()[:DETAIL], once=phase_name == "compile") if phase_name else None
 
     def alive(self, model: ModelConfig) -> Call:
-        """``/health`` as well: told so by its environment, it generates nothing."""
+        """``/health`` as well, which by a variable of the engine's generates nothing."""
         return Call("GET", "/health", timeout=PROBE)
 
 

@@ -54,7 +54,7 @@ class Tei(Plain):
         return 0 if switch(model, "cpu") else 1
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """argv and environment. Raises ConfigError for a dtype that it does not have, or a wrong option."""
+        """The command and its environment. Raises ConfigError for a dtype that TEI does not have, or a wrong option."""
         unknown(model, self.OPTIONS)
         argv = (
             *(model.command or ("text-embeddings-router",)),
@@ -70,8 +70,8 @@ class Tei(Plain):
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""
-        found = next((phase for words, phase in _PHASES.items() if words in line), None)
-        return Progress(found, line.strip()) if found else None
+        phase_name = next((phase for words, phase in _PHASES.items() if words in line), None)
+        return Progress(phase_name, line.strip()) if phase_name else None
 
 
 def _dtype(model: ModelConfig) -> list[str]:
