@@ -37,7 +37,7 @@ class Here(Loaders):
     def __init__(self, rig: Rig, wanted: bool = True, files: Files | Exception = FILES) -> None:
         self.book, self.told, self.found = LoaderBook(), list[str](), files
         super().__init__(self.book, wanted=lambda: wanted, past_the_cache=self.told.append)
-        rig.engine_manager._loaders = self
+        rig.engine_manager.loaders = self
 
     def _look(self, replica: str) -> Files:
         if isinstance(self.found, Exception):
@@ -83,7 +83,7 @@ def test_the_first_start_is_measured_and_the_second_tries(tmp_path: Path, caplog
         process = await started(rig, weights)
         assert (last(rig), process.loader) == (FLAG, RUNAI)
         assert list(here.book.plain()[place]["per_gib"]) == ["", RUNAI]
-        assert rig.engine_manager._starts["m"].loader == RUNAI
+        assert rig.engine_manager.starts["m"].loader == RUNAI
         await started(rig, weights)  # it took next to no time
         assert (last(rig), here.told) == (FLAG, [])
 

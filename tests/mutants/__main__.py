@@ -154,7 +154,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no idle exit while clients are connected",
-        "daemon/service.py",
+        "daemon/chores.py",
         "or front.listeners.connections",
         "or False",
         "daemon/test_idle_exit.py",

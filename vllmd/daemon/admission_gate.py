@@ -165,7 +165,7 @@ class AdmissionGate:
         ``engines``: the settings of each model's engine, or of each of its replicas, by id. ``pools`` by name.
         ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
         """
-        self._keep_alive_limit = keep_alive_limit
+        self.keep_alive_limit = keep_alive_limit
         self._models, self._engines = models, engines
         self._firsts: dict[str, str] = {}  # the first engine of models that have several
         for name, engine in engines.items():
@@ -478,7 +478,7 @@ class AdmissionGate:
 
     def keep_alive(self, model: str, key: str, seconds: float) -> None:
         """Tell the core that the model is wanted again, for as long as the configuration and the key allow."""
-        allowed = self._quotas.keep_alive(key, seconds, self._keep_alive_limit)
+        allowed = self._quotas.keep_alive(key, seconds, self.keep_alive_limit)
         if allowed is not None and model in self._models:
             self._post(events.KeptAlive(model, key, allowed))
 

@@ -57,7 +57,7 @@ async def adopt_all(
 ) -> None:
     """Adopt the engines that can be adopted and end the others, all at once; returns when each is accounted for."""
     unmanaged = await asyncio.gather(*(_adopt(engine_manager, one, models, engine_of, post) for one in running))
-    ending = [engine_manager.spawn(engine_manager.end_unmanaged(process)) for process in unmanaged if process]
+    ending = [engine_manager.tasks.spawn(engine_manager.end_unmanaged(process)) for process in unmanaged if process]
     if ending:
         await asyncio.wait(ending, timeout=STRAY_LIMIT)
 
@@ -79,7 +79,7 @@ async def _adopt(
     process.asleep = found.state is State.SLEEPING
     engine_manager.adopt(process)
     if process.model.log_file and found.state is not State.STARTING:
-        engine_manager.spawn(engine_manager.follow(process, RECENT_LOG))
+        engine_manager.tasks.spawn(engine_manager.follow(process, RECENT_LOG))
     log.info("%s: adopted pid %d, %s", process.model.name, running.pid, found.state.value)
     since = seconds_since(running.metadata, "since")
     post(events.EngineAdopted(process.model.name, process.placement, found.state, found.level, found.idle, since=since))

@@ -90,19 +90,3 @@ class Later(Generic[T]):
         """Have the thing from now on, and wake everything that waits for it."""
         self.now = thing
         self._there.set()
-
-
-def state_file(environment: Mapping[str, str], home: Path | None, variable: str, name: str) -> Path | None:
-    """The path of a file that must outlive the daemon. ``name``: the unit's own folder for it, and the file.
-
-    In the unit's StateDirectory= of that folder's name, else in the user's state folder, or where ``variable`` says.
-    None where that is empty, and for a user without a home.
-    """
-    if variable in environment:
-        return Path(environment[variable]) if environment[variable] else None
-    folder, _, file = name.partition("/")
-    for given in environment.get("STATE_DIRECTORY", "").split(":"):
-        if given.endswith(f"/{folder}"):
-            return Path(given) / file
-    state = environment.get("XDG_STATE_HOME") or (home and home / ".local/state")
-    return Path(state) / "vllmd" / file if state else None

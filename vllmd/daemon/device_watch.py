@@ -120,7 +120,10 @@ class DeviceWatch:
         known = not before.trouble
         if known and fresh.trouble:
             await taken(before)
-        elif _same(before, fresh):
+        elif all(
+            (before.source == fresh.source, before.inventory() == fresh.inventory(),
+             before.trouble == fresh.trouble, before.asking == fresh.asking)
+        ):  # fmt: skip
             fresh.close()
         else:
             self._take(fresh)
@@ -131,12 +134,3 @@ class DeviceWatch:
     def _take(self, devices: Devices) -> None:
         self.current = devices
         self._known |= {device.id: device.index for device in gpus(devices.inventory()) if device.runtime}
-
-
-def _same(one: Devices, other: Devices) -> bool:
-    return (
-        one.source == other.source
-        and one.inventory() == other.inventory()
-        and one.trouble == other.trouble
-        and one.asking == other.asking
-    )

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vllmd.core import events
-from vllmd.daemon.current import state_file
+from vllmd.daemon.state_files import state_file, write_whole
 from vllmd.errors import Unavailable
 
 log = logging.getLogger("vllmd")
@@ -85,21 +84,10 @@ class Disabled:
         if self._path is not None:
             text = json.dumps({"disabled": {name: asdict(order) for name, order in orders.items()}}, indent=1)
             try:
-                await asyncio.to_thread(_write, self._path, text)
+                await asyncio.to_thread(write_whole, self._path, text)
             except OSError as error:
                 raise Unavailable(f"it cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
         self._orders = dict(orders)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def disabled_path(environment: Mapping[str, str], home: Path | None) -> Path | None:

@@ -20,7 +20,7 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from vllmd.config.names import readable
 from vllmd.config.types import ModelConfig
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.daemon.expectations import paths_of
+from vllmd.daemon.tasks import Tasks
 from vllmd.errors import Conflict, Forbidden, LauncherFailed, NotFound, TooManyRequests, Unavailable, VllmdError
 from vllmd.foreign import Folder, Unreadable, within
 from vllmd.launcher.client import ExitReport, StartOrder
@@ -139,7 +140,7 @@ class Downloads:
         self._running: dict[tuple[str, ...], Download] = {}
         self._ended: OrderedDict[str, Download] = OrderedDict()
         self._turns = asyncio.Semaphore(AT_A_TIME)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     @property
     def active(self) -> int:
@@ -175,9 +176,7 @@ class Downloads:
                 raise TooManyRequests(f"{MOST} downloads run or wait already; vllmctl ps shows them")
             download = self._running[key] = Download(wanted.name, wanted, exact=exact)
             self._ended.pop(wanted.name, None)
-            task = asyncio.ensure_future(self._supervise(key, download, largest))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.spawn(self._supervise(key, download, largest))
         download.detached = download.detached or detached
         return download
 
@@ -208,7 +207,7 @@ class Downloads:
         """End a download; what has come by then stays for the next one."""
         if not download.over.is_set():
             download.error = download.error or Conflict(f"the download of {download.name} was ended")
-            self._spawn(self._end(download))
+            self._tasks.spawn(self._end(download))
 
     def ended(self, report: ExitReport) -> bool:
         """Whether the process was one of these."""
@@ -366,11 +365,6 @@ class Downloads:
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise Unavailable(f"pull.token_file {config.pull.token_file}: {why}") from None
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def files_of(hub: Path) -> Path:

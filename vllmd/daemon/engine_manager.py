@@ -26,10 +26,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vllmd.config import secrets
 from vllmd.config.types import ModelConfig
@@ -57,6 +56,7 @@ from vllmd.daemon.logfile import LogFile, forget_old_runs, forget_removed_models
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.daemon.standbys import Standbys
+from vllmd.daemon.tasks import Tasks
 from vllmd.engines.base import Listen, Progress
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
@@ -118,18 +118,18 @@ class EngineManager:
         self._on_phase = on_phase
         self._look = look
         self._on_ended = ended
-        self._starts = Starts() if starts is None else starts
+        self.starts = Starts() if starts is None else starts
         self._launcher = launcher
         self._report = post
         self._models: Mapping[str, ModelConfig] = {}
         self._memory = memory
-        self._launch_planner = launch_planner
+        self.launch_planner = launch_planner
         self._logs = logs
         self._usual = usual
         self.standbys = standbys or Standbys(None, launch_planner.standby_of)
-        self._loaders = loaders or Loaders()
+        self.loaders = loaders or Loaders()
         self._sleeps = Sleeps(memory, self.annotate, usual)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks = Tasks()
         self._annotate_trouble = Repeated(log)
         self._ended: dict[str, ExitReport] = {}  # instance -> the end of an engine that may be about to be adopted
         self._unmanaged: dict[str, EngineProcess] = {}  # instance -> an engine being ended that the core does not know
@@ -137,7 +137,7 @@ class EngineManager:
     def configure(self, models: Mapping[str, ModelConfig], estimates: Mapping[str, Estimate]) -> None:
         """Start engines by these settings from now on. ``estimates``: what each is expected to take, by model."""
         self._models = models
-        self._launch_planner.configure(models, estimates)
+        self.launch_planner.configure(models, estimates)
 
     @property
     def configured(self) -> Mapping[str, ModelConfig]:
@@ -146,7 +146,7 @@ class EngineManager:
 
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
         """Start engines beneath these paths, and on ports of this range, from now on."""
-        self._launch_planner.relocate(paths, first_port, last_port)
+        self.launch_planner.relocate(paths, first_port, last_port)
 
     def _post(self, event: events.Event) -> None:
         """Report an event. A reason may quote the engine's log, so secrets that the engine was given are taken out."""
@@ -159,7 +159,7 @@ class EngineManager:
     def start(self, command: commands.StartEngine) -> None:
         """Begin a start; ends in EngineReady or EngineStartFailed."""
         try:
-            process, order = self._launch_planner.prepare(command)
+            process, order = self.launch_planner.prepare(command)
         except VllmdError as error:
             permanent = isinstance(error, ConfigError)
             self._post(events.EngineStartFailed(command.replica, error.message, permanent=permanent))
@@ -170,10 +170,10 @@ class EngineManager:
             self._post(events.EngineStartFailed(command.replica, why))
             return
         self.processes[command.replica] = process
-        if order and (standby := self.standbys.claim(process.standby, self._launch_planner.needs(process.model))):
+        if order and (standby := self.standbys.claim(process.standby, self.launch_planner.needs(process.model))):
             order, process.given = replace(order, standby=standby), standby
         process.command = command
-        last = self._starts.get(process.name)
+        last = self.starts.get(process.name)
         process.is_first_start = last is None or last.like != process.compiled_with
         work = self._load_and_start(process, order, command.memory) if order else self._reach(process)
         self._run(process, work, lambda why: events.EngineStartFailed(process.name, why))
@@ -229,20 +229,20 @@ class EngineManager:
             else:
                 self._post(events.ReplicaProbed(command.request, seconds, why))
 
-        self.spawn(work())
+        self.tasks.spawn(work())
 
     def rename(self, command: commands.RenameReplica) -> None:
         """Give an engine another id, since its model has got replicas or lost them.
 
         A task that is under way goes on, and reports by the new id.
         """
-        if command.replica in self._starts:
-            self._starts[command.now] = self._starts.pop(command.replica)
+        if command.replica in self.starts:
+            self.starts[command.now] = self.starts.pop(command.replica)
         process = self.processes.pop(command.replica, None)
         if process:
-            process.model = self._launch_planner.renamed(process.model, command.now)
+            process.model = self.launch_planner.renamed(process.model, command.now)
             self.processes[command.now] = process
-            self.spawn(self.annotate(process, model=command.now))
+            self.tasks.spawn(self.annotate(process, model=command.now))
 
     # -- the tasks -----------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class EngineManager:
         def room(weights: int) -> int:
             return memory - weights // max(1, len(process.placement.devices))
 
-        order, process.loading = await self._loaders.choose(process.model, process.engine, order, room)
+        order, process.loading = await self.loaders.choose(process.model, process.engine, order, room)
         return await self._start(process, order)
 
     async def _start(self, process: EngineProcess, order: StartOrder) -> events.Event:
@@ -282,7 +282,7 @@ class EngineManager:
             self._forget(process)
             return events.EngineStartFailed(process.name, failure)
         process.phases.now, process.ready_after = READY, time.monotonic() - process.started
-        self.spawn(self._watch(process))
+        self.tasks.spawn(self._watch(process))
         log.info("%s: %s answers", process.name, describe(process.listen), extra=of(process))
         return events.EngineReady(process.name, None)
 
@@ -345,8 +345,8 @@ class EngineManager:
         process.ready_after, spent = time.monotonic() - process.started, process.phases.end()
         process.phases.now = READY
         loader = process.loader
-        self._starts.note(process.name, Start(process.ready_after, spent, process.compiled_with, loader))
-        self._loaders.came_up(process.loading, spent)
+        self.starts.note(process.name, Start(process.ready_after, spent, process.compiled_with, loader))
+        self.loaders.came_up(process.loading, spent)
         if process.running and process.running.standby and process.standby:
             self.standbys.note_outcome(process.standby, good=True)
         # 3. Its log is not read any more, unless it is kept in a file. What the devices say of its memory counts more
@@ -401,12 +401,12 @@ class EngineManager:
         """
         loading = process.loading if process.loader else None
         if loading:
-            self._loaders.failed(process.model.name, loading)
+            self.loaders.failed(process.model.name, loading)
         elif process.standby:
             self.standbys.note_outcome(process.standby, good=False)
         self._discard(process)
         try:
-            fresh, order = self._launch_planner.prepare(command)
+            fresh, order = self.launch_planner.prepare(command)
         except VllmdError as error:
             fresh, order, why = process, None, error.message
         if order is None:
@@ -416,7 +416,7 @@ class EngineManager:
         event = await self._start(process, order)
         if isinstance(event, events.EngineStartFailed):  # so neither was at fault
             if loading:
-                self._loaders.failed_without(process.model.name, loading)
+                self.loaders.failed_without(process.model.name, loading)
             elif process.standby:
                 self.standbys.note_outcome(process.standby, good=True)
         return event
@@ -537,7 +537,7 @@ class EngineManager:
         helper = EngineProcess(process.model, process.engine, f"{process.instance}-stop", Listen(), Placement(), "")
         self._unmanaged[helper.instance] = helper
         try:
-            await self._launcher.start(self._launch_planner.stop_order(process, helper.instance))
+            await self._launcher.start(self.launch_planner.stop_order(process, helper.instance))
             if not await within(helper.exited.wait(), process.model.stop_timeout):
                 await self._launcher.kill(helper.instance)
             elif helper.report and helper.report.status != 0:
@@ -563,7 +563,7 @@ class EngineManager:
         process.exited.set()
         if process.stop and not process.ending:  # its processes may be a container's, which outlives its client
             process.ending = True
-            self.spawn(self._run_stop(process))
+            self.tasks.spawn(self._run_stop(process))
         if process.task is None and process.instance not in self._unmanaged:  # else whoever waits for it tells the core
             self._forget(process)
             self._post(events.EngineExited(process.name, process.reason()))
@@ -591,7 +591,7 @@ class EngineManager:
 
     def key_of(self, instance: str) -> str:
         """The API key that an engine was started with."""
-        return self._launch_planner.keys.of(instance)
+        return self.launch_planner.keys.of(instance)
 
     def adopt(self, process: EngineProcess) -> None:
         """Take in an engine that was found running."""
@@ -675,13 +675,6 @@ class EngineManager:
                 fields=of(process)["journal"],
             )
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a side task, kept alive until it ends."""
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
     def _run(
         self, process: EngineProcess, work: Awaitable[events.Event], failed: Callable[[str], events.Event]
     ) -> None:
@@ -713,7 +706,7 @@ class EngineManager:
                 event = events.EngineExited(process.name, process.reason())
             self._post(event)
 
-        process.task = self.spawn(carry_out())
+        process.task = self.tasks.spawn(carry_out())
 
     def _by_instance(self, instance: str) -> EngineProcess | None:
         known = (process for process in self.processes.values() if process.instance == instance)
@@ -727,7 +720,7 @@ class EngineManager:
 
     def _discard(self, process: EngineProcess) -> None:
         """Release what belonged to an engine that has exited: its port, its health watcher, its log file."""
-        self._launch_planner.release(process)
+        self.launch_planner.release(process)
         if process.running:
             self._on_ended(process.name, process.instance)
         if process.watcher:

@@ -135,8 +135,7 @@ def front_end(
     relay = Relay(gate, limits, records.recordings, records)
     # 4. What operators see and do.
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
-    disabled = Disabled(runtime.disabled)
-    disabled.load()
+    (disabled := Disabled(runtime.disabled)).load()
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)

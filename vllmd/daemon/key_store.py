@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from vllmd.api.answers import KeyLine, Keys, NewKey
 from vllmd.config.secrets import digest
 from vllmd.config.types import AuthConfig, Config, KeyConfig
-from vllmd.daemon.current import state_file
+from vllmd.daemon.state_files import state_file, write_whole
 from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable
 
 log = logging.getLogger("vllmd.keys")
@@ -140,14 +139,8 @@ class KeyStore:
         if self._unreadable:
             raise Unavailable(self._unreadable)
         text = json.dumps({"keys": {name: _key_as_json(made) for name, made in keys.items()}}, indent=1)
-        part = self._path.with_suffix(".part")
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._path)
+            write_whole(self._path, text)
         except OSError as error:
             raise Unavailable(f"keys cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
         self._keys = keys

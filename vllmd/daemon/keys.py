@@ -62,13 +62,13 @@ class ApiKeyAuth:
         To be called after a change of ``hosts`` as well.
         """
         self._word = object()  # identifies this set of keys: what was cached by another one is void
-        self._callers = [(key.digest, _caller(key, opens)) for key in auth.keys]
-        self._by_digest = dict(self._callers)
-        if self._callers:
+        self.callers = [(key.digest, _caller(key, opens)) for key in auth.keys]
+        self._by_digest = dict(self.callers)
+        if self.callers:
             models = None if "names" in auth.public else frozenset[str]()
-            self._anonymous = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
+            self.anonymous = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
         else:
-            self._anonymous = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_operator)
+            self.anonymous = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_operator)
 
     def of_key(self, digest: str) -> Caller | None:
         """What the key of that digest opens; None where there is none."""
@@ -82,20 +82,20 @@ class ApiKeyAuth:
         caller = self._look(request)
         # A wrong key is to be counted each time, and a session of the page may have ended meanwhile.
         # What a password opens depends on the path, too.
-        if (caller.refusal is None or not self._callers) and not caller.page and not by_password(request):
+        if (caller.refusal is None or not self.callers) and not caller.page and not by_password(request):
             request.headers.found = self._word, caller
         return caller
 
     def _look(self, request: Request) -> Caller:
-        if not self._callers:
+        if not self.callers:
             self.hosts.check(request)
         if (signed_in := self._page(request)) is not None:
             return signed_in
-        if not self._callers:
-            return self._anonymous
+        if not self.callers:
+            return self.anonymous
         secrets = presented(request)
         if not secrets:
-            return self._anonymous
+            return self.anonymous
         wait, refused = 0.0, []
         for secret in secrets:
             digest = hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest()
@@ -103,7 +103,7 @@ class ApiKeyAuth:
             if wait > 0:
                 continue
             # Every key is compared, so that the time does not tell which one it is.
-            callers = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]
+            callers = [caller for known, caller in self.callers if hmac.compare_digest(known, digest)]
             if callers:
                 self._failures.passed(request.peer, digest)
                 # Whatever other keys it brings: a page can add fields to what its browser sends by itself.
@@ -111,7 +111,7 @@ class ApiKeyAuth:
                 return for_pages(callers[0]) if by_itself else callers[0]
             self._failures.failed(request.peer, digest)
             refused.append(digest)
-        return replace(self._anonymous, refusal=_wrong_key if refused else lambda: _too_many(wait))
+        return replace(self.anonymous, refusal=_wrong_key if refused else lambda: _too_many(wait))
 
 
 class PeerCredentialAuth:

@@ -60,7 +60,7 @@ class LaunchPlanner:
         self._memory = memory
         self._paths = paths
         self._engine_of = engine_of
-        self._ports = ports
+        self.ports = ports
         self.keys = keys or EngineKeys(None)
 
     def configure(self, models: Mapping[str, ModelConfig], estimates: Mapping[str, Estimate]) -> None:
@@ -70,7 +70,7 @@ class LaunchPlanner:
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
         """Start engines beneath these paths, on ports of that range, from now on; running engines stay."""
         self._paths = paths
-        self._ports.take(first_port, last_port)
+        self.ports.take(first_port, last_port)
 
     def renamed(self, model: ModelConfig, name: str) -> ModelConfig:
         """The settings of an engine whose replica has another id now."""
@@ -93,7 +93,7 @@ class LaunchPlanner:
             port = launch.listen.port
         finally:
             if port != place.port:
-                self._ports.release(place.port)
+                self.ports.release(place.port)
         process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
         process.watch, process.environment = launch.watch, environment_now(model)
@@ -112,7 +112,7 @@ class LaunchPlanner:
             device_ids=tuple(device.id for device in devices),
             memory=command.memory if devices else 0,
             device_memory=min((device.memory for device in devices), default=0),
-            port=self._ports.reserve(),
+            port=self.ports.reserve(),
             device_files=self._memory.files_of(command.placement),
             kv_cache=estimate.kv_cache if estimate else 0,
             context=estimate.context if estimate else 0,
@@ -215,7 +215,7 @@ class LaunchPlanner:
     def release(self, process: EngineProcess) -> None:
         """Free the port of an engine that is gone, unless the port belongs to a remote server."""
         if process.ordered or process.running:
-            self._ports.release(process.listen.port)
+            self.ports.release(process.listen.port)
 
 
 def near_cpus(model: ModelConfig, devices: Sequence[Device]) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from vllmd.api.codec import parse, plain
 from vllmd.api.json_types import ForeignJson
 from vllmd.daemon.failures import Failure
 from vllmd.daemon.last_starts import Start, Starts
+from vllmd.daemon.state_files import write_whole
 from vllmd.engines.loaders import LoaderBook
 from vllmd.foreign import Folder
 from vllmd.systemd.throttle import Repeated
@@ -104,11 +104,8 @@ class Learnt:
         text = json.dumps(kept, sort_keys=True, default=plain)
         if text == self._written:
             return
-        part = self._path.with_suffix(".part")
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part.write_text(text)
-            os.replace(part, self._path)
+            write_whole(self._path, text, sync=False)
             self._written = text
             self._trouble.over()
         except OSError as error:

@@ -72,19 +72,19 @@ class Listeners:
         ``ended`` is called at the end of every request, and returns the entry that is kept of it, if one is.
         ``sessions``: the file in which sessions of the page outlive the daemon; None: they do not.
         """
-        self._ui, self._tls = config.server.ui, config.server.tls
-        self._sessions = PageSessions(time.time, lambda digest: self._keys.of_key(digest), sessions)
+        self.ui, self.tls = config.server.ui, config.server.tls
+        self._sessions = PageSessions(time.time, lambda digest: self.keys.of_key(digest), sessions)
         self._listeners = listeners
         self._control = control
         self._gate = gate
         failures = FailedLogins(time.monotonic, control.counters.login_failed)
-        self._keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures, self._sessions.identify)
-        self._quotas = quotas
-        self._cors = Cors(config.server.cors_origins)
-        self._limits = limits
-        self._memory = BodyMemory(self._limits.now.max_buffered)  # one for all listeners
+        self.keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures, self._sessions.identify)
+        self.quotas = quotas
+        self.cors = Cors(config.server.cors_origins)
+        self.limits = limits
+        self.memory = BodyMemory(self.limits.now.max_buffered)  # one for all listeners
         self._relay = relay
-        self._public = PublicListeners(self._keys)
+        self._public = PublicListeners(self.keys)
         self._outcome = outcome
         self._spoken_tls = Repeated(log)
         self._ended = ended
@@ -104,16 +104,16 @@ class Listeners:
             anybody = any(map(anybody_can_connect, operators))
             operator = PeerCredentialAuth(anybody_can_connect=anybody, read_only=name == READ)
             router = self._router(operator, public=False)
-            self._operators.append(Server(router, self._limits, operators, self._note, self._memory))
+            self._operators.append(Server(router, self.limits, operators, self._note, self.memory))
             yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
         addresses = {sock.fileno(): address for sock in clients if (address := public_address(sock))}
         private = [sock for sock in clients if sock.fileno() not in addresses]
         public = [sock for sock in clients if sock.fileno() in addresses]
         if private:
-            yield self._server(self._router(self._keys, public=False), private)
+            yield self._server(self._router(self.keys, public=False), private)
         if public:
-            router = self._router(self._keys, public=True)
+            router = self._router(self.keys, public=True)
             server = self._server(router, public)
             self._public.add(router, server, tuple(addresses.values()))
             yield server
@@ -123,12 +123,12 @@ class Listeners:
 
         ``public``: other machines can reach it, so the page is served only if so configured.
         """
-        router = Router(authenticator, self._cors)
+        router = Router(authenticator, self.cors)
         page = PageEndpoints(
             self._sessions,
-            lambda: not public if self._ui is None else self._ui,
+            lambda: not public if self.ui is None else self.ui,
             not public,
-            lambda: public and self._tls is not None,
+            lambda: public and self.tls is not None,
             addresses(self._listeners.get("http", ())),
         )
         add_page(router, page)
@@ -139,7 +139,7 @@ class Listeners:
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
-        return Server(router, self._limits, sockets, self._note, self._memory, clients_files())
+        return Server(router, self.limits, sockets, self._note, self.memory, clients_files())
 
     @property
     def connections(self) -> int:
@@ -154,13 +154,13 @@ class Listeners:
 
     def configure(self, config: Config) -> None:
         """Take what a changed configuration says of clients; connections stay."""
-        self._ui, self._tls = config.server.ui, config.server.tls
-        self._limits.now = config.server
-        self._memory.limit = self._limits.now.max_buffered
-        self._keys.hosts.configure(config.server.hosts)
-        self._keys.configure(config.auth, self._opens)
-        self._quotas.configure(config.auth.keys)
-        self._cors.configure(config.server.cors_origins)
+        self.ui, self.tls = config.server.ui, config.server.tls
+        self.limits.now = config.server
+        self.memory.limit = self.limits.now.max_buffered
+        self.keys.hosts.configure(config.server.hosts)
+        self.keys.configure(config.auth, self._opens)
+        self.quotas.configure(config.auth.keys)
+        self.cors.configure(config.server.cors_origins)
         self._public.configure(config)
 
     @property

@@ -66,10 +66,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
-    """Listen, and live. A broken configuration is served as an error to every client, and repaired by a reload:
+    """Listen, and run the daemon. Returns an exit status.
 
-    an exit status would soon make systemd close the sockets for good.
+    With a broken configuration every client gets an error, and a reload repairs it: exit statuses would soon make
+    systemd close the sockets for good.
     """
+
+    async def live(around: RuntimeEnvironment) -> int:
+        log.info("the event loop is %s", name_of(asyncio.get_running_loop()))
+        daemon = Daemon(await for_this_host(config, around), around, reload, sockets, broken)
+        await daemon.run()
+        return EX_SOFTWARE if daemon.failed else 0
+
     if broken:
         log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
     _raise_file_limit()
@@ -92,7 +100,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
             print(error.message, file=sys.stderr)
             return EX_CONFIG
         with asyncio.Runner(loop_factory=lambda: new_loop(config.server.event_loop)) as runner:
-            return runner.run(_live(config, broken, around, reload, sockets))
+            return runner.run(live(around))
 
 
 def _raise_file_limit() -> None:
@@ -101,13 +109,6 @@ def _raise_file_limit() -> None:
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:
-    log.info("the event loop is %s", name_of(asyncio.get_running_loop()))
-    daemon = Daemon(await for_this_host(config, around), around, reload, sockets, broken)
-    await daemon.run()
-    return EX_SOFTWARE if daemon.failed else 0
 
 
 def learnt_of(environment: Mapping[str, str]) -> Path | None:
@@ -125,7 +126,7 @@ def learnt_of(environment: Mapping[str, str]) -> Path | None:
 
 @contextlib.contextmanager
 def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[RuntimeEnvironment]:
-    """What the unit file says by environment variables; without a run directory a private one while we live."""
+    """What the unit file sets by environment variables; without a run directory a private one, while this lasts."""
     own = "" if "VLLMD_ENGINE_RUN_DIR" in environment else _private_folder()
     home, cache = environment.get("VLLMD_ENGINE_HOME", ""), environment.get("CACHE_DIRECTORY", "").split(":")[0]
     try:
@@ -167,14 +168,12 @@ def _logs(environment: Mapping[str, str]) -> Path:
     given = environment.get("LOGS_DIRECTORY", "").split(":")[0]
     if given:
         return Path(given)
-    state = environment.get("XDG_STATE_HOME") or f"{user_home(environment) or _temporary()}/.local/state"
+    state = environment.get("XDG_STATE_HOME")
+    if not state:
+        import tempfile  # most daemons need none
+
+        state = f"{user_home(environment) or tempfile.gettempdir()}/.local/state"
     return Path(state) / "vllmd" / "log"
-
-
-def _temporary() -> str:
-    import tempfile
-
-    return tempfile.gettempdir()
 
 
 class Parser(argparse.ArgumentParser):

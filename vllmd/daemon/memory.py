@@ -38,7 +38,7 @@ class Memory:
     """What the devices say, attributed to models by their processes."""
 
     def __init__(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
-        self._files = files or {}  # of declared devices, for stand-in engines
+        self.files = files or {}  # of declared devices, for stand-in engines
         self.last: Sample | None = None
         self.power = Power()
         self._reading: asyncio.Future[Sample] | None = None
@@ -50,7 +50,7 @@ class Memory:
     def use_devices(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
         """Go on with these devices."""
         self._devices = devices
-        self._files = self._files if files is None else files
+        self.files = self.files if files is None else files
         self.inventory: tuple[Device, ...] = devices.inventory()
         self._by_index = {device.index: device for device in self.inventory}
         self.readable = devices.readable
@@ -84,7 +84,7 @@ class Memory:
 
     def files_of(self, placement: Placement) -> tuple[str, ...]:
         """The files in which stand-ins write how much they hold of these devices; none unless all devices have one."""
-        files = tuple(str(self._files[index]) for index in placement.devices if index in self._files)
+        files = tuple(str(self.files[index]) for index in placement.devices if index in self.files)
         return files if len(files) == len(placement.devices) else ()
 
     def about(self, view: DeviceView) -> DeviceNow:

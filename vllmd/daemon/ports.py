@@ -18,17 +18,17 @@ class PortPool:
 
     def __init__(self, start: int, end: int, limits: PortLimits | None = None) -> None:
         self._limits = port_limits() if limits is None else limits
-        self._range = range(start, end + 1)
+        self.range = range(start, end + 1)
         self._free = self._ordered(frozenset())
 
     def take(self, start: int, end: int) -> None:
         """Use this range from now on; a port of it that is in use is reserved until it is released."""
-        used = frozenset(self._range) - frozenset(self._free)
-        self._range = range(start, end + 1)
+        used = frozenset(self.range) - frozenset(self._free)
+        self.range = range(start, end + 1)
         self._free = self._ordered(used)
 
     def _ordered(self, used: frozenset[int]) -> deque[int]:
-        usable = (port for port in self._range if port >= self._limits.least and port not in used)
+        usable = (port for port in self.range if port >= self._limits.least and port not in used)
         return deque(sorted(usable, key=lambda port: (self._limits.taken(port), port)))
 
     def reserve(self) -> int:
@@ -38,11 +38,11 @@ class PortPool:
             if _is_free(port):
                 return self._free.popleft()
             self._free.rotate(-1)
-        raise Unavailable(f"all engine ports {self._range.start}-{self._range.stop - 1} are in use")
+        raise Unavailable(f"all engine ports {self.range.start}-{self.range.stop - 1} are in use")
 
     def release(self, port: int) -> None:
         """Free a port, to be reserved last again."""
-        if port in self._range and port not in self._free:
+        if port in self.range and port not in self._free:
             self._free.append(port)
 
 

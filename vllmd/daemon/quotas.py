@@ -173,15 +173,15 @@ class Quotas:
         """``wall`` tells Unix time, by which days and months go."""
         self.clock, self._wall = clock, wall
         self._spent: dict[str, Spent] = {}  # by key; kept also where a key has no limits, for it may be given some
-        self._quotas: dict[str, Quota] = {}
+        self.by_key: dict[str, Quota] = {}
         self.configure(keys)
 
     def configure(self, keys: Sequence[KeyConfig]) -> None:
         """Apply the keys of a new configuration; a key that did not change keeps its use of this minute."""
-        was, now = self._quotas, self.clock()
+        was, now = self.by_key, self.clock()
         ranks = {key.name: (key.priority, key.share) for key in keys}
-        self._ranks = {name: rank for name, rank in ranks.items() if rank != (0, 1)}
-        self._quotas = {
+        self.ranks = {name: rank for name, rank in ranks.items() if rank != (0, 1)}
+        self.by_key = {
             name: was[name] if name in was and was[name].key == key else self._fresh(name, key, now)
             for name, key in by_name(keys).items()
         }
@@ -202,7 +202,7 @@ class Quotas:
 
     def keep_alive(self, key: str, seconds: float, limit: float | None) -> float | None:
         """The seconds for which the key may keep a model, at most ``limit`` (None: any); None: it may not."""
-        quota = self._quotas.get(key)
+        quota = self.by_key.get(key)
         for most in (limit, quota.key.keep_alive_limit if quota else None):
             if most is not None and most <= 0:
                 return None
@@ -211,11 +211,11 @@ class Quotas:
 
     def rank(self, key: str) -> tuple[int, int]:
         """The key's priority and share in queues."""
-        return self._ranks.get(key, (0, 1))
+        return self.ranks.get(key, (0, 1))
 
     def begin(self, key: str, body: bytes) -> Use | None:
         """A request of the key called ``key`` arrives; None if that has no limits. Raises TooManyRequests."""
-        quota = self._quotas.get(key)
+        quota = self.by_key.get(key)
         return quota.begin(self.clock(), body) if quota else None
 
 

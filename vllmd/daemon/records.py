@@ -30,7 +30,8 @@ from vllmd.api.codec import encoded
 from vllmd.config.checks import without_otlp
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
-from vllmd.daemon.current import state_file
+from vllmd.daemon.state_files import state_file
+from vllmd.daemon.tasks import Tasks
 from vllmd.errors import BadRequest, NotFound, RequestCancelled, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.account import Account, Trace
@@ -90,7 +91,7 @@ class Records:
         ``base_of`` gives the model that an adapter or a variant belongs to, ``under_way`` the requests for models that
         have not ended. ``spend`` is told for how many seconds more a key's models have held a device.
         """
-        self._config = config
+        self.config = config
         self._base_of, self._live, self._spend = base_of, under_way, spend
         self._ring = Ring(config.requests, self._loading)
         self.recordings = Recordings(time.monotonic)
@@ -100,11 +101,11 @@ class Records:
         self._arrivals: list[Arrival] = []
         self._lines: list[str] = []  # of the access log
         self._path = path
-        self._keeps = path is not None and config.usage
+        self.keeps = path is not None and config.usage
         self._store: Store | None = None
         self._writing = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._trouble, self._log_trouble = Repeated(log), Repeated(log)
         self.trouble = ""  # why nothing can be written now
         self.spans: Spans | None = None  # None where none are sent
@@ -116,8 +117,8 @@ class Records:
 
     def configure(self, config: RecordsConfig) -> None:
         """Apply a changed configuration; what is kept stays."""
-        self._config = config
-        self._keeps = self._path is not None and config.usage
+        self.config = config
+        self.keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
         self._bodies.most = config.bodies
         self.configure_spans(config)
@@ -154,7 +155,7 @@ class Records:
         # one anybody could fill the ring with requests that are refused.
         if not exchange.model and (exchange.status < 400 or MODELS not in exchange.request.caller.scopes):
             return None
-        account, config = exchange.account, self._config
+        account, config = exchange.account, self.config
         entry = self._ring.note(exchange)
         if account is not None and account.request is not None:
             self._keep_bodies(entry.number, account, exchange.request.received)
@@ -162,7 +163,7 @@ class Records:
             self.spans.note(entry, account.trace)
         if exchange.model:
             self._last_key[exchange.model] = entry.key
-            if self._keeps:
+            if self.keeps:
                 self._fresh.append(entry)
                 if self._timer is None:
                     self._flush_later(FLUSH)
@@ -217,7 +218,7 @@ class Records:
             for key, number in keys.items():
                 share = number / keys.total()
                 self._spend(key, devices * share)
-                if self._keeps:
+                if self.keeps:
                     self._sums.held(at, key, view.name, devices * share, memory * share)
         if self._sums:
             self._flush_later(FLUSH)
@@ -253,16 +254,14 @@ class Records:
 
     def _on_timer(self) -> None:
         self._timer = None
-        task = asyncio.ensure_future(self.flush())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self.flush())
 
     async def flush(self) -> None:
         """Write what has gathered; what cannot be written stays for the next time."""
         async with self._writing:
             lines, self._lines = self._lines, []
-            if lines and self._config.access_log:
-                await asyncio.to_thread(self._append, Path(self._config.access_log), "".join(lines))
+            if lines and self.config.access_log:
+                await asyncio.to_thread(self._append, Path(self.config.access_log), "".join(lines))
             fresh, sums, arrivals = self._fresh, self._sums, self._arrivals
             self._fresh, self._sums, self._arrivals = [], Sums(), []
             if not fresh and not sums and not arrivals:
@@ -288,7 +287,7 @@ class Records:
         self._add_up(fresh, sums, arrivals)
         store = self._open_store()
         try:
-            store.write(sums.rows, arrivals, self._config.usage_days * DAY, self._config.trace_days * DAY)
+            store.write(sums.rows, arrivals, self.config.usage_days * DAY, self.config.trace_days * DAY)
         except StoreError as error:
             return error.message
         finally:
@@ -319,7 +318,7 @@ class Records:
 
     def _open_store(self) -> Store:
         """The store, opened once. Raises NotFound where none is kept."""
-        if self._path is None or not self._config.usage:
+        if self._path is None or not self.config.usage:
             raise NotFound("use is not recorded here: records.usage is off, or the daemon has no state folder")
         if self._store is None:
             from vllmd.records.store import Store  # SQLite is not needed for the first answer
@@ -357,7 +356,7 @@ class Records:
         entry = next(chain(live, ended), None)
         if entry is None:
             raise NotFound(
-                f"no request {request_id[:100]!r} is under way or among the last {self._config.requests} that ended"
+                f"no request {request_id[:100]!r} is under way or among the last {self.config.requests} that ended"
             )
         kept = self._bodies.of(entry.number) if ADMIN in caller.scopes else None
         recorded = None if kept is None else bodies.as_answer(kept)
@@ -400,7 +399,7 @@ class Records:
 
     def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> answers.Recordings:
         """Record the bodies of a model's or a key's requests for so long, ``most_bytes`` of each. Raises BadRequest."""
-        self.recordings.start(model or "", key or "", seconds, min(most_bytes, self._config.bodies))
+        self.recordings.start(model or "", key or "", seconds, min(most_bytes, self.config.bodies))
         return self.recorded()
 
     def stop_recording(self, number: int | None) -> answers.Recordings:
@@ -457,7 +456,7 @@ class Records:
 
     async def spent(self) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
         """The tokens and device seconds that each key has used today, and on the days of this month before (UTC)."""
-        if not self._keeps:
+        if not self.keeps:
             return {}, {}
         from vllmd.records.store import Question, StoreError
 

@@ -9,7 +9,7 @@ every other part take it, before the core's commands start engines by it. Engine
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from vllmd.api.answers import Reloaded
 from vllmd.config.reload import LATER, in_force
@@ -78,17 +78,15 @@ async def apply_configuration(
     if was_broken:
         await adopt_running(front, back)
     added, removed = sorted(config.models.keys() - models_before), sorted(models_before.keys() - config.models)
-    # ``expect`` has logged the problems of models. The answer has those of them, too, that no warning names by its
-    # line.
-    unmentioned = [
-        why
-        for model, why in expected.problems.items()
-        if not any(f": models.{model}." in each for each in config.warnings)
-    ]
-    warnings = (*config.warnings, *unmentioned)
+    warnings = (*config.warnings, *_unmentioned(expected.problems, config.warnings))
     done = Reloaded(len(config.models), tuple(added), tuple(removed), tuple(sorted(changed)), later, warnings)
     _log(done, config.warnings)
     return done
+
+
+def _unmentioned(problems: Mapping[str, str], warnings: Sequence[str]) -> list[str]:
+    """The problems of models, which are in the log already, that no warning names by its line."""
+    return [why for model, why in problems.items() if not any(f": models.{model}." in each for each in warnings)]
 
 
 def _outdated(

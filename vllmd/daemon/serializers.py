@@ -135,46 +135,26 @@ def line(
     if starting:  # where its time has gone so far; unknown if an earlier daemon has seen its beginning
         phases = starting.phases.spent(time.monotonic()) if starting.phases.whole else {}
         loader = starting.loader
+    socket = (process.listen.uds or f"{process.listen.host}:{process.listen.port}") if process else ""
     return ModelLine(
-        name=view.name,
-        state=state_of(view),
-        level=view.level,
-        devices=view.devices,
-        memory=view.memory,
-        in_flight=view.in_flight,
-        queued=view.queued,
-        oldest_wait=view.oldest_wait,
-        idle=view.idle,
-        since=view.since if view.since is not None else since,
-        pinned=view.pinned,
-        disabled=view.disabled,
-        leases=view.leases,
-        waiting_for=view.waiting_for,
-        failure=view.failure,
-        never=view.never,
-        silent=silent,
-        health=view.health,
-        latency=view.latency,
-        rests_in=view.rests_in,
-        pid=running.pid if running else None,
-        unit=running.unit if running else "",
-        socket=(process.listen.uds or f"{process.listen.host}:{process.listen.port}") if process else "",
-        instance=process.instance if process else "",
-        phase=starting.phase_text if starting else "",
-        detail=starting.phase.detail if starting else "",
-        last_start_seconds=last_start.seconds if last_start else None,
-        start_phases=phases,
-        loader=loader,
-        version=last_start.version if last_start else "",
-        power=power,
-        unused_energy=unused,
+        # 1. What the core knows.
+        name=view.name, state=state_of(view), level=view.level, devices=view.devices, memory=view.memory,
+        in_flight=view.in_flight, queued=view.queued, oldest_wait=view.oldest_wait, idle=view.idle,
+        since=since if view.since is None else view.since, pinned=view.pinned, disabled=view.disabled,
+        leases=view.leases, waiting_for=view.waiting_for, failure=view.failure, never=view.never, health=view.health,
+        latency=view.latency, rests_in=view.rests_in,
+        # 2. The engine: its process, and how it starts or has started.
+        pid=running.pid if running else None, unit=running.unit if running else "", socket=socket,
+        instance=process.instance if process else "", phase=starting.phase_text if starting else "",
+        detail=starting.phase.detail if starting else "", start_phases=phases, loader=loader,
+        last_start_seconds=last_start.seconds if last_start else None, version=last_start.version if last_start else "",
         started_at=time.time() - (time.monotonic() - process.started) if process else None,
-        config=config,
-        replica_of=replica_of,
-        replicas=replicas,
+        silent=silent, power=power, unused_energy=unused,
+        # 3. The configuration, and the replicas.
+        config=config, replica_of=replica_of, replicas=replicas,
         serving=view.serving if replicas and isinstance(view, ModelView) else int(view.state is State.READY),
         degraded=isinstance(view, ModelView) and view.balanced and view.degraded,
-    )
+    )  # fmt: skip
 
 
 def about(model: ModelConfig | None) -> ModelSettings:

@@ -2,9 +2,7 @@
 
 Theory of operation. Clients are let in before anything is known of devices and engines, which takes seconds; they wait
 at the admission gate. So the life is one task (``run``) and two more beside it: ``_open`` builds the back end and opens
-the gate, and ``_tick`` does what is due from time to time. A daemon at rest does nothing at all: where no engine runs,
-no client is connected and nothing waits, ``_tick`` sleeps until the core's state changes, the watchdog wants a sign of
-life, or the idle exit is due.
+the gate, and ``chores`` has what is due from time to time.
 
 A shutdown is a list of steps, each with a limit, for systemd kills what takes too long. Engines under systemd live on
 in their scopes: the next daemon adopts them. A second signal ends every wait.
@@ -23,22 +21,20 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Reloaded
 from vllmd.api.names import FIRST_MODEL
 from vllmd.config.replicas import is_this_host, of_this_host
 from vllmd.config.types import Config
 from vllmd.core import events
-from vllmd.core.types import Snapshot, State
 from vllmd.daemon import collector
+from vllmd.daemon.chores import STATUS_INTERVAL, Chores
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.discovery import with_discovered
-from vllmd.daemon.failures import failed
 from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
-from vllmd.daemon.idle_exit import IdleExit
-from vllmd.daemon.suspension import SleptTime
+from vllmd.daemon.tasks import Tasks
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
 
@@ -47,10 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllmd")
 
-SAMPLE_INTERVAL = 5.0  # seconds between readings of the devices while an engine is loaded
-WAIT_INTERVAL = 1.0  # the same while a model waits for room: other processes may leave the device at any moment
-STATUS_INTERVAL, SHORTEST_TICK = 1.0, 0.05  # seconds
-REST = 60.0  # seconds between ticks at rest, where no watchdog wants them sooner
 STOP_ENGINES_LIMIT = 60.0  # seconds
 ANSWERS_LIMIT = 5.0  # seconds for answers that clients are still taking
 NOTES_LIMIT = 2.0  # seconds for notes that the next daemon can do without; a launcher that has died cannot take them
@@ -89,12 +81,9 @@ class Daemon:
         self._read = read
         self._runtime = runtime
         self._notify = Notifier()
-        self._side_tasks: set[asyncio.Task[None]] = set()
-        self._sampling = asyncio.Lock()
+        self._tasks = Tasks()
         self._stopping, self._second_signal = asyncio.Event(), asyncio.Event()
-        self._idle_exit = IdleExit(time.monotonic())
-        self._last_status = ""  # as systemd has it
-        self._slept_time = SleptTime()
+        self._born = time.monotonic()
 
     # -- start and shutdown ----------------------------------------------------------------
 
@@ -105,14 +94,15 @@ class Daemon:
         if not self.front.current.config.models and not self.front.current.broken:
             log.info("no models are configured yet; %s fetches a small one, serves it and asks it", FIRST_MODEL)
         self._notify.ready("looking for devices and engines")
-        chores = [asyncio.ensure_future(chore) for chore in (self._open(), self._tick())]
+        chores = Chores(self.front, self._notify, self._stopping, activated=self._runtime.activated, born=self._born)
+        beside = [asyncio.ensure_future(work) for work in (self._open(), chores.run())]
         try:
             await self._stopping.wait()
         finally:
             await self.shut_down()
-            for chore in chores:
-                chore.cancel()
-            await asyncio.gather(*chores, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
 
     async def _open(self) -> None:
         """Build the back end, then let requests through.
@@ -124,8 +114,8 @@ class Daemon:
             back: BackEnd = await startup.back_end(self.front)
             collector.exempt_existing()
             self.front.open(back)
-            self.side_task(self._load_use())
-            self.side_task(back.devices.run(lambda devices: startup.apply_devices(self.front, back, devices)))
+            self._tasks.spawn(self._load_use())
+            self._tasks.spawn(back.devices.run(lambda devices: startup.apply_devices(self.front, back, devices)))
             back.post(events.TimePassed())
         except Exception:  # a defect, by which nothing can be served: end, for the next start may fare better
             log.exception("vllmd cannot start its engines' side, and ends")
@@ -174,118 +164,6 @@ class Daemon:
             log.warning("told to stop once more: breaking off what is under way")
             self._second_signal.set()
         self._stopping.set()
-
-    # -- chores ----------------------------------------------------------------------------
-
-    async def _tick(self) -> None:
-        """Do the periodic chores: once a second, or as often as the idle exit wants; at rest see the file's head."""
-        looked = kept = -SAMPLE_INTERVAL
-        bad: frozenset[tuple[str, str]] | None = None  # the models in error, as written down last
-        while True:
-            back = self.front.back.now
-            seen = back.activity() if back else None
-            # 1. systemd: the loop still turns; and the status that people read.
-            self._notify.watchdog()
-            if (status := self.status_line(seen)) != self._last_status:
-                self._last_status = status
-                self._notify.status(status)
-            # 2. The idle exit.
-            if self._may_exit(seen) and not self._stopping.is_set():  # a second ``stop`` would break off the shutdown
-                log.info("nothing is loaded and nobody is connected: exiting until the next connection")
-                self.stop()
-            if back and seen:
-                # 3. A suspension of the machine, during which the monotonic clock, by which all is measured, stood
-                #    still.
-                if seconds := self._slept_time.passed():
-                    log.info("the machine was suspended for %.0f s", seconds)
-                    back.post(events.MachineSlept(seconds))
-                # 4. Standbys: started when nothing starts and no request waits, given up where models need the memory.
-                processes = back.engines.processes
-                busy = any(process.ready_after is None or process.task for process in processes.values())
-                busy = busy or any(view.waiting_for for view in seen.replicas)
-                over = seen.host_promised + seen.host_standbys - seen.host_memory if seen.host_standbys else 0
-                back.engines.standbys.review(busy=busy, running=processes, over=over)
-                # 5. What a later daemon must know: failures at once, everything else with a sample now and then.
-                if (bad_now := failed(seen)) != bad:
-                    if bad is not None:
-                        self.side_task(back.keep_learnt())
-                    bad = bad_now
-                now = time.monotonic()
-                if now >= looked + self._look_interval(back, seen):
-                    keep, looked = now >= kept + SAMPLE_INTERVAL, now
-                    kept = now if keep else kept
-                    self.side_task(self._sample(back, keep=keep))
-            await self._pause(back, seen)
-
-    async def _pause(self, back: BackEnd | None, seen: Snapshot | None) -> None:
-        """Wait until the next tick is due: in a second, or, at rest, when something changes or the idle exit is due."""
-        idle_exit = self.front.current.config.server.idle_exit
-        if back and seen and self._is_at_rest(back, seen):
-            seconds = self._notify.watchdog_interval or REST
-            if idle_exit is not None and self._runtime.activated:
-                seconds = min(seconds, max(self._idle_exit.left(time.monotonic(), idle_exit), SHORTEST_TICK))
-            await self.front.changes.changed(seconds)
-        else:
-            seconds = STATUS_INTERVAL if idle_exit is None else max(idle_exit, SHORTEST_TICK)
-            await asyncio.sleep(min(STATUS_INTERVAL, seconds))
-
-    def _is_at_rest(self, back: BackEnd, seen: Snapshot) -> bool:
-        """Whether nothing is to be done until a client or an operator comes, which changes the core's state."""
-        front = self.front
-        in_use = front.listeners.connections or front.store.active or back.engines.standbys.in_use
-        return not in_use and self._look_interval(back, seen) == math.inf
-
-    async def _sample(self, back: BackEnd, *, keep: bool) -> None:
-        """Read the devices; with ``keep`` write down what a later daemon must know as well.
-
-        A side task, because neither a stuck driver nor a stuck launcher may hold up the watchdog.
-        """
-        if self._sampling.locked():
-            return
-        async with self._sampling:
-            await back.readings.look()
-            self.front.records.look(back.activity(), self.front.gate.running())
-            if keep:
-                back.dispatcher.flush_log()
-                await back.note_idle()
-                await back.keep_learnt()
-
-    def _look_interval(self, back: BackEnd, seen: Snapshot) -> float:
-        """Seconds between readings of the devices; infinite where nothing is loaded, waits for room, or is amiss."""
-        if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.replicas):
-            return WAIT_INTERVAL
-        wedged = any(device.wedged for device in seen.devices)
-        in_use = back.memory.trouble or back.engines.processes or self.front.gate.requests or wedged
-        return SAMPLE_INTERVAL if in_use else math.inf
-
-    def status_line(self, seen: Snapshot | None) -> str:
-        """The line that ``systemctl status vllmd`` shows."""
-        current = self.front.current
-        if current.broken:
-            return f"configuration invalid, serving errors: {current.broken.splitlines()[0]}"
-        off = (State.STOPPED, State.FAILED)
-        states = [f"{each.id} {each.state.value}" for each in (seen.replicas if seen else ()) if each.state not in off]
-        loaded, requests = ", ".join(states) or "none loaded", self.front.gate.requests
-        return f"{len(current.config.models)} models configured; {loaded}; {requests} requests"
-
-    def _may_exit(self, seen: Snapshot | None) -> bool:
-        """Whether the idle exit is due: socket-activated, nothing loaded or waiting, no client, for long enough.
-
-        A device that an operator has drained is a reason to stay: only this daemon remembers that.
-        """
-        front, back = self.front, self.front.back.now
-        busy = bool(
-            not self._runtime.activated
-            or back is None
-            or back.engines.processes
-            or front.gate.requests
-            or front.store.active
-            or front.listeners.connections
-            or any(view.waiting_for for view in (seen.replicas if seen else ()))
-            or any(device.drained for device in (seen.devices if seen else ()))
-        )
-        after, accepted = front.current.config.server.idle_exit, front.listeners.accepted
-        return self._idle_exit.due(time.monotonic(), after, busy=busy, accepted=accepted)
 
     # -- steps of the shutdown -------------------------------------------------------------
 
@@ -352,7 +230,7 @@ class Daemon:
             with contextlib.suppress(ConfigError):  # which ``reload`` has logged
                 await self.reload()
 
-        self.side_task(reload())
+        self._tasks.spawn(reload())
 
     async def reload(self) -> Reloaded:
         """Read the configuration anew and apply it; an invalid one changes nothing. Raises ConfigError."""
@@ -378,12 +256,6 @@ class Daemon:
         from vllmd.daemon.reload import apply_configuration  # most daemons are never told to
 
         return await apply_configuration(self.front, await self.front.back.wait(), config, unless_used)
-
-    def side_task(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run ``work`` beside everything else."""
-        task = asyncio.ensure_future(work)
-        self._side_tasks.add(task)
-        task.add_done_callback(self._side_tasks.discard)
 
 
 def _has_terminal() -> bool:

@@ -14,18 +14,17 @@ for it.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
+from vllmd.daemon.tasks import Tasks
 from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
@@ -65,7 +64,7 @@ class StandbyProcess:
 
 
 class Standbys:
-    """Owns them. Nothing here waits: the work is in tasks of ``spawn``."""
+    """Owns them. Nothing here waits: the work is in side tasks."""
 
     def __init__(
         self,
@@ -82,10 +81,10 @@ class Standbys:
         self._launcher, self._find, self._on_held = launcher, find, held
         self._spare, self._machine = spare, machine
         self.kept: dict[str, StandbyProcess] = {}
-        self._count: int | None = 0
+        self.count: int | None = 0
         self._models: Iterable[ModelConfig] = ()
         self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._busy_until = self._reviewed_at = 0.0
         self._running_then: frozenset[str] | None = None  # replicas with an engine, when the models were looked through
         self._searched_at = 0.0  # when that was
@@ -94,7 +93,7 @@ class Standbys:
 
     def configure(self, count: int | None, models: Iterable[ModelConfig]) -> None:
         """Keep so many from now on (None: as many as the machine's size allows), for these models' engines."""
-        self._count, self._models, self._running_then = count, models, None
+        self.count, self._models, self._running_then = count, models, None
         for standby in self._recent:
             self._recent[standby] = 0
 
@@ -116,7 +115,7 @@ class Standbys:
         ``needs``: bytes of host memory that the start will take; for that standbys may be ended.
         """
         self._busy_until = time.monotonic() + CALM
-        if standby is None or self._launcher is None or self._count == 0:
+        if standby is None or self._launcher is None or self.count == 0:
             chosen = None
         else:
             self._recent.setdefault(standby, 0)
@@ -135,7 +134,7 @@ class Standbys:
     def not_used(self, instance: str) -> None:
         """End a standby that was claimed and does not become an engine after all."""
         if self._launcher:
-            self._spawn(self._kill(instance))
+            self._tasks.spawn(self._kill(instance))
 
     def make_room(self, wanted: int) -> None:
         """End as many standbys as it takes until ``wanted`` bytes are available."""
@@ -209,11 +208,11 @@ class Standbys:
             self._begin(wanted[0])
 
     def _reserve(self) -> int:
-        return SPARE_AUTO if self._count is None else SPARE
+        return SPARE_AUTO if self.count is None else SPARE
 
     def _wanted(self, running: frozenset[str], now: float) -> list[Standby]:
         """The standbys that there should be now; several of one kind where there are fewer kinds than places."""
-        count = self._count
+        count = self.count
         if count is None:
             count = 1 if self._machine() >= SMALLEST_MACHINE else 0
         if not count or self._launcher is None:
@@ -248,7 +247,7 @@ class Standbys:
             metadata={"standby": "yes"},
             waits=True,
         )
-        self._spawn(self._start(one, order))
+        self._tasks.spawn(self._start(one, order))
 
     async def _start(self, one: StandbyProcess, order: StartOrder) -> None:
         assert self._launcher
@@ -268,7 +267,7 @@ class Standbys:
         del self.kept[one.instance]
         log.info("the standby %s is ended: %s", one.instance, why)
         self._report_held()
-        self._spawn(self._kill(one.instance))
+        self._tasks.spawn(self._kill(one.instance))
 
     async def _kill(self, instance: str) -> None:
         assert self._launcher
@@ -282,8 +281,3 @@ class Standbys:
         if (held := self.held) != self._reported:
             self._reported = held
             self._on_held(held)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -30,6 +30,7 @@ from vllmd.config.names import readable
 from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
+from vllmd.daemon.state_files import write_whole
 from vllmd.errors import BadRequest, ConfigError, Conflict, Forbidden, NotFound, UnknownModel, Unsupported, VllmdError
 
 if TYPE_CHECKING:
@@ -439,17 +440,7 @@ def _sizes(paths: tuple[Path, ...]) -> int:
 
 def _write(path: Path, text: str) -> None:
     """Write the file in one step, readable by everybody. Raises Conflict where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(descriptor, 0o644)
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
+        write_whole(path, text, public=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise Conflict(f"{path} cannot be written: {error.strerror}") from None

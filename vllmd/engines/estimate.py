@@ -176,44 +176,42 @@ def _option(model: ModelConfig, name: str) -> int:
 
 
 def _known(model: ModelConfig, facts: Facts, device_memory: int, host_memory: int) -> Estimate:
+    # 1. Weights and overhead, on each device.
     ranks = model.all_devices
     weights = -(-facts.weights // ranks)
-    fixed = weights + _overhead(model, weights, on_cpu=not device_memory) + facts.adapters
+    overhead = _overhead(model, weights, on_cpu=not device_memory) + facts.adapters
+    fixed = weights + overhead
+    # 2. The cache: what the user's budget leaves, or what is wanted, as far as there is room.
     budget, budget_how = _budget(model, device_memory)
-    if budget is None and device_memory:
-        kv = _kv(model, facts, int(USABLE * device_memory) - fixed, f"what {USABLE:g} of the device leaves")
-    elif budget is None:
-        kv = _kv(model, facts, host_memory // HOST_SHARE, f"1/{HOST_SHARE} of the host's memory")
-    else:
+    if budget is not None:
         kv = _kv_left(model, facts, budget, fixed)
+    elif device_memory:
+        kv = _kv(model, facts, int(USABLE * device_memory) - fixed, f"what {USABLE:g} of the device leaves")
+    else:
+        kv = _kv(model, facts, host_memory // HOST_SHARE, f"1/{HOST_SHARE} of the host's memory")
     awake = fixed + kv.size if budget is None else budget
-    why = _why(
-        facts, ranks, (weights, kv.size, fixed - weights), kv.why, f"{size(awake)} {budget_how}" if budget else ""
-    ) + (f" ({size(facts.adapters)} of the overhead are for adapters)" if facts.adapters else "")
+    # 3. The arithmetic, for people.
+    divided = f" / {ranks} devices" if ranks > 1 else ""
+    why = (
+        f"weights {size(facts.weights)}{divided} ({facts.how}) + cache {size(kv.size)} ({kv.why}) "
+        f"+ overhead {size(overhead)}"
+    )
+    why = f"{size(awake)} {budget_how}: {why}" if budget else f"{why} = {size(fixed + kv.size)}"
+    why += f" ({size(facts.adapters)} of the overhead are for adapters)" if facts.adapters else ""
     footprint = _footprint(model, awake, weights, facts.weights * model.devices_here // ranks)
     notes = (*facts.notes, *kv.notes)
     return Estimate(footprint, facts.weights, kv.per_token, kv.passed, why, notes, context=kv.context)
 
 
-def _why(facts: Facts, ranks: int, parts: tuple[int, int, int], kv_why: str, budget: str) -> str:
-    weights, kv_cache, overhead = parts
-    divided = f" / {ranks} devices" if ranks > 1 else ""
-    arithmetic = (
-        f"weights {size(facts.weights)}{divided} ({facts.how}) + cache {size(kv_cache)} ({kv_why}) "
-        f"+ overhead {size(overhead)}"
-    )
-    return f"{budget}: {arithmetic}" if budget else f"{arithmetic} = {size(weights + kv_cache + overhead)}"
-
-
 def _footprint(model: ModelConfig, awake: int, weights: int, host: int) -> Footprint:
     """``weights`` per device; ``host`` is what level 1 puts into host memory."""
     asleep = model.memory_asleep if model.memory_asleep is not None else RESIDUAL + weights // 25
-    source = Source.ESTIMATED if _asked(model) is None else Source.CONFIGURED
+    source = Source.ESTIMATED if _configured_memory(model) is None else Source.CONFIGURED
     kept = model.host_memory if model.host_memory is not None else host
     return Footprint(awake, awake, min(asleep, awake), kept, source)
 
 
-def _asked(model: ModelConfig) -> float | int | None:
+def _configured_memory(model: ModelConfig) -> float | int | None:
     """The device memory that the user set: a fraction (float), bytes (int) or None."""
     if model.gpu_memory is not None:
         return model.gpu_memory
@@ -228,7 +226,7 @@ def _asked(model: ModelConfig) -> float | int | None:
 
 def _budget(model: ModelConfig, device_memory: int) -> tuple[int | None, str]:
     """Bytes per device that the user set, and how; None where vllmd is to choose, or for a fraction of no device."""
-    given = _asked(model)
+    given = _configured_memory(model)
     if given is None or (isinstance(given, float) and not device_memory):
         return None, ""
     if isinstance(given, float):
@@ -269,7 +267,7 @@ def _kv(model: ModelConfig, facts: Facts, room: int, what: str) -> _Kv:
     llama.cpp is given the length, vLLM on a CPU finds it out. ``what`` describes ``room``.
     """
     per_token = _per_token(model, facts)
-    given, why = _kv_asked(model)
+    given, why = _configured_cache(model)
     if given is not None:
         return _Kv(given, why, per_token, given)
     length = _length(model, facts.cache)
@@ -293,7 +291,7 @@ def _kv(model: ModelConfig, facts: Facts, room: int, what: str) -> _Kv:
 
 def _may_be_shorter(model: ModelConfig) -> bool:
     """Whether its context may be shorter than the model's own longest one."""
-    if _asked_length(model):
+    if _configured_length(model):
         return False
     return model.engine in llama_memory.KINDS or (model.engine == "vllm" and not vllm_cpu.has_accelerator())
 
@@ -301,7 +299,7 @@ def _may_be_shorter(model: ModelConfig) -> bool:
 def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
     """What a configured budget leaves. Of a fraction the engine works that out itself, so nothing is passed to it."""
     per_token = _per_token(model, facts)
-    given, why = _kv_asked(model)
+    given, why = _configured_cache(model)
     if given is not None:
         return _Kv(given, why, per_token, given)
     left = budget - fixed
@@ -311,11 +309,11 @@ def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
         need = f"{size(fixed)} for weights and overhead and {size(least)} for one request of the longest length"
         says = "when_free.shares" if model.gpu_memory is None and model.when_free else "gpu_memory"
         notes = (f"{says} gives {size(budget)}, but it needs about {need}",)
-    passed = max(0, left) if isinstance(_asked(model), int) and least else 0
+    passed = max(0, left) if isinstance(_configured_memory(model), int) and least else 0
     return _Kv(max(0, left), "what is left", per_token, passed, notes)
 
 
-def _kv_asked(model: ModelConfig) -> tuple[int | None, str]:
+def _configured_cache(model: ModelConfig) -> tuple[int | None, str]:
     """Bytes that the user set for the cache, if so."""
     given = _option(model, "kv_cache_memory") or whole(argument(model, "kv-cache-memory-bytes", "kv-cache-memory"))
     return given or None, "as configured"
@@ -345,10 +343,10 @@ def _guessed_per_token(weights: int) -> int:
 
 
 def _length(model: ModelConfig, cache: Architecture | None) -> int:
-    return _asked_length(model) or (cache.length if cache else 0) or DEFAULT_LENGTH
+    return _configured_length(model) or (cache.length if cache else 0) or DEFAULT_LENGTH
 
 
-def _asked_length(model: ModelConfig) -> int:
+def _configured_length(model: ModelConfig) -> int:
     """Tokens that the user asked for, 0 if none."""
     return model.max_model_len or whole(argument(model, "max-model-len", "ctx-size", "c", "context-length"))
 

@@ -96,21 +96,24 @@ class SglangOf(Plain):
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """The command line and environment of ``python3 -m sglang.launch_server``."""
         command = model.command or (environments.program(model, "python3"),)
-        program = command if "-m" in command or "serve" in command else (*command, "-m", "sglang.launch_server")
-        name = ("--model-path", model.source, "--served-model-name", self.served_name(model))
-        flags = [*name, "--host", "127.0.0.1", "--port", str(place.port), *_of_model(model), *_memory(model, place)]
+        argv = [*(command if "-m" in command or "serve" in command else (*command, "-m", "sglang.launch_server"))]
+        argv += ["--model-path", model.source, "--served-model-name", self.served_name(model)]
+        argv += ["--host", "127.0.0.1", "--port", str(place.port)]
+        argv += ["--dtype", model.dtype] if model.dtype else []
+        argv += ["--context-length", str(model.max_model_len)] if model.max_model_len else []
+        for kind, ranks in (("tp", model.tensor_parallel_size), ("pp", model.pipeline_parallel_size)):
+            argv += [f"--{kind}-size", str(ranks)] if ranks > 1 else []
+        argv += ["--trust-remote-code"] if model.trust_remote_code else []
+        argv += _memory(model, place)
+        if self.sleep_levels(model):  # how weights come back is decided at the start, so it has one level only
+            argv += ["--enable-memory-saver", *(["--enable-weights-cpu-backup"] if self._backup else [])]
+        argv += model.extra_args
         env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false", **environment(model, place)}
-        argv = (*program, *flags, *self._saver(model), *model.extra_args)
         key = own_key(model, place, KEY, "--api-key", "--admin-api-key", "--config") if self._keyed else ""
         if key:
             file = str(place.run_dir / KEY_FILE)
-            argv, env = ("/bin/sh", "-c", _WITH_KEY, "sh", file, *argv, "--config", file), {**env, KEY: key}
-        return Launch(argv, Listen(port=place.port, key=key), env)
-
-    def _saver(self, model: ModelConfig) -> tuple[str, ...]:
-        if not self.sleep_levels(model):
-            return ()
-        return ("--enable-memory-saver", *(("--enable-weights-cpu-backup",) if self._backup else ()))
+            argv, env = ["/bin/sh", "-c", _WITH_KEY, "sh", file, *argv, "--config", file], {**env, KEY: key}
+        return Launch(tuple(argv), Listen(port=place.port, key=key), env)
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
         """One call, which fails while requests run, frozen or not."""
@@ -134,14 +137,6 @@ class SglangOf(Plain):
     def alive(self, model: ModelConfig) -> Call:
         """``/health`` as well, which by a variable of the engine's generates nothing."""
         return Call("GET", "/health", timeout=PROBE)
-
-
-def _of_model(model: ModelConfig) -> list[str]:
-    flags = ["--dtype", model.dtype] if model.dtype else []
-    flags += ["--context-length", str(model.max_model_len)] if model.max_model_len else []
-    for kind, count in (("tp", model.tensor_parallel_size), ("pp", model.pipeline_parallel_size)):
-        flags += [f"--{kind}-size", str(count)] if count > 1 else []
-    return [*flags, "--trust-remote-code"] if model.trust_remote_code else flags
 
 
 def _memory(model: ModelConfig, place: Place) -> list[str]:
