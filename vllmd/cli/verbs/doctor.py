@@ -69,8 +69,11 @@ def devices(status: Status, known: str = "") -> Iterator[Finding]:
 
 
 def is_known(finding: Finding, known: str) -> bool:
-    """Whether it is a start that failed for want of a program, of which another finding has told already."""
+    """Whether another finding says it already: that a program is missing, or that a model can never fit."""
     _, what, _ = finding
+    name, never, _ = what.partition(" can never be loaded: ")
+    if never:
+        return f": models.{name}." in known
     name, failed, why = what.partition(" has failed: there is no command ")
     return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in known
 
@@ -90,7 +93,11 @@ def models(status: Status) -> Iterator[Finding]:
                 f"vllmctl logs {name}; vllmctl restart {name} --force",
             )
         elif line.never:
-            yield "bad", f"{name} can never be loaded: {line.never}", f"vllmctl assign {name} --gpu-memory"
+            yield (
+                "bad",
+                f"{name} can never be loaded: {line.never}",
+                f"vllmctl assign {name} --gpu-memory gives it less",
+            )
         elif line.state == "stopped" and why:
             yield "bad", f"{name} cannot be loaded: {why}", ""
 

@@ -103,6 +103,8 @@ def note(line: ModelLine) -> str:
     parts = [show.phase(line)]
     parts.append(standing.replicas_of(line))
     parts.append(standing.silence(line))
+    if line.state == "running" and line.expected and line.memory > 1.01 * line.expected:
+        parts.append(f"measured, more than the {show.size(line.expected)} expected")
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
     # A pinned model that is down, as after a drain, is brought back by no rule.
     is_down = line.state == "stopped" and not (line.disabled or line.never or line.waiting_for)
