@@ -179,7 +179,8 @@ class OperatorCommands:
             if r.disabled_because:
                 continue
             self._scaling.resume(r)
-            self._preload_later(r, r.spec.preload and not r.loaded)
+            if r.spec.preload and not r.loaded:
+                self._preload_later(r)
             core.mark_news(r)
 
     # -- pins and leases
@@ -285,12 +286,7 @@ class OperatorCommands:
         for each in spec.replicas:
             r = known.pop(each.id, None)
             if r is None:
-                r = Replica(model, each, core.costs, core.now)
-                r.learnt = r.book.known(each)
-                r.pinned = each.pinned
-                core.replicas[r.id] = r
-                core.mark_for_review(r)
-                self._preload_later(r, each.preload)
+                r = self._add(model, each)
             else:
                 self._respec(r, each, each.id in restart)
             r.health = (r.health or Health()) if spec.balancing else None
@@ -321,17 +317,28 @@ class OperatorCommands:
         self._respec(model.replicas[0], spec.replicas[0], restart=False)
         return True
 
-    def _preload_later(self, r: Replica, wanted: bool) -> None:
+    def _add(self, model: Model, spec: ReplicaSpec) -> Replica:
+        """A replica that the configuration did not have before."""
+        r = Replica(model, spec, self._core.costs, self._core.now)
+        r.learnt = r.book.known(spec)
+        r.pinned = spec.pinned
+        self._core.replicas[r.id] = r
+        self._core.mark_for_review(r)
+        if spec.preload:
+            self._preload_later(r)
+        return r
+
+    def _preload_later(self, r: Replica) -> None:
         """Preload the replica with the next ``TimePassed``: engines that run already are adopted first."""
-        if wanted:
-            self.preload[r] = None
-            self.preloading = False
+        self.preload[r] = None
+        self.preloading = False
 
     def _respec(self, r: Replica, spec: ReplicaSpec, restart: bool) -> None:
         """A replica that is known has this specification from now on; ``restart``: its engine cannot go on with it."""
         if r.pinned == r.spec.pinned:  # an operator's pin outlives a reload
             r.pinned = spec.pinned
-        self._preload_later(r, spec.preload and not r.spec.preload and not r.loaded)
+        if spec.preload and not r.spec.preload and not r.loaded:
+            self._preload_later(r)
         r.take(spec)
         r.bound = r.bound if r.bound is not None and can_be_on(spec, r.bound) else None
         if r not in self._core.active and not r.model.rules:
