@@ -52,7 +52,7 @@ FOREVER = raw(chat("pace 1000000 5", stream=True))
 QUIET = 1.0  # seconds of the streams before and after what is measured
 LIMIT = 60.0  # seconds for whatever is waited for
 ROUNDS = 3
-FILES_LEFT = 200  # of those that a process may have open; a stream takes two of the daemon
+FILES_LEFT = 200  # of the two fifths of the daemon's files that clients may take
 WAITING, OF_MODELS, WAIT_SECONDS = 1000, 100, 10
 
 
@@ -259,7 +259,7 @@ def gaps(started: Started, number: int, engine: str) -> list[str]:
 
 def streams(folder: Path, upstream: int) -> list[str]:
     """Memory of streams that say nothing, as many as this machine lets a process have."""
-    number = min(10_000, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FILES_LEFT) // 2)
+    number = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 2 // 5 - FILES_LEFT)
     settings = 'server: {{listen: ["127.0.0.1:{port}"], max_connections: 20000}}\n'
     from tests.bench import proxy_servers
 
