@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllmd.frozen import frozen
-from vllmd.sizes import GiB as GiB
 
 CPU = "cpu"  # as a device's runtime
 
@@ -30,7 +29,7 @@ class State(enum.Enum):
 
 
 class Source(enum.IntEnum):
-    """How a figure was come by; a higher one wins."""
+    """Where a figure comes from; a higher one wins."""
 
     ESTIMATED = 0
     CONFIGURED = 1
@@ -52,11 +51,11 @@ class Footprint:
 class Device:
     """A GPU. ``index`` is the number users write; ``id`` is NVML's UUID, or ``str(index)`` where declared.
 
-    ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared,
-    CPU for the CPU where there is no other.
+    ``runtime``: the one whose variable makes the device visible to an engine (``cuda``, ``hip``, ``xpu``); "" for a
+    declared device, CPU for the CPU where there is no GPU.
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
-    ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
-    ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told. ``cpus``: those of
+    ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None if unknown.
+    ``switch``: devices with the same one talk through a PCIe switch of their own; "" if unknown. ``cpus``: those of
     its node, where the machine has more than one. ``shared``: its memory is the host's, so that what sleeps in host
     memory frees none of it.
     """
@@ -179,7 +178,7 @@ class ReplicaSpec:
 class ModelSpec:
     """What clients ask for: a name, one engine or several (``replicas``), and the rules of its queue.
 
-    ``balancing``: how its replicas share the requests; ``None``: it has one engine, which nobody compares or probes.
+    ``balancing``: how its replicas share the requests; ``None``: it has one engine, which is never probed or compared.
     ``queue_timeout``: longest wait, ``None`` without end.
     """
 
@@ -236,9 +235,9 @@ class Decision:
     replica: str = ""  # the id of the replica that it is about; "" where that says no more than the model's name
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class View:
-    """A snapshot for ``ps``, metrics and the admin API: what is told of a replica, and of a model, alike."""
+    """A snapshot for ``ps``, metrics and the admin API: the fields that a replica and a model both have."""
 
     name: str  # of a replica: its id
     state: State
@@ -252,7 +251,7 @@ class View:
     since: float | None  # seconds in this state; None: it has been in no other one since the core knows it
     pinned: bool
     leases: tuple[str, ...]
-    waiting_for: str  # why those who want it wait, readable; "" if nobody does
+    waiting_for: str  # why requests for it wait, readable; "" if none does
     failure: str  # the last failure's reason; "" if none
     health: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
@@ -262,7 +261,7 @@ class View:
     never: str = field(default="", kw_only=True)  # why it can never be loaded on these devices; "" if it can, or is
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaView(View):
     """How one engine stands, as others are shown it."""
 
@@ -274,14 +273,15 @@ class ReplicaView(View):
         return self.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class ModelView(View):
     """One model: in the state of the best of its replicas, with the requests and memory of all."""
 
-    replicas: tuple[ReplicaView, ...]  # as configured; one that a reload took away and that has not gone comes last
-    balanced: bool  # its replicas share its requests by rules; else it has one engine
-    serving: int  # replicas that get requests, or would if they were needed
-    degraded: bool  # one is down that ought to serve
+    # As configured; one that a reload took away and that has not gone comes last.
+    replicas: tuple[ReplicaView, ...] = field(kw_only=True)
+    balanced: bool = field(kw_only=True)  # its replicas share its requests by rules; else it has one engine
+    serving: int = field(kw_only=True)  # replicas that get requests, or would if they were needed
+    degraded: bool = field(kw_only=True)  # one is down that ought to serve
 
 
 @frozen
