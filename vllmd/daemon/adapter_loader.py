@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from vllmd.daemon.calls import call
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, log_fields
 from vllmd.engines.adapters import LOADED_ALREADY
 from vllmd.engines.base import Call
 from vllmd.errors import EngineFailed
@@ -45,7 +45,7 @@ async def _load(process: EngineProcess, name: str, load: Call | None) -> str:
         load = adapter.load
     failure = await call(process, load)
     if not failure or LOADED_ALREADY in failure:
-        log.info("%s: its adapter %s is loaded", process.name, name, extra=of(process))
+        log.info("%s: its adapter %s is loaded", process.name, name, extra=log_fields(process))
         return ""
-    log.warning("%s: its adapter %s: %s", process.name, name, failure, extra=of(process))
+    log.warning("%s: its adapter %s: %s", process.name, name, failure, extra=log_fields(process))
     return failure

@@ -20,7 +20,7 @@ from vllmd.api.json_types import ForeignJson
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.calls import ask
 from vllmd.daemon.current import Current, Later
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, log_fields
 from vllmd.daemon.store import is_source
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import BadRequest, Conflict, Forbidden, NotFound, TooManyRequests, UnknownModel, VllmdError
@@ -175,7 +175,7 @@ async def _drop(process: EngineProcess, name: str, body: ForeignJson) -> None:
     try:
         await ask(process.listen, Call("POST", "/v1/unload_lora_adapter", dict(body), timeout=UNLOAD_LIMIT))
     except (OSError, VllmdError) as error:
-        log.warning("%s: its adapter %s is not unloaded: %s", process.name, name, error, extra=of(process))
+        log.warning("%s: its adapter %s is not unloaded: %s", process.name, name, error, extra=log_fields(process))
 
 
 def _text(members: ForeignJson, name: str) -> str:
