@@ -17,7 +17,7 @@ from vllmd.daemon.read_ahead import is_cached
 from vllmd.engines import loaders
 from vllmd.engines.base import Engine
 from vllmd.engines.environments import interpreter
-from vllmd.engines.loaders import CanLoadFast, Files, LoaderBook
+from vllmd.engines.loaders import CanLoadFast, LoaderBook
 from vllmd.engines.start_phases import WEIGHTS
 from vllmd.engines.weight_files import WeightFile
 from vllmd.foreign import Unreadable, within
@@ -69,7 +69,9 @@ class Loaders:
         if not (candidates := engine.loaders(model, order.argv)):
             return order, None
         try:
-            files = await asyncio.to_thread(within, LOOKING, lambda: self._look(model.name))
+            files = await asyncio.to_thread(
+                within, LOOKING, lambda: loaders.look(self._files(model.name), is_cached, MOUNTS.read_text())
+            )
         except (OSError, Unreadable) as error:
             log.info("%s: its loader is not chosen: %s", model.name, error)
             return order, None
@@ -87,9 +89,6 @@ class Loaders:
         if chosen in loaders.DIRECT:
             self._past_the_cache(model.name)
         return order, Loading(chosen, place, files.size)
-
-    def _look(self, replica: str) -> Files:
-        return loaders.look(self._files(replica), is_cached, MOUNTS.read_text())
 
     def came_up(self, loading: Loading | None, spent: Mapping[str, float]) -> None:
         """A start has come through; where its time went."""

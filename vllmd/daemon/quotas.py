@@ -182,12 +182,11 @@ class Quotas:
         ranks = {key.name: (key.priority, key.share) for key in keys}
         self.ranks = {name: rank for name, rank in ranks.items() if rank != (0, 1)}
         self.by_key = {
-            name: was[name] if name in was and was[name].key == key else self._fresh(name, key, now)
+            name: was[name]
+            if name in was and was[name].key == key
+            else Quota.of(key, now, self._spent.setdefault(name, Spent()), self._wall)
             for name, key in by_name(keys).items()
         }
-
-    def _fresh(self, name: str, key: KeyConfig, now: float) -> Quota:
-        return Quota.of(key, now, self._spent.setdefault(name, Spent()), self._wall)
 
     def spent(self, key: str, tokens: float, device: float) -> None:
         """A key has used so many tokens, and seconds of devices, of today: before this daemon, or without a request."""
