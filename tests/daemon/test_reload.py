@@ -44,7 +44,7 @@ from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
 from vllmd.proxy.access import ANYBODY
-from vllmd.proxy.http import AT_A_TIME
+from vllmd.proxy.http import MEMBERS_PER_TURN
 
 BASE: dict[str, Any] = {
     "devices": [{"memory": "80GiB"}, {"memory": "80GiB"}],
@@ -527,7 +527,7 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
 
 def test_many_models_are_told_of_in_turns_of_the_loop(tmp_path: Path) -> None:
     """Ten thousand held up every stream for seconds. Counted are the turns that others get meanwhile."""
-    many = 5 * AT_A_TIME
+    many = 5 * MEMBERS_PER_TURN
     models = {f"m{n}": {"engine": "sim"} for n in range(many)}
     config = read(tmp_path, {"devices": [], "models": models, "log_level": "error"})
 
@@ -546,7 +546,7 @@ def test_many_models_are_told_of_in_turns_of_the_loop(tmp_path: Path) -> None:
         request: Any = SimpleNamespace(query={}, caller=ANYBODY)
         endpoints = ModelEndpoints(SimpleNamespace(status=status))  # type: ignore[arg-type]
         for work in (status.status(), status.models(), json_in_turns(told), endpoints.settings(request)):
-            assert await turns(work) >= many // AT_A_TIME
+            assert await turns(work) >= many // MEMBERS_PER_TURN
         card = await status.model("m7")
         assert card is not None and card.id == "m7" and card in await status.models()
         assert await status.model("nobody") is None

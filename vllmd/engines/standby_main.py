@@ -191,7 +191,7 @@ def settle(order: Order) -> None:
                 os.sched_setaffinity(int(thread), order.cpus)
             except OSError:  # a CPU is offline: the thread stays where it is
                 break
-    runpy.run_path(AFFINITY)["settle"](order.cpus, order.node)
+    runpy.run_path(AFFINITY)["set_affinity"](order.cpus, order.node)
 
 
 if __name__ == "__main__":
