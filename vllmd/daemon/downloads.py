@@ -250,7 +250,7 @@ class Downloads:
         except asyncio.CancelledError:
             download.error = Unavailable("vllmd is shutting down; the next download goes on where this one was")
             raise
-        except Exception as error:  # a defect must not leave everybody waiting
+        except Exception as error:  # a defect must not leave callers waiting
             log.exception("the download of %s", download.name)
             download.error = Unavailable(f"internal error: {type(error).__name__}: {error}")
         finally:

@@ -80,7 +80,7 @@ ENDS_KEPT = 256  # reports of ends of engines that are not known here
 # The time limit of a start of a standby or with a fast loader: so many times the seconds that the replica's starts
 # usually take, and at least so many seconds.
 PATIENCE, SHORTEST_PATIENCE = 4.0, 120.0
-WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
+WHOLE_LOG = 1000  # lines to begin with when an engine's log is followed from its start: all of them
 
 Usual = Callable[[str, str], float]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0: unknown
 Post = Callable[[events.Event], None]
@@ -350,7 +350,7 @@ class EngineManager:
         if process.running and process.running.standby and process.standby:
             self.standbys.note_outcome(process.standby, good=True)
         # 3. Its log is not read any more, unless it is kept in a file. What the devices say of its memory counts more
-        #    than what the log has told.
+        #    than what its log says.
         if not process.file:
             with contextlib.suppress(LauncherFailed):
                 await self._launcher.unfollow(process.instance)
@@ -564,7 +564,9 @@ class EngineManager:
         if process.stop and not process.ending:  # its processes may be a container's, which outlives its client
             process.ending = True
             self.tasks.spawn(self._run_stop(process))
-        if process.task is None and process.instance not in self._unmanaged:  # else whoever waits for it tells the core
+        if (
+            process.task is None and process.instance not in self._unmanaged
+        ):  # else the task that waits for the end reports it
             self._forget(process)
             self._post(events.EngineExited(process.name, process.reason()))
 

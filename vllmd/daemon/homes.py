@@ -88,6 +88,8 @@ class Homes:
         if model.user:
             return {}
         places = {name: self.environment[name] for name in PLACES if self.environment.get(name)}
-        if any(model.env.get(name) for name in PLACES):  # one of ours would go before another one of its own
+        if any(
+            model.env.get(name) for name in PLACES
+        ):  # the daemon's variable of one name would win over the model's of another
             places = {}
         return {**({"HOME": str(self.shared)} if self.shared else {}), **places}
