@@ -564,9 +564,8 @@ class EngineManager:
         if process.stop and not process.ending:  # its processes may be a container's, which outlives its client
             process.ending = True
             self.tasks.spawn(self._run_stop(process))
-        if (
-            process.task is None and process.instance not in self._unmanaged
-        ):  # else the task that waits for the end reports it
+        # Else the task that waits for the end reports it.
+        if process.task is None and process.instance not in self._unmanaged:
             self._forget(process)
             self._post(events.EngineExited(process.name, process.reason()))
 

@@ -88,8 +88,7 @@ class Homes:
         if model.user:
             return {}
         places = {name: self.environment[name] for name in PLACES if self.environment.get(name)}
-        if any(
-            model.env.get(name) for name in PLACES
-        ):  # the daemon's variable of one name would win over the model's of another
+        # A variable of the daemon's could win over one that the model sets under another name.
+        if any(model.env.get(name) for name in PLACES):
             places = {}
         return {**({"HOME": str(self.shared)} if self.shared else {}), **places}
