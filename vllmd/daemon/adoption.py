@@ -160,9 +160,8 @@ async def _expect(process: EngineProcess, found: Found, ended: Ended, *, asleep:
     """``found`` once the engine confirms it, within the limit; else the engine must be ended."""
     answer: object = "nothing"
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(
-            RESOLVE_LIMIT
-        ):  # the whole start waits meanwhile, also for an engine that never answers
+        # The daemon's whole start waits meanwhile, also for an engine that never answers.
+        async with asyncio.timeout(RESOLVE_LIMIT):
             while not ended():
                 answer = await _is_asleep(process)
                 if answer is asleep:
