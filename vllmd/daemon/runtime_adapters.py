@@ -44,9 +44,7 @@ class RuntimeAdapters:
 
     def __init__(self, current: Current, gate: AdmissionGate, back: Later[BackEnd]) -> None:
         self._current, self._gate, self._back = current, gate, back
-        self._changing: dict[
-            str, asyncio.Lock
-        ] = {}  # by model: what its engine has and what is offered change together
+        self._changing: dict[str, asyncio.Lock] = {}  # by model: its engine's adapters and the offers change together
         self._loading: set[str] = set()  # names of adapters
 
     async def load(self, members: ForeignJson, caller: Caller) -> Response:

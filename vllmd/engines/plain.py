@@ -38,9 +38,7 @@ TOLD = frozenset(
 )
 
 
-OF_AN_ENGINE = frozenset(
-    {"/props", "/tokenizer_info"}
-)  # public paths that tell of an engine (proxy.models.QUERY_PATHS)
+OF_AN_ENGINE = frozenset({"/props", "/tokenizer_info"})  # public paths that are asked by GET (proxy.models.QUERY_PATHS)
 
 
 def usual_api(routes: Iterable[str]) -> frozenset[str]:
