@@ -17,7 +17,7 @@ from vllmd.daemon.read_ahead import is_cached
 from vllmd.engines import loaders
 from vllmd.engines.base import Engine
 from vllmd.engines.environments import interpreter
-from vllmd.engines.loaders import CanLoadFast, LoaderBook
+from vllmd.engines.loaders import CanLoadFast, Files, LoaderBook
 from vllmd.engines.start_phases import WEIGHTS
 from vllmd.engines.weight_files import WeightFile
 from vllmd.foreign import Unreadable, within
@@ -69,9 +69,7 @@ class Loaders:
         if not (candidates := engine.loaders(model, order.argv)):
             return order, None
         try:
-            files = await asyncio.to_thread(
-                within, LOOKING, lambda: loaders.look(self._files(model.name), is_cached, MOUNTS.read_text())
-            )
+            files = await asyncio.to_thread(within, LOOKING, lambda: self._look(model.name))
         except (OSError, Unreadable) as error:
             log.info("%s: its loader is not chosen: %s", model.name, error)
             return order, None
@@ -90,9 +88,19 @@ class Loaders:
             self._past_the_cache(model.name)
         return order, Loading(chosen, place, files.size)
 
-    def came_up(self, loading: Loading | None, spent: Mapping[str, float]) -> None:
-        """A start has come through; where its time went."""
-        if loading and DOWNLOAD not in spent:
+    def _look(self, replica: str) -> Files:
+        return loaders.look(self._files(replica), is_cached, MOUNTS.read_text())
+
+    def came_up(self, loading: Loading | None, spent: Mapping[str, float], *, alone: bool = True) -> None:
+        """Measure a start that has come through; ``spent``: seconds by phase.
+
+        ``alone``: no other engine was starting meanwhile. Two that share a disk both seem slow, and a loader that seems
+        slow once is not tried again. So of such starts only the engine's own loader counts, and only where nothing is
+        known of it yet.
+        """
+        if loading is None or DOWNLOAD in spent:
+            return
+        if alone or (not loading.format and not self._book.knows(loading.place)):
             self._book.measured(loading.place, loading.format, spent.get(WEIGHTS, 0.0), loading.size)
 
     def failed(self, model: str, loading: Loading) -> None:
