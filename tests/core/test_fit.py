@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.core.helpers import PAIR, model
-from vllmd.core.costs import Costs
+from vllmd.core.costs import CostBook
 from vllmd.core.fit import Fit, freed_asleep, need
 from vllmd.core.ledger import Ledger
 from vllmd.core.model import Model, Replica
@@ -16,7 +16,7 @@ from vllmd.core.types import Device, GiB, Placement, State, WhenFree
 
 def replica(name: str, gib: int, **fields: Any) -> Replica:
     spec = model(name, gib, **fields)
-    return Replica(Model(spec), spec.replicas[0], Costs(), 0.0)
+    return Replica(Model(spec), spec.replicas[0], CostBook(), 0.0)
 
 
 class Machine:
