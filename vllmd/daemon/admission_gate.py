@@ -531,14 +531,12 @@ class AdmissionGate:
 
     def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """An admitted request is over."""
-        told = None
         self._permits.pop(permit.request, None)
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
             if permit.use is None and permit.key:  # it has no limits now; it may be given some today
                 self._quotas.spent(permit.key, tokens.total, 0.0)
-            told = None if tokens.estimated else tokens.total
-        self._post(events.RequestFinished(permit.request, told, failed))
+        self._post(events.RequestFinished(permit.request, failed))
 
     def _drop(self, request: str) -> Permit | None:
         return self._permits.pop(request, None)

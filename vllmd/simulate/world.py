@@ -151,7 +151,7 @@ class World:
     def _finish(self, job: Job) -> None:
         job.ended = self.now
         self._open -= 1
-        self._handle(ev.RequestFinished(job.id, job.output))
+        self._handle(ev.RequestFinished(job.id))
 
     def _answer(self) -> None:
         _, token, model, event = heappop(self._planned)
