@@ -149,7 +149,7 @@ def wrong(route: Route, kind: Kind, status: int, text: str) -> str:
         if route.reach is Reach.ONE and status != (404 if unknown else 403):
             return "must be refused: it is about alpha"
         return ""
-    if status in (401, 403, 421, 429) and "not among what is passed on" not in text:
+    if status in (401, 403, 421, 429) and "is not passed on to the engine" not in text:
         return "must be allowed"
     tell = ("/health", "/metrics", "/v1/models", "/admin/status", "/api/tags")
     if route.pattern in tell and "alpha" not in text:

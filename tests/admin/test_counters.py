@@ -151,7 +151,7 @@ def test_how_things_stand() -> None:
 
 def test_replicas_are_told_apart_beside_their_model() -> None:
     """The model has all that they hold and run; a model with one engine has no series of replicas."""
-    one = replace(ENGINE, name="m@1", state=State.READY, standing="serving", latency=0.25, in_flight=2)
+    one = replace(ENGINE, name="m@1", state=State.READY, health="serving", latency=0.25, in_flight=2)
     two = replace(ENGINE, name="m@2", state=State.STOPPED, devices=(), in_flight=0)
     models = (model("m", one, two, balanced=True), model("n", replace(ENGINE, name="n")))
     read = samples(Counters(), Gauges(replace(SNAPSHOT, models=models)))
@@ -159,9 +159,9 @@ def test_replicas_are_told_apart_beside_their_model() -> None:
     assert read["vllmd_model_memory_bytes{device=0,model=m}"] == 7 << 30
     assert read["vllmd_replica_latency_seconds{model=m,replica=m@1}"] == 0.25
     assert read["vllmd_replica_running_requests{model=m,replica=m@1}"] == 2
-    assert read["vllmd_replica_standing{model=m,replica=m@1,standing=serving}"] == 1
-    assert read["vllmd_replica_standing{model=m,replica=m@2,standing=down}"] == 1
-    assert read["vllmd_replica_standing{model=m,replica=m@2,standing=serving}"] == 0
+    assert read["vllmd_replica_health{health=serving,model=m,replica=m@1}"] == 1
+    assert read["vllmd_replica_health{health=down,model=m,replica=m@2}"] == 1
+    assert read["vllmd_replica_health{health=serving,model=m,replica=m@2}"] == 0
     assert not [name for name in read if "replica" in name and "model=n" in name]
 
 

@@ -47,7 +47,7 @@ PAIR = ModelConfig(name="pair", engine="sim", replicas=ReplicaConfig(of=()))
 ENGINES = {"org/alone": ALONE, "pair@1": replace(PAIR, name="pair@1"), "pair@2": replace(PAIR, name="pair@2")}
 VIEWS = (
     model("org/alone", replica("org/alone", State.STARTING, since=None, waiting_for="its start (2 of about 37 s)")),
-    model("pair", replica("pair@1", standing="serving", latency=0.25, rests_in=12.0),
+    model("pair", replica("pair@1", health="serving", latency=0.25, rests_in=12.0),
           replica("pair@2", State.SLEEPING, level=1, devices=(), idle=3.0), balanced=True),
     model("gone", replica("gone", State.FAILED, failure="the engine exited with status 1\nTraceback", devices=())),
 )  # fmt: skip

@@ -72,7 +72,7 @@ def model(name: str, state: str = "stopped", **over: Any) -> dict[str, Any]:
         "oldest_wait": None, "idle": None, "since": 5.0, "pinned": False, "leases": [], "waiting_for": "",
         "failure": "", "pid": None, "unit": "", "socket": "", "instance": "", "phase": "", "detail": "",
         "last_start_seconds": None, "power": None, "config": {"engine": "vllm", "model": name, "aliases": []},
-        "replicas": [], "serving": int(state == "running"), "degraded": False, "standing": "", "latency": None,
+        "replicas": [], "serving": int(state == "running"), "degraded": False, "health": "", "latency": None,
     }  # fmt: skip
     return {**line, **over}
 

@@ -56,7 +56,7 @@ def line(number: int) -> dict[str, Any]:
         "phase": "weights" if state == "starting" else "", "detail": "3/8", "power": 123.4, "latency": 0.1234,
         "config": {"engine": "llama.cpp", "model": f"/srv/models/{name}.gguf", "aliases": [f"alias-{number}", "other"]},
     }  # fmt: skip
-    replicas = [model(f"{name}@{each}", "running", standing="serving", latency=0.1, power=3.0) for each in (1, 2)]
+    replicas = [model(f"{name}@{each}", "running", health="serving", latency=0.1, power=3.0) for each in (1, 2)]
     return model(name, state, replicas=replicas if number % 7 == 0 else [], degraded=number % 14 == 0, **about)
 
 

@@ -183,8 +183,8 @@ def test_V_verbs_on_a_model(daemon: FakeDaemon, argv: list[str], request_: str, 
 PAIR = model(
     "org/pair", "running", devices=[0, 1], config={"engine": "vllm", "model": "org/pair", "aliases": ["p"]},
     serving=1, degraded=True, failure="org/pair@2: it failed a probe: 503", replicas=[
-        model("org/pair@1", "running", devices=[0], standing="serving", latency=0.0123),
-        model("org/pair@2", "running", devices=[1], standing="ejected", failure="it failed a probe: 503\nbody"),
+        model("org/pair@1", "running", devices=[0], health="serving", latency=0.0123),
+        model("org/pair@2", "running", devices=[1], health="ejected", failure="it failed a probe: 503\nbody"),
     ],
 )  # fmt: skip
 

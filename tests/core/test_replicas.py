@@ -44,7 +44,7 @@ def serving(number: int, *, rules: ReplicaRules | None = None, remote: bool = Tr
     for name in dict(w.probes).values():
         w.probed(name)
     w.finish("first")
-    assert {r.standing for r in w.engines_seen} == {"serving"}
+    assert {r.health for r in w.engines_seen} == {"serving"}
     return w
 
 
@@ -58,8 +58,8 @@ def serve(w: World, request: str, seconds: float) -> str:
     return admitted.replica
 
 
-def standing(w: World, name: str) -> str:
-    return w.view(name).standing
+def health(w: World, name: str) -> str:
+    return w.view(name).health
 
 
 # -- coming up
@@ -113,7 +113,7 @@ def test_an_operators_probe_runs_as_a_request_does_and_earns_nobody_anything() -
     w.do(ProbeAsked("p", "m@2"))
     assert w.do(SleepAsked("m@2", 1)) == []
     assert [type(c) for c in w.do(ReplicaProbed("p", None, "too late"))] == [SleepEngine]
-    assert standing(w, "m@1") == "serving"
+    assert health(w, "m@1") == "serving"
     assert w.view("m@2").failure == ""
 
 
@@ -205,17 +205,17 @@ def test_S_latency_growing_rate_a_slow_one_is_set_aside_and_comes_back() -> None
             w.now += seconds
             w.do(RequestAnswered(f"{name} {n}"))
             w.finish(f"{name} {n}")
-    assert standing(w, "m@1") == "serving", "nothing is slow before it is known what is fast"
+    assert health(w, "m@1") == "serving", "nothing is slow before it is known what is fast"
     for n in range(3):
         w.do(RequestArrived(f"later {n}", "m", avoid=frozenset({"m@2"})))
         w.now += 5.0
         w.do(RequestAnswered(f"later {n}"))
         w.finish(f"later {n}")
-    assert standing(w, "m@1") == "slow"
+    assert health(w, "m@1") == "slow"
     assert {serve(w, f"after{n}", 0.2) for n in range(10)} == {"m@2"}
     assert list(w.probes.values()) == ["m@1"]
     w.probed("m@1", 0.2)
-    assert standing(w, "m@1") == "serving"
+    assert health(w, "m@1") == "serving"
 
 
 def test_one_late_answer_is_no_outlier() -> None:
@@ -228,12 +228,12 @@ def test_one_late_answer_is_no_outlier() -> None:
             w.do(RequestAnswered(f"{name} {n}"))
             w.finish(f"{name} {n}")
     for n in range(3):
-        assert standing(w, "m@1") == "serving", f"after {n} late answers"
+        assert health(w, "m@1") == "serving", f"after {n} late answers"
         w.do(RequestArrived(f"late {n}", "m", avoid=frozenset({"m@2"})))
         w.now += 50.0
         w.do(RequestAnswered(f"late {n}"))
         w.finish(f"late {n}")
-    assert standing(w, "m@1") == "slow"
+    assert health(w, "m@1") == "slow"
 
 
 def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
@@ -245,7 +245,7 @@ def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
             w.now += seconds
             w.do(RequestAnswered(f"{name} {n}", streamed))
             w.finish(f"{name} {n}")
-    assert standing(w, "m@1") == "serving"
+    assert health(w, "m@1") == "serving"
     who = Counter(c.replica for n in range(20) for c in w.ask(f"r{n}", "m") if isinstance(c, Admit))
     assert who["m@1"] == who["m@2"]
 
@@ -281,7 +281,7 @@ def test_S_max_retry_a_failed_request_goes_elsewhere() -> None:
     (admitted,) = w.ask("r", "m")
     other = {"m@1": "m@2", "m@2": "m@1"}[admitted.replica]
     w.do(RequestFinished("r", failed="nobody listens"))
-    assert standing(w, admitted.replica) == "ejected"
+    assert health(w, admitted.replica) == "ejected"
     assert w.do(RequestArrived("r again", "m", avoid=frozenset({admitted.replica}))) == [Admit("r again", other)]
 
 
@@ -310,7 +310,7 @@ def test_one_that_leaves_requests_unanswered_is_asked_and_cut_off_if_it_does_not
     commands = w.pass_time(20.0)
     assert [c.replica for c in commands if isinstance(c, ProbeReplica)] == ["m@1"]
     assert CutRequest("r", "its replica does not answer") in w.probed("m@1", None)
-    assert standing(w, "m@1") == "ejected"
+    assert health(w, "m@1") == "ejected"
 
 
 def test_one_that_only_takes_its_time_is_left_alone() -> None:
@@ -319,7 +319,7 @@ def test_one_that_only_takes_its_time_is_left_alone() -> None:
     w.do(RequestArrived("r", "m", avoid=frozenset({"m@2"})))
     w.pass_time(20.0)
     assert w.probed("m@1", 0.3) == []
-    assert standing(w, "m@1") == "serving"
+    assert health(w, "m@1") == "serving"
     assert w.running["r"] == "m@1"
 
 
@@ -347,7 +347,7 @@ def test_a_probe_that_is_lost_while_another_was_answered_proves_nothing() -> Non
     w.pass_time(20.0)
     w.do(RequestAnswered("other"))
     assert w.probed("m@1", None) == []
-    assert standing(w, "m@1") == "serving"
+    assert health(w, "m@1") == "serving"
     w.pass_time(w.now + 100.0)
     assert CutRequest("long", "its replica does not answer") in w.probed("m@1", None)
 
@@ -474,7 +474,7 @@ def test_one_fewer_gets_requests_when_it_is_calm_and_its_idle_rules_take_it() ->
     for request in [r for r in w.running if r not in w.probes]:
         w.finish(request)
     w.pass_time(w.now + 21.0)
-    assert standing(w, "m@2") == "resting"
+    assert health(w, "m@2") == "resting"
     commands = []
     for n in range(9):
         assert serve(w, f"calm{n}", 0.1) == "m@1"
@@ -574,7 +574,7 @@ def test_an_answer_to_a_probe_of_an_engine_that_is_gone_means_nothing() -> None:
     assert w.do(ReplicaProbed(probe, 0.1)) == []
     w.pass_time(10.0)
     w.answer("m@1")
-    assert standing(w, "m@1") == "new"
+    assert health(w, "m@1") == "new"
 
 
 # -- on a certain device
@@ -622,7 +622,7 @@ def test_a_probe_that_was_never_sent_tells_nothing_of_the_replica() -> None:
     w.do(TimePassed())
     (probe, name) = next(iter(w.probes.items()))
     w.do(ReplicaProbed(probe, None, "Too many open files", unasked=True))
-    assert standing(w, name) == "serving"
+    assert health(w, name) == "serving"
     assert w.probes == {}
 
     w = World(replicas(1, **REMOTE), [GPU])

@@ -227,8 +227,8 @@ class Rig:
 
     async def nothing_more(self) -> None:
         """Every task has ended, and none of them posted anything."""
-        while self.engine_manager._tasks:
-            await soon(asyncio.wait(self.engine_manager._tasks))
+        while self.engine_manager.tasks.running:
+            await soon(asyncio.wait(self.engine_manager.tasks.running))
         assert self.posted.empty()
 
     async def _look(self) -> None:

@@ -336,14 +336,14 @@ def test_a_device_that_cannot_be_read_right_after_a_sleep_is_read_again(tmp_path
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.answers["/sleep"] = OK
-        sample, busy = rig.memory._devices.sample, iter([False, True])
+        sample, busy = rig.memory.devices.sample, iter([False, True])
 
         def shaky() -> Sample:
             if next(busy, False):
                 raise RuntimeError("the driver is busy")
             return sample()
 
-        rig.memory._devices.sample = shaky  # type: ignore[method-assign]
+        rig.memory.devices.sample = shaky  # type: ignore[method-assign]
         rig.engine_manager.sleep(SLEEP)
         failed = await rig.event()
         assert isinstance(failed, events.EngineSleepFailed)

@@ -38,7 +38,7 @@ def test_nobody_listens_any_more(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         engine.close()
-        rig.engine_manager.answered("m", 0, failed=True)
+        rig.engine_manager.note_answer("m", 0, failed=True)
         assert "was killed" in await crash(rig)
 
     tell(story, tmp_path)
@@ -58,7 +58,7 @@ def test_where_we_cannot_ask_it_is_not_at_fault(tmp_path: Path, monkeypatch: pyt
             out_of_files.setattr(upstream, "connected", full)
             for _ in range(5):
                 seen = len(looked)
-                rig.engine_manager.answered("m", 0, failed=True)
+                rig.engine_manager.note_answer("m", 0, failed=True)
                 while len(looked) == seen:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
                 await asyncio.sleep(health.REFUSED)
@@ -98,7 +98,7 @@ def test_it_answers_everything_with_an_error(tmp_path: Path) -> None:
         engine = await rig.ready()
         engine.answers["/v1/chat/completions"] = BROKEN
         for _ in range(3):
-            rig.engine_manager.answered("m", 500, failed=False)
+            rig.engine_manager.note_answer("m", 500, failed=False)
         assert "illegal memory access" in await crash(rig)
 
     tell(story, tmp_path)
@@ -110,7 +110,7 @@ def test_errors_that_the_clients_make_harm_nobody(tmp_path: Path) -> None:
     async def story(rig: Rig) -> None:
         engine = await rig.ready()
         for _ in range(20):
-            rig.engine_manager.answered("m", 500, failed=False)
+            rig.engine_manager.note_answer("m", 500, failed=False)
         engine.was_asked.clear()
         while "/v1/chat/completions" not in engine.asked:
             await engine.was_asked.wait()
@@ -132,9 +132,9 @@ def test_one_that_is_busy_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
         engine.answers["/health"] = None
         for _ in range(3):
             engine.was_asked.clear()
-            rig.engine_manager.answered("m", 0, failed=True)
+            rig.engine_manager.note_answer("m", 0, failed=True)
             await engine.was_asked.wait()
-            rig.engine_manager.answered("m", 200, failed=False)
+            rig.engine_manager.note_answer("m", 200, failed=False)
             await engine.left.wait()
             engine.left.clear()
         assert rig.launcher.signals == []

@@ -12,9 +12,8 @@ import pytest
 
 from tests.daemon.test_dispatcher import StillLoop
 from vllmd.daemon.changes import Changes
-from vllmd.daemon.current import RuntimeEnvironment
+from vllmd.daemon.chores import Chores
 from vllmd.daemon.idle_exit import IdleExit
-from vllmd.daemon.service import Daemon
 
 
 def test_it_ends_when_idle_for_long_enough() -> None:
@@ -65,12 +64,10 @@ class There(Idle):
         return True
 
 
-def only(front: Idle, *, activated: bool, born: float) -> Daemon:
-    """A daemon that is nothing but this front end, since ``born``."""
-    daemon = Daemon.__new__(Daemon)
-    daemon.front = front  # type: ignore[assignment]
-    daemon._runtime, daemon._idle_exit = RuntimeEnvironment(activated=activated), IdleExit(born)
-    return daemon
+def chores_of(front: Idle, *, activated: bool, born: float, notify: object = None) -> Chores:
+    """The chores of a daemon that is nothing but this front end, since ``born``."""
+    awake = SimpleNamespace(passed=float)
+    return Chores(front, notify, asyncio.Event(), activated=activated, born=born, slept_time=awake)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("connections", "requests", "exits"), [(0, 0, True), (1, 0, False), (0, 1, False)])
@@ -82,7 +79,7 @@ def test_it_stays_while_somebody_is_connected(connections: int, requests: int, e
         listeners=SimpleNamespace(connections=connections, accepted=0),
         current=SimpleNamespace(config=config),
     )
-    assert only(front, activated=True, born=time.monotonic() - 100.0)._may_exit(None) is exits
+    assert chores_of(front, activated=True, born=time.monotonic() - 100.0).may_exit(None) is exits
 
 
 class Ticking:
@@ -102,10 +99,8 @@ class Ticking:
             listeners=SimpleNamespace(connections=connections, accepted=0),
             current=SimpleNamespace(broken="", config=SimpleNamespace(server=server, models={})),
         )
-        self.daemon = daemon = only(front, activated=activated, born=0.0)
-        daemon._notify = SimpleNamespace(watchdog=int, status=str, watchdog_interval=15.0)  # type: ignore[assignment]
-        daemon._last_status, daemon._slept_time = "", SimpleNamespace(passed=float)  # type: ignore[assignment]
-        daemon._stopping, daemon._second_signal = asyncio.Event(), asyncio.Event()
+        notify = SimpleNamespace(watchdog=int, status=str, watchdog_interval=15.0)
+        self.chores = chores_of(front, activated=activated, born=0.0, notify=notify)
 
     def _look(self) -> SimpleNamespace:
         self.looks.append(self.loop.time())
@@ -115,7 +110,7 @@ class Ticking:
         """Run it beside the ticks."""
 
         async def all_of_it() -> None:
-            ticks = asyncio.ensure_future(self.daemon._tick())
+            ticks = asyncio.ensure_future(self.chores.run())
             await script()
             assert not ticks.done()
             ticks.cancel()

@@ -37,7 +37,7 @@ class Here(Loaders):
     def __init__(self, rig: Rig, wanted: bool = True, files: Files | Exception = FILES) -> None:
         self.book, self.told, self.found = LoaderBook(), list[str](), files
         super().__init__(self.book, wanted=lambda: wanted, past_the_cache=self.told.append)
-        rig.engine_manager._loaders = self
+        rig.engine_manager.loaders = self
 
     def _look(self, replica: str) -> Files:
         if isinstance(self.found, Exception):
@@ -83,7 +83,7 @@ def test_the_first_start_is_measured_and_the_second_tries(tmp_path: Path, caplog
         process = await started(rig, weights)
         assert (last(rig), process.loader) == (FLAG, RUNAI)
         assert list(here.book.plain()[place]["per_gib"]) == ["", RUNAI]
-        assert rig.engine_manager._starts["m"].loader == RUNAI
+        assert rig.engine_manager.starts["m"].loader == RUNAI
         await started(rig, weights)  # it took next to no time
         assert (last(rig), here.told) == (FLAG, [])
 
@@ -91,6 +91,31 @@ def test_the_first_start_is_measured_and_the_second_tries(tmp_path: Path, caplog
     tell(story, tmp_path)
     fields = [getattr(record, "journal", {}) for record in caplog.records if "ready after" in record.getMessage()]
     assert [told.get("VLLMD_LOADER") for told in fields] == [None, RUNAI, RUNAI]
+
+
+def test_two_that_load_at_the_same_time_tell_nothing_of_a_loader(tmp_path: Path) -> None:
+    """They share the disk: a fast loader that seemed slow by that would never be tried again. The first word counts."""
+    weights = "(EngineCore pid=8) INFO 11-20 19:00:00 [core.py:1] Starting to load model x"
+
+    async def story(rig: Rig) -> None:
+        here = Here(rig)
+        await rig.ready()
+        beside = rig.engine_manager.processes.pop("m")
+        rig.launcher.engines.clear()
+        beside.ready_after = None  # it is starting
+        rig.engine_manager.processes["beside"] = beside
+        await started(rig, weights)
+        (place,) = here.book.plain()
+        assert list(here.book.plain()[place]["per_gib"]) == [""]
+        here.slow(place)
+        await started(rig, weights)
+        assert last(rig) == FLAG
+        assert list(here.book.plain()[place]["per_gib"]) == [""]
+        beside.ready_after = 0.0
+        await started(rig, weights)
+        assert list(here.book.plain()[place]["per_gib"]) == ["", RUNAI]
+
+    tell(story, tmp_path)
 
 
 @pytest.mark.parametrize("memory", [False, True])

@@ -69,7 +69,7 @@ def test_the_log_has_the_arithmetic(caplog: pytest.LogCaptureFixture) -> None:
     """Where a figure came from is asked more often than what it is."""
     caplog.set_level(logging.INFO)
     say(prospects(sim("a"), sim("large", 90 * GiB)), MACHINE)
-    assert "a: expected to take 10 GiB per device: 10 GiB: a stand-in takes what it is told to" in caplog.text
+    assert "a: expected to take 10 GiB per device: 10 GiB: as a stand-in is configured" in caplog.text
     assert [record.levelname for record in caplog.records if "large needs" in record.message] == ["ERROR"]
 
 
@@ -128,4 +128,4 @@ def test_the_check_shows_what_each_model_will_take(capsys: pytest.CaptureFixture
     assert check(Config(devices=(DeviceConfig(80 * GiB),), models={"a": sim("a")}), {}) == 0
     told = capsys.readouterr()
     assert "valid: 1 models (a)" in told.out
-    assert "a: 10 GiB per device: 10 GiB: a stand-in takes what it is told to" in told.out
+    assert "a: 10 GiB per device: 10 GiB: as a stand-in is configured" in told.out

@@ -27,16 +27,15 @@ def test_of_many_requests_a_watcher_is_told_the_newest() -> None:
     for each in (failed, *(SERVED._replace(number=number) for number in range(1, 10 * MOST_AT_ONCE))):
         every.offer(each)
         failures.offer(each)
-    assert [entry.number for entry in every.take_all()] == list(range(9 * MOST_AT_ONCE, 10 * MOST_AT_ONCE))
-    assert [entry.number for entry in failures.take_all()] == [0]
-    assert every.take_all() == []
+    assert [entry.number for entry in every.waiting] == list(range(9 * MOST_AT_ONCE, 10 * MOST_AT_ONCE))
+    assert [entry.number for entry in failures.waiting] == [0]
 
 
 def test_a_watcher_hears_of_nothing_that_it_may_not_see() -> None:
     """A key sees its own requests only."""
     stranger = watcher(Caller("bob"))
     stranger.offer(SERVED)
-    assert stranger.take_all() == [] and not stranger.has_entries.is_set()
+    assert not stranger.waiting and not stranger.has_entries.is_set()
 
 
 def test_use_that_a_full_disk_hides_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

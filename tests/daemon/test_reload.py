@@ -44,7 +44,7 @@ from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
 from vllmd.proxy.access import ANYBODY
-from vllmd.proxy.http import AT_A_TIME
+from vllmd.proxy.http import MEMBERS_PER_TURN
 
 BASE: dict[str, Any] = {
     "devices": [{"memory": "80GiB"}, {"memory": "80GiB"}],
@@ -268,18 +268,18 @@ async def in_effect(living: Living) -> dict[str, Any]:
     server, records = living.config.server, living.front.records
     living.back.post(events.TimePassed())  # what is to be preloaded is looked at
     return {
-        "limits": {each: getattr(listeners._limits.now, each) for each in READ} | {"buffered": listeners._memory.limit},
-        "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners._keys._callers],
-        "stranger": replace(listeners._keys._anonymous, refusal=None),
-        "quotas": {name: quota.key for name, quota in listeners._quotas._quotas.items()},
-        "ranks": listeners._quotas._ranks,
-        "page": (listeners._ui, listeners._tls),
-        "records": (records._config, records._keeps, records._ring._entries.maxlen),
-        "hosts": listeners._keys.hosts._names,
-        "origins": listeners._cors.origins,
+        "limits": {each: getattr(listeners.limits.now, each) for each in READ} | {"buffered": listeners.memory.limit},
+        "callers": [(digest, replace(caller, refusal=None)) for digest, caller in listeners.keys.callers],
+        "stranger": replace(listeners.keys.anonymous, refusal=None),
+        "quotas": {name: quota.key for name, quota in listeners.quotas.by_key.items()},
+        "ranks": listeners.quotas.ranks,
+        "page": (listeners.ui, listeners.tls),
+        "records": (records.config, records.keeps, records._ring._entries.maxlen),
+        "hosts": listeners.keys.hosts._names,
+        "origins": listeners.cors.origins,
         "policy": (core.settings, core.policy.name, core.engines.ledger.host_budget),
         "devices": [(a.device, a.capacity) for a in core.engines.ledger.accounts.values()],
-        "files": (living.back.memory._files, living.back.memory.inventory),
+        "files": (living.back.memory.files, living.back.memory.inventory),
         "models": {name: model.spec for name, model in core.models.items()},
         "pinned": {name: r.pinned for name, r in core.replicas.items()},
         "targets": {name: living.front.gate.resolve(name)
@@ -287,13 +287,13 @@ async def in_effect(living: Living) -> dict[str, Any]:
         "names": [resolved(living, name) for name in ("m", "one", "two")],
         "cards": await living.front.status.models(),
         "launches": {name: launch(living, name) for name in living.front.current.engines},
-        "standbys": living.back.engines.standbys._count,
-        "ports": living.back.engines._launch_planner._ports._range,
+        "standbys": living.back.engines.standbys.count,
+        "ports": living.back.engines.launch_planner.ports.range,
         "level": logging.getLogger().level,
         "replicas": {name: model.replicas and (model.replicas.probe, model.replicas.probe_route)
                      for name, model in living.config.models.items()},
         # read each time when they are needed
-        "keep_alive": living.front.gate._keep_alive_limit,
+        "keep_alive": living.front.gate.keep_alive_limit,
         "pull": living.config.pull,
         "read": (server.idle_exit, server.drain_timeout, living.config.discover, living.config.auth.allow_anonymous,
                  living.config.engines.read_ahead, living.config.engines.fast_loaders),
@@ -309,7 +309,7 @@ def resolved(living: Living, name: str) -> str:
 
 def launch(living: Living, name: str) -> Any:
     """How its engine would be started now."""
-    planner = living.back.engines._launch_planner
+    planner = living.back.engines.launch_planner
     try:
         process, order = planner.prepare(commands.StartEngine(name, Placement((0,)), 10 * GiB))
     except VllmdError as error:
@@ -423,7 +423,7 @@ def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_s
         return read(tmp_path, {"devices": [{"memory": memory}], "models": models})
 
     async def look(living: Living) -> None:
-        bad, good = living.front.status.status().models
+        bad, good = (await living.front.status.status()).models
         assert (good.never, bad.state) == ("", "stopped")
         assert bad.never == (
             "'bad' needs 90.0 GiB on each of 1 device; device 0 has 80.0 GiB less a reserve of 0.5 GiB: 79.5 GiB"
@@ -431,12 +431,12 @@ def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_s
         told = f"can never be loaded: {bad.never}"
         assert ps.note(bad) == told
         assert standing.now(bad, made=True) == f"bad is stopped; it {told}"
-        assert [what for _, what, _ in doctor.models(living.front.status.status())] == [f"bad {told}"]
+        assert [what for _, what, _ in doctor.models(await living.front.status.status())] == [f"bad {told}"]
         (warning,) = (await living.daemon.apply_configuration(small)).warnings
         assert "models.bad.gpu_memory: 90GiB does not fit" in warning
         answer = await living.daemon.apply_configuration(of("100GiB"))
         assert answer.warnings == ()
-        assert [line.never for line in living.front.status.status().models] == ["", ""]
+        assert [line.never for line in (await living.front.status.status()).models] == ["", ""]
 
     small = of("80GiB")
     lives(small, tmp_path, look)
@@ -527,7 +527,7 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
 
 def test_many_models_are_told_of_in_turns_of_the_loop(tmp_path: Path) -> None:
     """Ten thousand held up every stream for seconds. Counted are the turns that others get meanwhile."""
-    many = 5 * AT_A_TIME
+    many = 5 * MEMBERS_PER_TURN
     models = {f"m{n}": {"engine": "sim"} for n in range(many)}
     config = read(tmp_path, {"devices": [], "models": models, "log_level": "error"})
 
@@ -546,7 +546,7 @@ def test_many_models_are_told_of_in_turns_of_the_loop(tmp_path: Path) -> None:
         request: Any = SimpleNamespace(query={}, caller=ANYBODY)
         endpoints = ModelEndpoints(SimpleNamespace(status=status))  # type: ignore[arg-type]
         for work in (status.status(), status.models(), json_in_turns(told), endpoints.settings(request)):
-            assert await turns(work) >= many // AT_A_TIME
+            assert await turns(work) >= many // MEMBERS_PER_TURN
         card = await status.model("m7")
         assert card is not None and card.id == "m7" and card in await status.models()
         assert await status.model("nobody") is None

@@ -101,7 +101,7 @@ def test_compiling_is_told_as_for_the_first_time_only_the_first_time(
         for options, told in (({}, again), ({}, "compile"), ({"quiet": True}, again)):
             rig.configure(options=options)
             assert await _told_while_compiling(rig) == told
-            starts = rig.engine_manager._starts
+            starts = rig.engine_manager.starts
             assert list(starts["m"].phases) == ["process", "imports", "weights", "compile"]
             rig.launcher.exit(rig.instance, 0)
             assert isinstance(await rig.event(), events.EngineExited)

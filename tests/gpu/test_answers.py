@@ -108,7 +108,7 @@ def test_a_driver_that_tells_of_no_gpu_does_not_answer(tmp_path: Path) -> None:
     """Its nodes are there: the GPU fell off the bus before the driver took it."""
     write(tmp_path, "dev/nvidiactl", "dev/nvidia0")
     devices = asked(tmp_path, FakeNvml())
-    assert devices.trouble and "tells of no GPU" in devices.trouble.why
+    assert devices.trouble and "lists no GPU" in devices.trouble.why
 
 
 def test_hidden_on_purpose_is_none(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from vllmd.launcher.protocol import ProtocolError, StartOrder
 
 LOOK = """
 import os, sys
-from vllmd.launcher.affinity import settle
-settle([int(word) for word in sys.argv[2:]], int(sys.argv[1]))
+from vllmd.launcher.affinity import set_affinity
+set_affinity([int(word) for word in sys.argv[2:]], int(sys.argv[1]))
 print(sorted(os.sched_getaffinity(0)), open("/proc/self/numa_maps").readline().split()[1])
 """
 

@@ -383,5 +383,5 @@ def test_an_order_that_is_too_long_is_not_sent() -> None:
     """It would be cut, or wait for a reader; the ordinary start has no such limit."""
     link = handover.Link()
     with pytest.raises(OSError, match="at most"):
-        link.send(StartOrder("a", ("x",)), {"A": "x" * handover.LONGEST_ORDER}, 1)
+        link.send(StartOrder("a", ("x",)), {"A": "x" * handover.MAX_ORDER_BYTES}, 1)
     link.close()

@@ -24,7 +24,7 @@ def made(folder: Path, name: str, owner: int) -> None:
 def test_each_name_gets_a_number_of_its_own(tmp_path: Path) -> None:
     """And the same one again, although its home has not been made yet."""
     users = OwnUsers(70000, 70009, str(tmp_path))
-    assert [users.number(name) for name in ("a", "b", "a", "c")] == [70000, 70001, 70000, 70002]
+    assert [users.allocate(name) for name in ("a", "b", "a", "c")] == [70000, 70001, 70000, 70002]
 
 
 @root
@@ -32,9 +32,9 @@ def test_a_home_keeps_its_number_over_restarts(tmp_path: Path) -> None:
     """The next launcher has no other memory."""
     made(tmp_path, "b", 70001)
     users = OwnUsers(70000, 70009, str(tmp_path))
-    assert users.number("b") == 70001
-    assert [users.number(name) for name in ("a", "c")] == [70000, 70002]
-    assert (users.noted("b"), users.noted("nobody")) == (70001, None)
+    assert users.allocate("b") == 70001
+    assert [users.allocate(name) for name in ("a", "c")] == [70000, 70002]
+    assert (users.find("b"), users.find("nobody")) == (70001, None)
 
 
 @root
@@ -44,8 +44,8 @@ def test_a_home_of_somebody_else_is_refused(tmp_path: Path, owner: int) -> None:
     made(tmp_path, "a", owner)
     users = OwnUsers(70000, 70009, str(tmp_path))
     with pytest.raises(ValueError, match="none of these users"):
-        users.number("a")
-    assert users.noted("a") is None
+        users.allocate("a")
+    assert users.find("a") is None
 
 
 @root
@@ -54,7 +54,7 @@ def test_a_link_or_a_file_is_nobodys_home(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("/tmp")
     os.chown(tmp_path / "a", 70001, 70001, follow_symlinks=False)
     with pytest.raises(ValueError, match="none of these users"):
-        OwnUsers(70000, 70009, str(tmp_path)).number("a")
+        OwnUsers(70000, 70009, str(tmp_path)).allocate("a")
 
 
 def test_numbers_of_known_users_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_numbers_of_known_users_are_passed_over(tmp_path: Path, monkeypatch: pyt
             raise KeyError
 
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
-    assert OwnUsers(70000, 70009, str(tmp_path)).number("a") == 70001
+    assert OwnUsers(70000, 70009, str(tmp_path)).allocate("a") == 70001
 
 
 @root
@@ -82,8 +82,8 @@ def test_what_their_engines_left_behind_is_swept_too() -> None:
         socket.socket(socket.AF_UNIX).bind(str(folder / "run/left/e.sock"))
         os.chown(folder / "run/left/e.sock", 70001, 70001)
         users = Users(["nobody"], OwnUsers(70000, 70009, str(folder / "homes")))
-        assert [user.name for user in users.everybody()] == ["nobody", "own:a"]
-        for user in users.everybody():
+        assert [user.name for user in users.all()] == ["nobody", "own:a"]
+        for user in users.all():
             child = sweep(unused(str(folder / "run"), {"runs"}), user)
             if child:
                 os.waitpid(child.pid, 0)
@@ -94,16 +94,16 @@ def test_what_their_engines_left_behind_is_swept_too() -> None:
 def test_a_range_that_is_used_up_says_so(tmp_path: Path) -> None:
     """And what would help: the homes are named."""
     users = OwnUsers(70000, 70000, str(tmp_path))
-    users.number("a")
+    users.allocate("a")
     with pytest.raises(ValueError, match=f"have homes in {tmp_path}"):
-        users.number("b")
+        users.allocate("b")
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "A", "-a", "a\n", "a" * 65])
 def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
     """They come from the daemon, and become paths."""
     with pytest.raises(ValueError, match="cannot be the name"):
-        OwnUsers(70000, 70009, str(tmp_path)).number(name)
+        OwnUsers(70000, 70009, str(tmp_path)).allocate(name)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
 def test_a_wrong_range_or_folder_is_told(numbers: str, homes: str) -> None:
     """At the launcher's start."""
     with pytest.raises(ValueError, match="--own-"):
-        OwnUsers.told(numbers, homes)
+        OwnUsers.parse(numbers, homes)
 
 
 def test_no_range_means_no_such_users() -> None:
     """The default."""
-    assert OwnUsers.told("", "") is None
+    assert OwnUsers.parse("", "") is None

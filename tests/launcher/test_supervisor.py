@@ -95,8 +95,8 @@ def start(loop: Loop, backend: Backend, order: StartOrder) -> Started | Failed:
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ("launcher.user", "cannot note beside its processes what they are: No space left on device"),
-        ("model", "cannot note beside its processes what they are: No space left on device"),
+        ("launcher.user", "cannot write the engine's notes on its cgroup: No space left on device"),
+        ("model", "cannot write the engine's notes on its cgroup: No space left on device"),
         ("place", "the launcher failed: OverflowError"),
     ],
 )
@@ -143,17 +143,17 @@ def test_what_the_child_says_is_not_believed(data: bytes) -> None:
 
 def test_users() -> None:
     """For a user that is not known there is nobody to act as, and nobody is root."""
-    assert Users().ordered("") is OURSELVES
-    assert Users().noted("") is OURSELVES
-    assert Users().noted("daemon") is None
+    assert Users().for_order("") is OURSELVES
+    assert Users().from_note("") is OURSELVES
+    assert Users().from_note("daemon") is None
     allowed = Users(["daemon", "bin"])
-    assert allowed.ordered("").name == "daemon"
-    assert allowed.ordered("bin").name == "bin"
-    assert allowed.noted("bin") == allowed.ordered("bin")
+    assert allowed.for_order("").name == "daemon"
+    assert allowed.for_order("bin").name == "bin"
+    assert allowed.from_note("bin") == allowed.for_order("bin")
     for name in ("", None, "root", "nobody"):
-        assert allowed.noted(name) is None
+        assert allowed.from_note(name) is None
     with pytest.raises(ValueError, match="'nobody' is not allowed; allowed are: daemon, bin"):
-        allowed.ordered("nobody")
+        allowed.for_order("nobody")
     for name, why in (("root", "is root"), ("no-such-user", "there is no user")):
         with pytest.raises(ValueError, match=why):
             Users([name])
@@ -221,12 +221,12 @@ def test_a_run_directory_is_swept_when_it_is_seen_without_an_engine_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first time it may be that of an order on its way. Its age counts for nothing: clocks are set."""
-    monkeypatch.setattr(engines, "SWEEP_SOON", 0.0)
+    monkeypatch.setattr(engines, "FIRST_SWEEP_SECONDS", 0.0)
     (tmp_path / "left").mkdir()
     os.utime(tmp_path / "left", (0, 0))
     loop, looks, told = Loop(), list[bool](), list[ExitReport]()
     users = Users()
-    monkeypatch.setattr(users, "everybody", lambda: (OURSELVES,))
+    monkeypatch.setattr(users, "all", lambda: (OURSELVES,))
     supervisor = Supervisor(loop, Backend(loop, ""), users, told.append, [str(tmp_path)])
     real = engines.unused
 

@@ -68,7 +68,7 @@ MUTATIONS = (
     Mutation(
         "two at once for a pool go to two models",
         "core/admission.py",
-        "model.promised.append(core.now)",
+        "model.promised = (*model.promised, core.now)",
         "pass",
         "core/test_answers.py",
     ),
@@ -154,7 +154,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no idle exit while clients are connected",
-        "daemon/service.py",
+        "daemon/chores.py",
         "or front.listeners.connections",
         "or False",
         "daemon/test_idle_exit.py",

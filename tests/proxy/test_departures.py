@@ -65,7 +65,7 @@ def test_one_that_half_closes_and_waits_is_answered(version: str, stream: bool, 
             client.writer.write_eof()
             if loading:
                 await soon(act.gate.entered.wait())
-                await asyncio.sleep(3 * departures.FIRST_LOOK)
+                await asyncio.sleep(3 * departures.FIRST_WAIT_SECONDS)
                 act.gate.opened.set()
             body = await final(client)
             assert (b"data: [DONE]" if stream else ANSWER) in body
@@ -103,7 +103,7 @@ def test_one_that_half_closes_and_then_leaves_frees_the_engine(version: str, scr
             client.send(asked(version))
             await until(lambda: act.engine.asked)
             client.writer.write_eof()
-            await asyncio.sleep(2 * departures.FIRST_LOOK)
+            await asyncio.sleep(2 * departures.FIRST_WAIT_SECONDS)
             assert not act.engine.ended.is_set()
             client.close()
             await soon(act.engine.ended.wait())
@@ -156,7 +156,10 @@ def test_both_ends_ask_whether_the_other_is_there() -> None:
                 assert read == [value for _, value in KEEPALIVE]
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == unacknowledged * 1000
             idle, between, questions = read
-            assert max(idle + between * questions, UNACKNOWLEDGED, departures.VANISHED + departures.SWEEP) <= IN_TIME
+            assert (
+                max(idle + between * questions, UNACKNOWLEDGED, departures.VANISHED_SECONDS + departures.SWEEP_SECONDS)
+                <= IN_TIME
+            )
 
     asyncio.run(play())
 
@@ -202,8 +205,8 @@ def test_one_that_vanished_frees_its_place(
     name, link = far_away
     begun = script is endless
     monkeypatch.setattr(limits, "KEEPALIVE", tuple((option, 1) for option, _ in KEEPALIVE))
-    monkeypatch.setattr(departures, "VANISHED", 0.5)
-    monkeypatch.setattr("vllmd.proxy.server.SWEEP", 0.2)
+    monkeypatch.setattr(departures, "VANISHED_SECONDS", 0.5)
+    monkeypatch.setattr("vllmd.proxy.server.SWEEP_SECONDS", 0.2)
 
     async def play() -> None:
         async with stage(script) as act:

@@ -91,9 +91,9 @@ def test_the_kernel_tells_who_would_get_a_connection(host: str) -> None:
     with tcp(host=host) as listening:
         port, expected = listening.getsockname()[1], Listener(ME, os.fstat(listening.fileno()).st_ino)
         assert listener(socket.AF_INET, "127.0.0.1", port) == (expected if host != "::" else None) or host == "::"
-        assert peers._listed("127.0.0.1", port) == expected
+        assert peers.listener_from_proc("127.0.0.1", port) == expected
     assert listener(socket.AF_INET, "127.0.0.1", port) is None
-    assert peers._listed("127.0.0.1", port) is None
+    assert peers.listener_from_proc("127.0.0.1", port) is None
 
 
 def test_the_engines_own_listener_is_used(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_without_sock_diag_the_kernels_list_tells(monkeypatch: pytest.MonkeyPatc
     with tcp() as listening:
         assert isinstance(outcome(Listen(port=listening.getsockname()[1], owner=ME)), asyncio.Protocol)
     with tcp() as listening:
-        monkeypatch.setattr(peers, "_listed", lambda *where: Listener(OTHER, 1))
+        monkeypatch.setattr(peers, "listener_from_proc", lambda *where: Listener(OTHER, 1))
         assert isinstance(outcome(Listen(port=listening.getsockname()[1], owner=4242)), Impostor)
 
 

@@ -114,7 +114,7 @@ def test_a_pages_own_socket_is_no_request() -> None:
 @pytest.mark.parametrize("models", [frozenset(), frozenset({"another"})])
 def test_a_pages_own_socket_ends_with_its_key(models: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be open for days; a key that is revoked, or is for other models by now, has it no longer."""
-    monkeypatch.setattr(tunnel, "RECHECK", 0.01)
+    monkeypatch.setattr(tunnel, "RECHECK_SECONDS", 0.01)
     callers = [Caller("operator", EVERYTHING, frozenset({"m"}))]
 
     class Keys:

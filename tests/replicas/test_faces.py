@@ -136,7 +136,7 @@ def test_metrics_tell_replicas_apart_beside_their_model(site: Site) -> None:
     assert read["vllmd_decisions_total{'decision': 'serve', 'model': 'org/m'}"] >= 2
     for name in ("org/m@1", "org/m@2"):
         of = f"'model': 'org/m', 'replica': '{name}'"
-        assert read[f"vllmd_replica_standing{{{of}, 'standing': 'serving'}}"] == 1
+        assert read[f"vllmd_replica_health{{'health': 'serving', {of}}}"] == 1
         assert read[f"vllmd_replica_decisions_total{{'decision': 'serve', {of}}}"] >= 1
     assert [name for name in read if name.startswith("vllmd_replica_latency_seconds")]
     assert not [name for name in read if "'model': 'org/m@" in name]

@@ -36,7 +36,7 @@ class Front:
 
     def serve(self, *names: str) -> None:
         """Wait until these nodes serve."""
-        until(lambda: all(self.replica(name)["standing"] == "serving" for name in names), f"{names} to serve")
+        until(lambda: all(self.replica(name)["health"] == "serving" for name in names), f"{names} to serve")
 
     def decided(self, name: str, what: str, since: float) -> float:
         """When the front first decided so about a node after ``since`` (Unix time), as soon as it has."""

@@ -31,7 +31,7 @@ def serving(site: Site, *names: str) -> None:
     """Have the models loaded, and wait until all of these replicas serve."""
     for model in {name.partition("@")[0] for name in names}:
         assert site.admin.post(f"/admin/models/{model}/load", json={}).status_code == 202
-    until(lambda: all(replica(site, name)["standing"] == "serving" for name in names))
+    until(lambda: all(replica(site, name)["health"] == "serving" for name in names))
 
 
 def at_once(ask: Callable[[int], Any], number: int) -> list[Any]:
@@ -74,12 +74,12 @@ def test_S_everybodys_time_is_to_be_had_as_well(tmp_path: Path) -> None:
         serving(site, "m@fast", "m@slow")
         with client(site) as asking:
             answer = asking.probe("m", all=True, limit=1.0)
-        standing = replica(site, "m@slow")["standing"]
+        health = replica(site, "m@slow")["health"]
     assert [line.name for line in answer.replicas] == ["m@fast", "m@slow", "m@third"]
     assert (answer.replicas[1].seconds or 0.0) >= 0.3
     assert answer.replicas[2].seconds is None
     assert answer.replicas[2].message
-    assert standing == "serving"
+    assert health == "serving"
 
 
 def test_S_get_all_latency_has_a_row_for_each_server(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ class Records(Protocol):
     def cancel(self, request_id: str, caller: Caller) -> Cancelled:
         """End those under way that have this id: what waits leaves its queue, what runs its engine. Raises NotFound."""
 
-    def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
+    def watch(self, filter: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
         """Requests as they end, those that the filter lets through, until the caller stops."""
 
     def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> Recordings:

@@ -21,7 +21,7 @@ Labels = tuple[str, ...]
 Values = Mapping[Any, float] | Iterable[tuple[Labels, float]]  # by label values
 PIECE = 500  # series that are written in one turn of the loop: about 5 ms
 END = b"# EOF\n"  # of OpenMetrics
-STANDINGS = ("new", "serving", "resting", "slow", "ejected", "down")
+HEALTH_STATUSES = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
 
 
@@ -81,7 +81,7 @@ def _shown(labels: Mapping[str, str], caller: Caller) -> bool:
 
 def _families(counters: Counters, gauges: Gauges) -> Iterator[Metric]:
     yield from _counted(counters)
-    yield from _standing(gauges)
+    yield from _health(gauges)
     snapshot = gauges.snapshot
     if snapshot:
         yield from _models(gauges)
@@ -144,7 +144,7 @@ def _counted(counters: Counters) -> Iterator[Metric]:
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
-def _standing(gauges: Gauges) -> Iterator[Metric]:
+def _health(gauges: Gauges) -> Iterator[Metric]:
     yield from _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
     yield from _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
     yield from _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
@@ -197,9 +197,9 @@ def _replicas(gauges: Gauges) -> Iterator[Metric]:
     models = [model for model in (gauges.snapshot.models if gauges.snapshot else ()) if model.balanced]
     known = [((model.name, replica.id), replica) for model in models for replica in model.replicas]
     labels = ["model", "replica"]
-    yield from _gauge("replica_standing", "1 for what its answers have earned it; down: its engine is not up.",
-                 [*labels, "standing"], {(*of, standing): standing == (view.standing or "down")
-                                         for of, view in known for standing in STANDINGS})  # fmt: skip
+    yield from _gauge("replica_health", "1 for what its answers have earned it; down: its engine is not up.",
+                 [*labels, "health"], {(*of, health): health == (view.health or "down")
+                                         for of, view in known for health in HEALTH_STATUSES})  # fmt: skip
     yield from _gauge("replica_latency_seconds", "Time to the first byte of its answers, the last ones weighing most.",
                  labels, {of: view.latency for of, view in known if view.latency is not None})  # fmt: skip
     yield from _gauge("replica_running_requests", "Requests that run in it.", labels,

@@ -13,7 +13,7 @@ from vllmd.admin.responses import json
 from vllmd.api.answers import Alive, Card, Health, Model, ModelList, Version
 from vllmd.api.codec import fields, plain
 from vllmd.errors import Forbidden, UnknownModel
-from vllmd.proxy.http import AT_A_TIME, Request, Response, list_response, text_response
+from vllmd.proxy.http import MEMBERS_PER_TURN, Request, Response, list_response, text_response
 
 _STARTED = int(time.time())
 _SINCE = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_STARTED))  # RFC 3339, as Anthropic has it
@@ -59,7 +59,7 @@ class ModelEndpoints:
         lines = list[str]()
         for line in self._control.status.settings(model):
             lines.append(line)
-            if len(lines) % AT_A_TIME == 0:
+            if len(lines) % MEMBERS_PER_TURN == 0:
                 await asyncio.sleep(0)
         return text_response("".join(lines))
 

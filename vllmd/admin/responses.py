@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllmd.api.answers import Answer
 from vllmd.api.codec import encoded, fields, plain
-from vllmd.proxy.http import AT_A_TIME, Response, list_response
+from vllmd.proxy.http import MEMBERS_PER_TURN, Response, list_response
 
 
 def json(value: object, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
@@ -17,6 +17,6 @@ async def json_in_turns(value: object) -> Response:
     if isinstance(value, Answer):
         whole = fields(value)
         for name, member in whole.items():
-            if isinstance(member, tuple | list) and len(member) > AT_A_TIME:
+            if isinstance(member, tuple | list) and len(member) > MEMBERS_PER_TURN:
                 return await list_response(whole, name, plain)
     return json(value)

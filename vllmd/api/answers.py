@@ -25,7 +25,7 @@ STATES = (
 )
 NO_ENGINE = frozenset({"stopped", "error"})  # of STATES: nothing runs
 State = Annotated[str, {"enum": list(STATES)}]
-Standing = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
+HealthStatus = Annotated[str, {"enum": ["", "new", "serving", "resting", "slow", "ejected"]}]
 Watts = Annotated[float, "watts"]
 Moment = Annotated[str, {"format": "date-time"}]
 
@@ -131,9 +131,10 @@ class ModelLine(Answer):
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
+    expected: Annotated[int, "bytes of memory as configured or estimated; measured, it may be more; 0: not told"] = 0
     never: Annotated[str, "why it can never be loaded on these devices; empty if it can, or is"] = ""
     silent: Annotated[float | None, "seconds for which it has answered nothing, while requests wait in it"] = None
-    standing: Standing = ""
+    health: HealthStatus = ""
     latency: Annotated[float | None, "of a replica: seconds to the first byte of its answers"] = None
     rests_in: Annotated[float | None, "seconds until it would sleep, sleep deeper or stop for its age"] = None
     pid: int | None = None
@@ -368,7 +369,7 @@ class Status(Answer):
     backend: str = ""
     source: str = ""
     trouble: Annotated[str, "why the devices do not answer"] = ""
-    unwritten: Annotated[str, "why the record of who used what cannot be written now"] = ""
+    unwritten: Annotated[str, "what of the daemon's own files cannot be written now, and why"] = ""
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()

@@ -15,7 +15,7 @@ def now(line: ModelLine, made: bool) -> str:
         told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
     else:
         told = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
-    if line.replicas or line.standing:
+    if line.replicas or line.health:
         told += f" ({replicas_of(line)})"
     if line.state != "error" and line.failure:
         told += f"; it failed: {line.failure}"
@@ -39,10 +39,10 @@ def replicas_of(line: ModelLine) -> str:
     """How many of a model's replicas serve; of a replica what its answers have earned it, and how soon they begin."""
     if line.replicas:
         return f"{line.serving} of {len(line.replicas)} replicas serve{', degraded' * line.degraded}"
-    if not line.standing:
+    if not line.health:
         return ""
     latency = f" ({line.latency * 1000:.0f} ms to the first byte)" if line.latency is not None else ""
-    return f"{line.standing}{latency}"
+    return f"{line.health}{latency}"
 
 
 def silence(line: ModelLine) -> str:

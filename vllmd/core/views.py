@@ -76,13 +76,14 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         leases=tuple(model.leases),
         waiting_for=next((view.waiting_for for view in views if view.waiting_for and (view.queued or not up)), ""),
         failure="; ".join(f"{name}: {why}" if model.rules else why for name, why in failures),
-        standing=first.standing,
+        health=first.health,
         latency=min([view.latency for view in up if view.latency is not None], default=None),
         replicas=views,
         balanced=model.rules is not None,
         serving=len(up),
-        degraded=bool(model.rules) and any(view.state is State.FAILED or view.standing in UNWELL for view in views),
+        degraded=bool(model.rules) and any(view.state is State.FAILED or view.health in UNWELL for view in views),
         disabled=model.off,
+        expected=0 if model.rules else first.expected,
         never=first.never if all(view.never for view in views) else "",
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
@@ -100,8 +101,9 @@ def _unused(core: Core, model: Model) -> ModelView | None:
     model.unused_view = ModelView(
         model.name,
         *at_rest,
-        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never),),
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never, expected=r.told),),
         never=never,
+        expected=r.told,
         balanced=False,
         serving=0,
         degraded=False,
@@ -127,16 +129,17 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         leases=tuple(r.leases),
         waiting_for=_waiting_for(core, r, now, outlook) if r.demand else "",
         failure=r.failure or (r.health.why if r.health else ""),
-        standing=_standing(r),
+        health=_health(r),
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
         disabled=r.off,
+        expected=r.told,
         never="" if r.loaded else core.fit.never(r),
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 
 
-def _standing(r: Replica) -> str:
+def _health(r: Replica) -> str:
     if r.health is None or not r.on:
         return ""
     return "resting" if r in resting(r.model) else r.health.status.value

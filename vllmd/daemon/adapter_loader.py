@@ -29,7 +29,7 @@ async def provide(process: EngineProcess, name: str, waits: Callable[[], None], 
         loading = process.adapters[name] = asyncio.ensure_future(_load(process, name, load))
     if not loading.done():
         waits()
-    failure = await asyncio.shield(loading)  # a client that leaves takes nobody else's load along
+    failure = await asyncio.shield(loading)  # a client that leaves must not cancel a load that others wait for
     if failure:
         if process.adapters.get(name) is loading:  # the next request tries again
             del process.adapters[name]
@@ -37,7 +37,7 @@ async def provide(process: EngineProcess, name: str, waits: Callable[[], None], 
 
 
 async def _load(process: EngineProcess, name: str, load: Call | None) -> str:
-    """Carry out its load call; what went wrong, or "" if it is loaded."""
+    """Make the load call; returns what went wrong, "" if the adapter is loaded."""
     if load is None:
         adapter = process.engine.adapters(process.model).get(name)
         if adapter is None or adapter.load is None:

@@ -1,8 +1,9 @@
-"""The proxy's gate: every request for a model passes here on its way to the core, and back.
+"""Admission: every request for a model passes here on its way to the core, and back.
 
-The problem. A request is one thing to the core (it arrives, it is admitted or refused, it ends) and many to the proxy:
-its client leaves, the daemon shuts down, an engine dies, all of it at any moment. The core must hear of each request
-exactly twice, of its arrival and of its end, or its account of who runs where is wrong for good.
+Theory of operation. To the core a request is simple: it arrives, it is admitted or refused, it ends. To the proxy it
+is not: its client leaves, the daemon shuts down, an engine dies, all of it at any moment. The core must hear of each
+request exactly twice, of its arrival and of its end. A request whose end is not told takes a place at its engine for
+ever; one whose end is told twice frees the place of another.
 
 So one object, the ``Permit``, is the request from its arrival to its end::
 
@@ -10,9 +11,16 @@ So one object, the ``Permit``, is the request from its arrival to its end::
                         ├──reject──► over                                the core knows
                         └──client left, shutdown──► over                 tells the core: RequestGone
 
-Only ``_left``, ``reject`` and ``Permit.release`` take it out of the gate's account, so whichever comes first is the
-only one. The core may admit within the very call that told it of the request, or at any time later; then somebody
-waits for ``Permit.decided``, which may have been cancelled in the same turn of the loop.
+``_permits`` has the requests that the core knows of and that are not over. Only ``_leave``, ``reject`` and
+``Permit.release`` take one out, so whichever comes first is the only one that counts. The core may admit within the
+very call that told it of the arrival, and then ``acquire`` waits for nothing; or at any time later, and then
+``acquire`` waits for the future ``Permit.decided``. That future may have been cancelled, because the client has left,
+in the same turn of the event loop in which the core admits: the permit is released then (``_leave``), not dropped.
+
+Before the back end is there (``open``) requests wait in ``_opening``, unknown to the core, and only then arrive.
+
+What a client's name means (``resolve``) is worked out once per configuration and kept, for this is done for every
+request: a ``Target`` by engine and offer in ``_targets``, and by the client's spelling in ``_resolved``.
 """
 
 from __future__ import annotations
@@ -55,15 +63,15 @@ ERRORS: Mapping[commands.RejectReason, type[errors.VllmdError]] = {
 
 
 async def _nothing(name: str) -> None:
-    """The stand-in for fetching adapters: there is nothing to fetch."""
+    """The stand-in for fetching models, where none may be fetched."""
 
 
-NOWHERE = Listen()  # where a request goes that has not been admitted
-REACH_TRIES, REACH_PAUSE = 20, 0.1  # so often a request finds nobody listening, and seconds between
+NOWHERE = Listen()  # the address of a request that has not been admitted
+REACH_TRIES, REACH_PAUSE = 20, 0.1  # attempts of a request whose engine does not listen, and seconds between them
 
 
 class BackEnd(Protocol):
-    """What the gate needs of what is behind it, once that is there."""
+    """What the gate needs of the core and the engines, once they are there."""
 
     def post(self, event: events.Event) -> None:
         """Hand an event to the core."""
@@ -72,26 +80,26 @@ class BackEnd(Protocol):
         """Where the replica's engine listens; None if there is none."""
 
     def phase_of(self, model: str) -> str:
-        """What clients who wait for the model are told; "" while nothing is done."""
+        """The phase that clients who wait for the model are told; "" while nothing is under way."""
 
     def serves(self, model: str) -> bool:
         """Whether an engine of the model is awake."""
 
     def unreached(self, replica: str) -> None:
-        """No process listens where the replica's engine should."""
+        """Note that no process listens where the replica's engine should."""
 
     async def provide(self, replica: str, adapter: str, waits: Callable[[], None], load: Call | None = None) -> None:
         """Have the replica's engine load the adapter, unless it has it; ``waits`` is called if that takes its time.
 
-        ``load``: how, for one that is not of the configuration. Raises EngineFailed.
+        ``load``: the call that loads an adapter which is not of the configuration. Raises EngineFailed.
         """
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
-        """Hand an event to the core, and have ``answered`` called when it has said what becomes of it."""
+        """Hand an event to the core, and have ``answered`` called with the core's answer."""
 
 
 def _unheard(event: events.Event) -> None:
-    """Before the back end is there no request has reached the core, so none has anything to tell it."""
+    """Drop an event: before the back end is there, no request has reached the core, so none has anything to tell it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,31 +125,30 @@ class AdmissionGate:
         counters: Counters,
         fetching: Fetching = Fetching(),
     ) -> None:
+        """``engine_of`` gives the engine kind of a model's settings."""
         self._fetching = fetching
-        self.refusal: errors.VllmdError | None = None  # what everybody is told instead, while it is set
+        self.refusal: errors.VllmdError | None = None  # while set, the answer to every request
         self._engine_of = engine_of
         self._quotas = quotas
         self._counters = counters
         self._back: BackEnd | None = None
         self._post: Callable[[events.Event], None] = _unheard  # the back end's, once it is there
-        self._opening: set[asyncio.Future[None]] = set()  # requests that wait for us to open; the core knows none yet
+        self._opening: set[asyncio.Future[None]] = set()  # requests that the core does not know yet
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
-        self._runtime: dict[
-            str, Mapping[str, str]
-        ] = {}  # by model: adapters beside the configuration's, with their paths
+        self._runtime_adapters: dict[str, Mapping[str, str]] = {}  # model -> adapter -> path
         self._kinds: Mapping[str, str] = {}  # by engine, once their files have been read
         self.configure({}, {})
 
     def open(self, back: BackEnd) -> None:
-        """The devices, the core and the engines are there: let requests through to them."""
+        """Let requests through to the core and the engines, which are there now."""
         self._back, self._post = back, back.post
         for waiting in self._opening:
             if not waiting.done():
                 waiting.set_result(None)
 
     def learn_kinds(self, kinds: Mapping[str, str]) -> None:
-        """What each engine's model is for, as its files tell (``hub.kind_at``)."""
+        """Take in what each engine's model is for, as its files tell (``hub.kind_at``)."""
         self._kinds = kinds
         self._targets.clear()
         self._resolved.clear()
@@ -153,32 +160,34 @@ class AdmissionGate:
         keep_alive_limit: float | None = None,
         pools: Mapping[str, PoolConfig] | None = None,
     ) -> None:
-        """Take the models of a new configuration, and their engines: each model's one, or its replicas.
+        """Serve the models of a new configuration from now on.
 
-        ``pools`` by name. ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
+        ``engines``: the settings of each model's engine, or of each of its replicas, by id. ``pools`` by name.
+        ``keep_alive_limit`` is in seconds, None for none; 0.0: no client's word counts.
         """
-        self._keep_alive_limit = keep_alive_limit
+        self.keep_alive_limit = keep_alive_limit
         self._models, self._engines = models, engines
         self._firsts: dict[str, str] = {}  # the first engine of models that have several
         for name, engine in engines.items():
             if engine.replica_of:
                 self._firsts.setdefault(engine.replica_of, name)
         self._pools = pools or {}
-        kept, self._runtime = self._runtime, {}
-        self._offer()
-        for name, adapters in kept.items():
+        # An adapter that was loaded at run time goes on under its name, unless the configuration has taken that.
+        before, self._runtime_adapters = self._runtime_adapters, {}
+        self._update_offers()
+        for name, adapters in before.items():
             if name in models and models[name].runtime_adapters:
                 free = {adapter: path for adapter, path in adapters.items() if adapter not in self._names}
                 self.offer_adapters(name, free)
 
     def offer_adapters(self, model: str, adapters: Mapping[str, str]) -> None:
-        """Offer these of the model, name -> path, beside those of the configuration; no others of it."""
-        self._runtime = {**self._runtime, model: adapters}
-        self._offer()
+        """Offer these run-time adapters of the model, name -> path, and no others beside the configuration's."""
+        self._runtime_adapters = {**self._runtime_adapters, model: adapters}
+        self._update_offers()
 
     def runtime_adapters(self, model: str) -> Mapping[str, str]:
-        """What ``offer_adapters`` was given for the model."""
-        return self._runtime.get(model, {})
+        """The run-time adapters of the model, name -> path."""
+        return self._runtime_adapters.get(model, {})
 
     def base_of(self, name: str) -> str:
         """The model that an adapter or a variant belongs to; any other name as it is."""
@@ -190,11 +199,11 @@ class AdmissionGate:
         return name in self._names
 
     def would_fetch(self, name: str) -> bool:
-        """Whether a request that names it may have a model fetched that is not here yet."""
+        """Whether a request for this name may have a model fetched that is not here yet."""
         return self._fetching.may_fetch(name)
 
-    def _offer(self) -> None:
-        """Draw up what is offered, and forget what names meant before."""
+    def _update_offers(self) -> None:
+        """List what is offered beside the models, and forget what names meant before."""
         self._offers = Offers(self._models, self._pools, self._adapters)
         self._names = Names(((model.name, model.aliases) for model in self._models.values()), self._offers)
         self._targets: dict[tuple[str, str], Target] = {}  # by engine (or its model), and adapter or variant
@@ -202,14 +211,14 @@ class AdmissionGate:
 
     @property
     def requests(self) -> int:
-        """How many have arrived and not ended."""
+        """The number of requests that have arrived and not ended."""
         return len(self._permits) + len(self._opening)
 
     def running(self) -> Counter[tuple[str, str]]:
-        """How many requests run, by their models and keys."""
+        """The number of admitted requests, by model and key."""
         return Counter((permit.model, permit.key) for permit in self._permits.values() if permit.admitted)
 
-    # -- what the proxy asks ---------------------------------------------------------------
+    # -- names -----------------------------------------------------------------------------
 
     def resolve(self, name: str, caller: Caller = ANYBODY) -> Target:
         """What the client's name for a model means. Raises UnknownModel or BadRequest (ambiguous)."""
@@ -218,16 +227,16 @@ class AdmissionGate:
         if name in self._resolved:
             return self._resolved[name]
         try:
-            called = self._names.resolve(name, caller.may_use)
+            configured = self._names.resolve(name, caller.may_use)
         except errors.UnknownModel:
-            # Only who may use every model has others fetched: another one's key names what it is for.
+            # A key that names its models has no others fetched.
             if caller.models is not None or not self._fetching.may_fetch(name):
                 raise
             return Target(name, name, names=frozenset({name}))
-        if (pool := self._offers.pool(called)) is not None:
-            return self._meant(self._of_pool(called, pool, caller))
-        target = self._meant(called)
-        if name in target.names:  # any other is a guess, among the models that the caller may use
+        if (pool := self._offers.pool(configured)) is not None:
+            return self._target_of(self._choose_member(configured, pool, caller))
+        target = self._target_of(configured)
+        if name in target.names:  # any other name was a guess, among the models that this caller may use
             self._resolved[name] = target
         return target
 
@@ -235,16 +244,17 @@ class AdmissionGate:
         """The configured name of a model, or the id of a replica. Raises as ``resolve`` does."""
         if self.refusal and not self._is_replica(name):
             raise self.refusal.with_traceback(None)
-        found = self._names.with_replica(name, self._is_replica, caller.may_use)
-        if (pool := self._offers.pool(found)) is not None:
-            raise errors.BadRequest(f"{found!r} is a pool, name one of its models: {', '.join(pool)}", param="model")
-        return self.base_of(found)
+        configured = self._names.with_replica(name, self._is_replica, caller.may_use)
+        if (pool := self._offers.pool(configured)) is not None:
+            models = ", ".join(pool)
+            raise errors.BadRequest(f"{configured!r} is a pool, name one of its models: {models}", param="model")
+        return self.base_of(configured)
 
     def _is_replica(self, name: str) -> bool:
         return name in self._engines and bool(self._engines[name].replica_of)
 
     def opens(self, name: str) -> frozenset[str]:
-        """What a key with this name among its models may use. Raises as ``resolve`` does."""
+        """The models and offers that a key may use which has this name among its models. Raises as ``resolve`` does."""
         if self.refusal:
             raise self.refusal.with_traceback(None)
         return self._offers.opened_by(self._names.resolve(name))
@@ -258,8 +268,8 @@ class AdmissionGate:
         """The configured name of a model or another offer. Raises as ``resolve`` does."""
         return self._names.resolve(name, caller.may_use)
 
-    def _of_pool(self, name: str, pool: Sequence[str], caller: Caller) -> str:
-        """The member of a pool that gets this request; the core says which, and counts on it to come."""
+    def _choose_member(self, name: str, pool: Sequence[str], caller: Caller) -> str:
+        """The member of a pool that gets this request; the core chooses, and expects the request to arrive."""
         members = [member for member in pool if caller.may_use(member)]
         if not members:
             caller.check(name)
@@ -270,11 +280,10 @@ class AdmissionGate:
             self._back.ask(events.PoolAsked(tuple(models)), answers.append)
         return members[models.index(answers[0].chosen) if answers and answers[0].chosen else 0]
 
-    def _meant(self, called: str) -> Target:
-        """What a model's name means, or that of an adapter or a variant."""
-        offer = self._offers.get(called)
-        model = offer.model if offer else called
-        return self._target(model, self._first(model), offer)  # for what is alike in all replicas, the first one's
+    def _target_of(self, configured: str) -> Target:
+        """The target of a model, an adapter or a variant. What is alike in all replicas is the first one's."""
+        model = self.base_of(configured)
+        return self._target(model, self._first(model), self._offers.get(configured))
 
     def _first(self, model: str) -> str:
         """The first engine of a model, or the only one."""
@@ -282,38 +291,42 @@ class AdmissionGate:
 
     def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of a model, as its first engine has them."""
-        if not named_adapters(model) and model.name not in self._runtime:
-            return {}  # only else is the engine's kind needed: the first client shall not wait for it
+        # Without adapters the engine's kind is not imported, which would take the first client's time.
+        if not named_adapters(model) and model.name not in self._runtime_adapters:
+            return {}
         config = self._engines[self._first(model.name)]
         return self._adapters_at(config, self._engine_of(config))
 
     def _adapters_at(self, config: ModelConfig, kind: Engine) -> Mapping[str, Adapter]:
         """The adapters of one engine: those of its kind and settings, and those of run time."""
-        more = self._runtime.get(config.replica_of or config.name, {})
+        more = self.runtime_adapters(config.replica_of or config.name)
         return {**kind.adapters(config), **{name: Adapter(name, path, name) for name, path in more.items()}}
 
     def _target(self, name: str, engine: str, offer: Offer | None = None) -> Target:
+        """The target called ``name``, a model or one replica, whose settings are those of ``engine``."""
         key = (name, offer.name if offer else "")
         if key not in self._targets:
             config = self._engines[engine]
             kind = self._engine_of(config)
-            served = kind.served_name(config)
-            nature, others = unfit(config, self._kinds.get(engine, ""))
-            routes = kind.routes(config) - others
+            served_name = kind.served_name(config)
+            nature, unfit_routes = unfit(config, self._kinds.get(engine, ""))
             adapters = self._adapters_at(config, kind)
             rules = config.request
-            if "" in adapters:
+            if "" in adapters:  # an engine that applies adapters of its own accord is told which to leave out
                 rules = RequestRules(set=adapters[""].members).over(rules)
             if offer is not None:
                 rules = offer.rules.over(rules)
-                served = adapters[offer.name].served_name if offer.is_adapter else served
+                served_name = adapters[offer.name].served_name if offer.is_adapter else served_name
             model = config.replica_of or config.name
-            names = frozenset((offer.name,) if offer else (model, *self._models.get(model, config).aliases))
-            own_api = frozenset(kind.own_api(config))
-            found = None if rules == RequestRules() else rules
-            called = offer.name if offer else ""
-            self._targets[key] = Target(name, served, routes, kind.headers(), found, own_api, names, called, nature)
+            names = (offer.name,) if offer else (model, *self._models.get(model, config).aliases)
+            self._targets[key] = Target(
+                name, served_name, kind.routes(config) - unfit_routes, kind.headers(),
+                None if rules == RequestRules() else rules, frozenset(kind.own_api(config)), frozenset(names),
+                offer.name if offer else "", nature,
+            )  # fmt: skip
         return self._targets[key]
+
+    # -- a request's way -------------------------------------------------------------------
 
     async def acquire(
         self,
@@ -325,25 +338,35 @@ class AdmissionGate:
         offer: str = "",
         route: str = "",
     ) -> Permit:
-        """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves."""
+        """Wait until the request is admitted. Raises VllmdError; cancelled when the client leaves.
+
+        ``only``: the one replica that may serve it. ``offer``: the adapter or variant that it named. ``route``: the
+        public path that it came by. ``waits`` is called if it is not admitted at once.
+        """
         # 1. The key's quota: a key over its limit takes no place in a queue.
         began, use = self._quotas.clock(), self._quotas.begin(key, body)
         permit = Permit(self, model, key, only, waits, offer)
         try:
             # 2. Devices and engines must have been found.
             if self._back is None:
-                await self._opened(waits)
+                waits()
+                opened = asyncio.get_running_loop().create_future()
+                self._opening.add(opened)
+                try:
+                    await opened
+                finally:
+                    self._opening.discard(opened)
                 self._check_served(model, route)
             # A model that is not here is fetched first; what its name means is known only then.
             if model not in self._models and self._fetching.may_fetch(model):
-                await self._fetched(permit, route)
+                await self._fetch(permit, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             self._arrive(permit)
             if not permit.admitted:
-                await self._decided(permit)
+                await self._decision(permit)
             # 4. An adapter is loaded, unless the engine has it.
             if offer:
-                await self._provided(permit)
+                await self._load_adapter(permit)
         except BaseException:
             if use is not None:
                 use.abandon()
@@ -353,39 +376,29 @@ class AdmissionGate:
         return permit
 
     def _check_served(self, model: str, route: str) -> None:
-        """Whether the model serves that public path ("" is any), by its files, too. Raises NotFound."""
+        """Check that the model serves a public path ("" is any), once its files are known. Raises NotFound."""
         if route and self._first(model) in self._engines:
             target = self._target(model, self._first(model))
             if target.routes is not None and route not in target.routes:
                 raise unserved(target, route)
 
-    async def _fetched(self, permit: Permit, route: str) -> None:
+    async def _fetch(self, permit: Permit, route: str) -> None:
         """Wait until the model has been fetched and is served. Raises VllmdError; at a shutdown Unavailable."""
         permit.waits()
-        leave = asyncio.get_running_loop().create_future()
+        shutdown = asyncio.get_running_loop().create_future()
         fetching = asyncio.ensure_future(self._fetching.fetch(permit.model))
-        self._opening.add(leave)
+        self._opening.add(shutdown)
         try:
-            await asyncio.wait({leave, fetching}, return_when=asyncio.FIRST_COMPLETED)
-            if leave.done():
-                leave.result()
+            await asyncio.wait({shutdown, fetching}, return_when=asyncio.FIRST_COMPLETED)
+            if shutdown.done():
+                shutdown.result()
             fetching.result()
         finally:
-            self._opening.discard(leave)
+            self._opening.discard(shutdown)
             fetching.cancel()
         target = self.resolve(permit.model)
         permit.model, permit.fetched = target.model, target
         self._check_served(permit.model, route)
-
-    async def _opened(self, waits: Callable[[], None]) -> None:
-        """Wait until we have opened. Raises Unavailable at a shutdown."""
-        waits()
-        waiting = asyncio.get_running_loop().create_future()
-        self._opening.add(waiting)
-        try:
-            await waiting
-        finally:
-            self._opening.discard(waiting)
 
     def _arrive(self, permit: Permit) -> None:
         """Tell the core of the request, which may admit it at once. Raises VllmdError if it is refused at once."""
@@ -396,38 +409,39 @@ class AdmissionGate:
         if permit.refusal is not None:
             raise permit.refusal
 
-    async def _decided(self, permit: Permit) -> None:
+    async def _decision(self, permit: Permit) -> None:
         """Wait until a request that has arrived is admitted. Raises VllmdError if it is refused."""
         permit.waits()
         permit.decided = asyncio.get_running_loop().create_future()
         try:
             await permit.decided
         except asyncio.CancelledError:
-            self._left(permit)
+            self._leave(permit)
             raise
         if permit.refusal is not None:
             raise permit.refusal
 
-    async def _provided(self, permit: Permit) -> None:
+    async def _load_adapter(self, permit: Permit) -> None:
         """Wait until the engine has the adapter that the request is for, if it is for one. Raises VllmdError."""
         offer = self._offers.get(permit.offer)
         if self._back is None or offer is None or not offer.is_adapter:
             return
         try:
             load = None
-            if (late := self._runtime.get(offer.model, {}).get(offer.name)) is not None:
-                from vllmd.engines.adapters import load_call  # no client waits for this import
+            if (path := self.runtime_adapters(offer.model).get(offer.name)) is not None:
+                from vllmd.engines.adapters import load_call  # imported by nobody's first request
 
-                load = load_call(offer.name, late, inplace=True)
+                load = load_call(offer.name, path, inplace=True)
             await self._back.provide(permit.replica, offer.name, permit.waits, load)
         except BaseException:
             permit.release()
             raise
 
     async def retry(self, permit: Permit, error: errors.VllmdError) -> Permit:
-        """Once more, to another replica; one that is the only engine only if nobody listened there. Raises ``error``.
+        """Acquire another permit for a request that failed by ``error``, which is raised where that makes no sense.
 
-        An engine that does not listen has just died, and the core will hear of it.
+        A model with replicas is retried at another replica. A model's only engine is retried only if nobody listened
+        at its address: then it has just died, and the core will hear of that and start it again.
         """
         replicas = self._models[permit.model].replicas if permit.model in self._models else None
         if self._back is None or isinstance(error, OutOfFiles):  # to another one there is no way, either
@@ -444,51 +458,51 @@ class AdmissionGate:
         again.tried = (*permit.tried, permit.replica)
         self._arrive(again)
         if not again.admitted:
-            await self._decided(again)
+            await self._decision(again)
         if again.offer:
-            await self._provided(again)
+            await self._load_adapter(again)
         if permit.use is not None:
             permit.use.resume()
             again.use = permit.use
         return again
 
     def serves(self, model: str) -> bool:
-        """Whether an engine of it is awake."""
+        """Whether an engine of the model is awake."""
         return self._back is not None and self._back.serves(model)
 
     def loading(self, model: str) -> str:
         """What a waiting client may be told, such as ``loading weights``."""
-        if model not in self._models and (told := self._fetching.progress(model)):
-            return told
+        if model not in self._models and (progress := self._fetching.progress(model)):
+            return progress
         return self._back.phase_of(model) if self._back else ""
 
     def keep_alive(self, model: str, key: str, seconds: float) -> None:
         """Tell the core that the model is wanted again, for as long as the configuration and the key allow."""
-        allowed = self._quotas.keep_alive(key, seconds, self._keep_alive_limit)
+        allowed = self._quotas.keep_alive(key, seconds, self.keep_alive_limit)
         if allowed is not None and model in self._models:
             self._post(events.KeptAlive(model, key, allowed))
 
-    # -- what the core says ----------------------------------------------------------------
+    # -- commands of the core --------------------------------------------------------------
 
     def admit(self, command: commands.Admit) -> None:
-        """Let it pass; an engine that is no longer there ends it at once."""
+        """Let a request pass to its replica's engine; an engine that is no longer there ends the request at once."""
         permit, replica = self._permits[command.request], command.replica
-        where = self._back.address_of(replica) if self._back else None
+        address = self._back.address_of(replica) if self._back else None
         permit.admitted, permit.replica, permit.target = True, replica, permit.fetched
         model = self._models.get(permit.model)
-        if model is not None and model.replicas and replica in self._engines:  # what its name means to this replica
+        if model is not None and model.replicas and replica in self._engines:  # replicas may differ in served names
             permit.target = self._target(replica, replica, self._offers.get(permit.offer))
-        if where is None:
+        if address is None:
             permit.refusal = errors.UpstreamFailed(f"the engine of {replica} is gone")
             permit.release()
         else:
-            permit.upstream = where
+            permit.upstream = address
         if permit.decided is not None:
             permit.decide()
 
     def reject(self, command: commands.Reject) -> None:
-        """Refuse it; the core owes and is owed nothing more."""
-        permit = self._drop(command.request)
+        """Refuse a request, which the core has forgotten with this command."""
+        permit = self._permits.pop(command.request, None)
         if permit is not None:
             kind = ERRORS[command.error]
             message = for_clients(command.message)
@@ -500,13 +514,13 @@ class AdmissionGate:
             permit.decide()
 
     def cut(self, command: commands.CutRequest) -> None:
-        """Break off an admitted request; its permit still ends as every other."""
+        """Break off an admitted request, whose permit still ends by ``Permit.release``."""
         permit = self._permits.get(command.request)
         if permit is not None and permit.admitted:
             permit.cut(command.reason)
 
     def reject_waiting(self, why: str) -> None:
-        """At shutdown: requests that still wait are refused, with a time to come back."""
+        """Refuse the requests that still wait, at a shutdown, with a time to come back."""
         for waiting in self._opening:
             if not waiting.done():
                 waiting.set_exception(errors.Unavailable(why, retry_after=5))
@@ -514,42 +528,39 @@ class AdmissionGate:
         for permit in [permit for permit in self._permits.values() if not permit.admitted]:
             permit.refusal = errors.Unavailable(why, retry_after=5)
             permit.decide()
-            self._left(permit)
+            self._leave(permit)
 
-    def _left(self, permit: Permit) -> None:
-        """A waiting request's client is gone, or was refused."""
+    def _leave(self, permit: Permit) -> None:
+        """End a request that its client has left, or that a shutdown refuses, before its engine was asked."""
         if permit.admitted:
             permit.release()
-        elif self._drop(permit.request):
+        elif self._permits.pop(permit.request, None):
             self._post(events.RequestGone(permit.request))
 
-    # -- what permits say
+    # -- events of permits -----------------------------------------------------------------
 
     def answered(self, permit: Permit, streamed: bool) -> None:
-        """The head of a replica's answer came."""
+        """Tell the core that the head of a replica's answer came."""
         self._post(events.RequestAnswered(permit.request, streamed))
 
     def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
-        """An admitted request is over."""
+        """Count an admitted request that is over, and tell the core."""
         self._permits.pop(permit.request, None)
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
-            if permit.use is None and permit.key:  # it has no limits now; it may be given some today
+            if permit.use is None and permit.key:  # the key has no limits now, and may be given some today
                 self._quotas.spent(permit.key, tokens.total, 0.0)
         self._post(events.RequestFinished(permit.request, failed))
 
-    def _drop(self, request: str) -> Permit | None:
-        return self._permits.pop(request, None)
-
 
 class Permit:
-    """One request for a model, from its arrival to its end; once admitted, the leave to send it."""
+    """One request for a model, from its arrival to its end; once admitted, the leave to send it to ``upstream``."""
 
     __slots__ = (
+        "_cut_reason",
         "_gate",
-        "_heard",
+        "_on_cut",
         "_over",
-        "_reason",
         "admitted",
         "called",
         "decided",
@@ -571,59 +582,59 @@ class Permit:
     def __init__(
         self, gate: AdmissionGate, model: str, key: str, only: str, waits: Callable[[], None], offer: str = ""
     ) -> None:
-        self.request = ""  # what the core calls it
+        self.request = ""  # the core's name for it
         self.model = model
         self.key = key
         self.only = only
         self.offer = offer  # the adapter or variant of the model that it is for
         self.use: Use | None = None  # of its key's quota, once admitted; None without limits
         self.waits = waits
-        self.tried: tuple[str, ...] = ()  # the engines that failed it before
+        self.tried: tuple[str, ...] = ()  # the replicas at which it has failed
         self.admitted = False
         self.refusal: errors.VllmdError | None = None
-        self.decided: asyncio.Future[None] | None = None  # while somebody waits
+        self.decided: asyncio.Future[None] | None = None  # while ``acquire`` waits for the core
         self.replica = ""  # the one that it was admitted to
         self.upstream = NOWHERE
-        self.target: Target | None = None
-        self.fetched: Target | None = None  # what its model's name means, where that had to be fetched first
+        self.target: Target | None = None  # where it differs from what the client's name meant before
+        self.fetched: Target | None = None  # the target of a model that had to be fetched first
         self.called = offer or model  # what it is counted by
         self._gate = gate
         self._over = False
-        self._heard: Callable[[str], None] | None = None  # who is told of a cut
-        self._reason: str | None = None  # why it was cut
+        self._on_cut: Callable[[str], None] | None = None
+        self._cut_reason: str | None = None
 
     def decide(self) -> None:
-        """The request was admitted or refused: ``AdmissionGate.acquire`` goes on."""
+        """Wake ``AdmissionGate.acquire``: the request was admitted or refused."""
         if self.decided is not None and not self.decided.done():
             self.decided.set_result(None)
 
     def answered(self, streamed: bool) -> None:
-        """The head of a replica's answer came."""
+        """Note that the head of a replica's answer came."""
         self._gate.answered(self, streamed)
 
     def release(self, tokens: Tokens | None = None, size: int = 0, failed: str = "") -> None:
-        """The request ended, however it did; told twice, it counts once."""
+        """End the request, however it ended; a second call does nothing. ``size``: bytes of the answer."""
         if self._over:
             return
         self._over = True
-        self._heard = None  # it leads to the request's body, which is to be freed now and not by a late collection
+        self._on_cut = None  # it leads to the request's body, which is to be freed now and not by a late collection
         if self.use is not None:
             self.use.end(tokens, size)
         self._gate.ended(self, tokens, failed)
 
     async def retry(self, error: errors.VllmdError) -> Permit:
-        """Leave to send it once more. Raises ``error`` where that makes no sense."""
+        """Acquire a permit to send the request once more. Raises ``error`` where that makes no sense."""
         return await self._gate.retry(self, error)
 
     def on_cut(self, callback: Callable[[str], None]) -> None:
         """Call ``callback(reason)`` when the daemon breaks the request off (at once if it has)."""
         if not self._over:
-            self._heard = callback
-        if self._reason is not None:
-            callback(self._reason)
+            self._on_cut = callback
+        if self._cut_reason is not None:
+            callback(self._cut_reason)
 
     def cut(self, reason: str) -> None:
-        """Tell the relay that the daemon breaks the request off, and why."""
-        self._reason = reason
-        if self._heard is not None:
-            self._heard(reason)
+        """Break the request off: the relay is told why."""
+        self._cut_reason = reason
+        if self._on_cut is not None:
+            self._on_cut(reason)

@@ -1,4 +1,4 @@
-"""What is found running when the daemon starts: an engine is taken over in the state it is really in, or stopped.
+"""Adoption: an engine that runs when the daemon starts is taken over in the state it is really in, or stopped.
 
 The launcher knows which engines there are and what an earlier daemon noted
 beside each; the engine itself knows whether it sleeps. Where the two do not make
@@ -33,13 +33,13 @@ log = logging.getLogger("vllmd.adoption")
 RESOLVE_LIMIT = 10.0  # seconds for a half-done sleep or wake to come to its end
 RESOLVE_POLL = 0.1
 RECENT_LOG = 50  # lines of an adopted engine's output that its log file gets, perhaps again
-STRAY_LIMIT = 5.0  # seconds that everybody waits for engines to end that nobody wants; then they end beside the others
-Ended = Callable[[], bool]  # whether the engine that is asked has ended
+STRAY_LIMIT = 5.0  # seconds for which the start waits for unmanaged engines to end; then they end beside the others
+Ended = Callable[[], bool]  # whether the engine has ended meanwhile
 
 
 @dataclass(frozen=True)
 class Found:
-    """A running engine and the state it turned out to be in; ``state`` None: it has to go."""
+    """A running engine and its state. ``state`` None: it must be ended, and ``why``. ``idle``: seconds."""
 
     process: EngineProcess
     state: State | None
@@ -55,9 +55,9 @@ async def adopt_all(
     engine_of: Callable[[ModelConfig], Engine],
     post: Callable[[events.Event], None],
 ) -> None:
-    """Adopt what can be adopted and end the rest, all at once; returns when every engine is accounted for."""
+    """Adopt the engines that can be adopted and end the others, all at once; returns when each is accounted for."""
     unmanaged = await asyncio.gather(*(_adopt(engine_manager, one, models, engine_of, post) for one in running))
-    ending = [engine_manager.spawn(engine_manager.end_unmanaged(unmanaged)) for unmanaged in unmanaged if unmanaged]
+    ending = [engine_manager.tasks.spawn(engine_manager.end_unmanaged(process)) for process in unmanaged if process]
     if ending:
         await asyncio.wait(ending, timeout=STRAY_LIMIT)
 
@@ -69,7 +69,7 @@ async def _adopt(
     engine_of: Callable[[ModelConfig], Engine],
     post: Callable[[events.Event], None],
 ) -> EngineProcess | None:
-    """Take one over; returns it if it has to go instead."""
+    """Adopt one engine, or return it as one that must be ended."""
     found = await examine(running, models, engine_of, engine_manager.key_of, engine_manager.has_ended)
     process = found.process
     if found.state is None or process.model.name in engine_manager.processes:
@@ -79,7 +79,7 @@ async def _adopt(
     process.asleep = found.state is State.SLEEPING
     engine_manager.adopt(process)
     if process.model.log_file and found.state is not State.STARTING:
-        engine_manager.spawn(engine_manager.follow(process, RECENT_LOG))
+        engine_manager.tasks.spawn(engine_manager.follow(process, RECENT_LOG))
     log.info("%s: adopted pid %d, %s", process.model.name, running.pid, found.state.value)
     since = seconds_since(running.metadata, "since")
     post(events.EngineAdopted(process.model.name, process.placement, found.state, found.level, found.idle, since=since))
@@ -96,7 +96,7 @@ async def examine(
     key_of: Callable[[str], str] = str,
     ended: Callable[[str], bool] = lambda instance: False,
 ) -> Found:
-    """Find out what state an engine is in, by its notes and by asking it.
+    """Find out the state of an engine, by the notes beside its cgroup and by asking it.
 
     ``key_of``: the key of an instance. ``ended``: whether its end has been reported meanwhile.
     """
@@ -120,12 +120,12 @@ async def examine(
         return Found(process, None, why="its model's settings have changed")
     try:
         return await _resolve(process, noted, level, lambda: ended(running.instance))
-    except Impostor as error:  # it will not become the engine
+    except Impostor as error:  # another process listens there, and the engine never will
         return Found(process, None, why=error.message)
 
 
 def _engine_of(noted: str, models: Mapping[str, ModelConfig]) -> ModelConfig | None:
-    """Whose engine it is. It may have been started for a model that has got replicas since, or has lost them.
+    """The settings of the engine that was noted. Its model may have got replicas since, or have lost them.
 
     Versions up to 0.1.0 noted the model's name for the first of several replicas as well.
     """
@@ -143,7 +143,7 @@ async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int,
             return Found(process, State.STARTING)
         case "ready":
             return await _expect(process, Found(process, State.READY, 0, idle), ended, asleep=False)
-        case "sleeping" if not tells:  # it was asleep, and nobody but us wakes it
+        case "sleeping" if not tells:  # only a daemon could have woken it, and none was there
             return await _expect(process, Found(process, State.SLEEPING, level, idle), ended, asleep=False)
         case "sleeping" | "falling_asleep" if tells:
             return await _expect(process, Found(process, State.SLEEPING, level, idle), ended, asleep=True)
@@ -154,22 +154,22 @@ async def _resolve(process: EngineProcess, noted: Mapping[str, str], level: int,
 
 
 async def _expect(process: EngineProcess, found: Found, ended: Ended, *, asleep: bool) -> Found:
-    """``found`` once the engine confirms it, within the limit; else it has to go."""
-    said: object = "nothing"
+    """``found`` once the engine confirms it, within the limit; else the engine must be ended."""
+    answer: object = "nothing"
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RESOLVE_LIMIT):  # everybody waits meanwhile, also for one that never answers
             while not ended():
-                said = await _is_asleep(process)
-                if said is asleep:
+                answer = await _is_asleep(process)
+                if answer is asleep:
                     process.ready_after = 0.0
                     return found
                 await asyncio.sleep(RESOLVE_POLL)
             return Found(process, None, why="it has just ended")
-    return Found(process, None, why=f"expected it {'asleep' if asleep else 'awake'}, it said {said}")
+    return Found(process, None, why=f"expected it {'asleep' if asleep else 'awake'}, it said {answer}")
 
 
 async def _is_asleep(process: EngineProcess) -> object:
-    """True or False as the engine says; False for one that cannot be asked, but lives. Raises Impostor."""
+    """True or False as the engine says; False for an engine that cannot be asked, and lives. Raises Impostor."""
     probe = process.engine.asleep() or process.engine.alive(process.model)
     try:
         status, _, body = await ask(process.listen, probe)
@@ -201,7 +201,7 @@ def _process_of(running: Running, model: ModelConfig, engine: Engine, key_of: Ca
 
 
 def _set_ending(process: EngineProcess, noted: Mapping[str, str]) -> None:
-    """How it is to be ended, as noted at its start."""
+    """Set how the engine is to be ended, as noted at its start."""
     if "ending" in noted:
         stop, process.stop_signal, process.self_managed = json.loads(noted["ending"])
         process.stop = tuple(stop)

@@ -1,4 +1,4 @@
-"""What is behind the listeners: the core, the engines, the devices, the launcher. ``startup`` builds it, whole."""
+"""The core, the engines, the devices, the launcher: what is behind the listeners. ``startup`` builds it, whole."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BackEnd:
 
     @property
     def perform(self) -> Callable[[events.Event], None]:
-        """Hands it an operator's event. Raises InternalError if the core fails at it."""
+        """Hands an operator's event to the core. Raises InternalError if the core fails at it."""
         return self.dispatcher.perform
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
@@ -71,7 +71,7 @@ class BackEnd:
         return scheduler.snapshot_of(model, now) if model else scheduler.snapshot(now)
 
     def activity(self) -> Snapshot:
-        """The same of those models only of which something runs, is wanted or has failed."""
+        """A snapshot without models of which nothing runs, is wanted or has failed."""
         return self.dispatcher.scheduler.activity(self.dispatcher.now())
 
     def replicas_of(self, name: str) -> list[ReplicaView]:
@@ -92,14 +92,14 @@ class BackEnd:
 
     def unreached(self, replica: str) -> None:
         """Nobody listens where the replica's engine should."""
-        self.engines.answered(replica, 0, failed=True)
+        self.engines.note_answer(replica, 0, failed=True)
 
     def serves(self, model: str) -> bool:
         """Whether an engine of the model is awake."""
         return self.dispatcher.scheduler.foremost(model)[1] is State.READY
 
     def phase_of(self, model: str) -> str:
-        """The phase that waiting clients are told: ``weights``, ``waking``, ...; "" while nothing is under way."""
+        """The phase that clients who wait are told: ``weights``, ``waking``, ...; "" while nothing is under way."""
         replica, state = self.dispatcher.scheduler.foremost(model)
         if state is State.WAKING:
             return str(state.value)

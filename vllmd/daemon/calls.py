@@ -1,4 +1,4 @@
-"""HTTP calls to engines: bounded, ended by the engine's death, and told in words when they fail."""
+"""HTTP calls to engines: bounded in time, ended by the engine's exit, and described in words when they fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def when_there_are_files(attempt: Callable[[], Awaitable[T]], limit: float
 
 
 async def answers(listen: Listen, probe: Call) -> bool:
-    """Whether the probe succeeds. Raises Impostor where somebody else would have answered it."""
+    """Whether the probe succeeds. Raises Impostor where another process than the engine would have answered."""
     try:
         status, _, _ = await ask(listen, probe)
     except Impostor:
@@ -64,7 +64,7 @@ async def answers(listen: Listen, probe: Call) -> bool:
 def nobody_listens(listen: Listen) -> bool:
     """Whether a connection is refused at once: the kernel says so, for a small part of what asking costs.
 
-    Not for servers on other machines, which are not refused so fast. Where it cannot be said: False.
+    Not for servers on other machines, which are not refused so fast. False where the kernel does not say.
     """
     address = listen.uds or (listen.host, listen.port)
     family = socket.AF_UNIX if listen.uds else socket.AF_INET
@@ -75,7 +75,7 @@ def nobody_listens(listen: Listen) -> bool:
     with trial:
         try:
             error = trial.connect_ex(address)
-        except OSError:  # no address of this family, or a path that is too long: whoever asks is told
+        except OSError:  # no address of this family, or a path that is too long; the probe itself reports that
             return False
         if error == errno.EINPROGRESS:
             error = trial.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -83,7 +83,7 @@ def nobody_listens(listen: Listen) -> bool:
 
 
 async def call_all(process: EngineProcess, calls: Iterable[Call]) -> str:
-    """Carry out the calls in order; the first that fails ends it with what went wrong."""
+    """Make the calls in order, until one fails. Returns that failure in words, "" if there was none."""
     for step in calls:
         failure = await call(process, step)
         if failure and not step.optional:
@@ -106,8 +106,8 @@ async def call(process: EngineProcess, step: Call) -> str:
     status, body = answer
     if status == step.expect:
         return ""
-    said = body[:300].decode("utf-8", "replace")
-    return f"{step.method} {step.path} answered {status} instead of {step.expect}: {said}"
+    beginning = body[:300].decode("utf-8", "replace")
+    return f"{step.method} {step.path} answered {status} instead of {step.expect}: {beginning}"
 
 
 async def _unless_it_exits(process: EngineProcess, step: Call) -> tuple[int, bytes] | None:
@@ -120,44 +120,44 @@ async def _unless_it_exits(process: EngineProcess, step: Call) -> tuple[int, byt
             return None
         status, _, body = answer.result()
         return status, body
-    finally:  # also when a stop overrules it
+    finally:  # also when a stop cancels this task
         answer.cancel()
         gone.cancel()
 
 
 async def timed_probe(process: EngineProcess, limit: float) -> tuple[float | None, str]:
-    """Ask a replica its probe: the seconds that it took, or None and why it failed.
+    """Send a replica its probe: the seconds until the answer, or None and why it failed.
 
-    It is answered also where the engine says that it does not serve such questions: it lives, and is as fast. Not
-    where it does not know the model: it would say so to every client. Raises OutOfFiles if it was never asked.
+    An answer that the engine does not serve such requests counts: the engine lives, and is as fast. That it does not
+    know the model does not: it would say so to every client. Raises OutOfFiles if the probe could not be sent.
     """
     rules = process.model.replicas or ReplicaConfig()
     message = rules.probe or ReplicaConfig().probe or ""
     body = probe_body(rules.probe_route, process.engine.served_name(process.model), message)
-    question = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(process.engine.headers()))
+    probe = Call("POST", rules.probe_route, body, timeout=limit, headers=tuple(process.engine.headers()))
     began = 0.0
 
     async def attempt() -> tuple[int, bytes] | None:
         nonlocal began
         began = time.monotonic()
-        return await _unless_it_exits(process, question)
+        return await _unless_it_exits(process, probe)
 
     try:
-        answer = await when_there_are_files(attempt, limit)
+        result = await when_there_are_files(attempt, limit)
     except OutOfFiles:
         raise
     except (OSError, VllmdError) as error:
         return None, str(error) or type(error).__name__
-    if answer is None:
+    if result is None:
         return None, "its engine died"
-    status, told = answer
-    if status in PROBE_ANSWERED and not (status == 404 and _is_about_the_model(told)):
+    status, answer = result
+    if status in PROBE_ANSWERED and not (status == 404 and _is_about_the_model(answer)):
         return time.monotonic() - began, ""
-    return None, f"POST {rules.probe_route} answered {status}: {in_words(told)}"
+    return None, f"POST {rules.probe_route} answered {status}: {in_words(answer)}"
 
 
 def in_words(body: bytes) -> str:
-    """The message of an error as OpenAI's API has it; of any other body the beginning."""
+    """The message of an error in OpenAI's form; of any other body the beginning."""
     try:
         return str(json.loads(body)["error"]["message"])[:300]
     except (ValueError, LookupError, TypeError):
@@ -165,7 +165,7 @@ def in_words(body: bytes) -> str:
 
 
 def _is_about_the_model(body: bytes) -> bool:
-    """Whether an error is that there is no such model, as vLLM, vllmd and OpenAI tell it."""
+    """Whether an error says that there is no such model, in the form of vLLM, vllmd and OpenAI."""
     try:
         error = json.loads(body)["error"]
         return bool(error["param"] == "model" or error["code"] == "model_not_found")
@@ -193,7 +193,7 @@ class Liveness(enum.Enum):
 
 
 async def check_liveness(process: EngineProcess, limit: float) -> tuple[Liveness, str]:
-    """Whether an engine is there, by a question that asks nothing of it; and what went wrong, "" if nothing did."""
+    """Whether an engine answers, by a request that costs it nothing; and what went wrong, "" if nothing did."""
     question = replace(process.engine.alive(process.model), timeout=limit)
     try:
         status, _, _ = await ask(process.listen, question)
@@ -242,7 +242,7 @@ async def next_line(queue: asyncio.Queue[str], exited: asyncio.Event) -> str | N
 
 
 async def within(awaitable: Awaitable[Any], seconds: float) -> bool:
-    """True if it completed within ``seconds``."""
+    """Whether it completed within ``seconds``; it is cancelled otherwise."""
     try:
         await asyncio.wait_for(awaitable, seconds)
     except TimeoutError:

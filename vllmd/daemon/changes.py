@@ -1,4 +1,4 @@
-"""What changes, counted and told to whoever follows: ``vllmctl watch``, the progress of a load."""
+"""Decisions and engines' events as they pass: counted, and told to those who follow (``vllmctl watch``, a load)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vllmd.daemon.serializers import decision, state_of
 if TYPE_CHECKING:
     from vllmd.daemon.dispatcher import Dispatcher
 
-WATCH_BACKLOG = 1000  # news kept for a watcher that does not read; then the oldest are lost to it
-OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and whether it failed
+WATCH_BACKLOG = 1000  # decisions kept for a watcher that does not read; then it loses the oldest
+OUTCOMES: dict[type, tuple[str, bool]] = {  # engine event -> the change that it ends, and whether that failed
     events.EngineReady: ("start", False),
     events.EngineStartFailed: ("start", True),
     events.EngineAwake: ("wake", False),
@@ -32,12 +32,12 @@ OUTCOMES: dict[type, tuple[str, bool]] = {  # what an engine's event ends, and w
     events.EngineStopped: ("stop", False),
     events.EngineExited: ("exit", True),
 }
-COMINGS = frozenset({"start", "wake"})  # changes after which it serves
+COMINGS = frozenset({"start", "wake"})  # changes after which an engine serves
 ENDINGS = frozenset({"stop", "exit"})  # changes after which the engine's process is gone
 
 
 class Changes:
-    """Hears of decisions and engines' events as they pass; keeps nothing but who follows."""
+    """Passes decisions and engines' events on; keeps nothing but its followers."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Changes:
     ) -> None:
         """``engine_gone`` is called with the id of an engine whose process has ended.
 
-        ``engine_up``: with that of one that has started or woken, and the seconds that it took.
+        ``engine_up``: with the id of one that has started or woken, and the seconds that it took.
         """
         self._current = current
         self._counters = counters
@@ -60,19 +60,19 @@ class Changes:
         self._changed = asyncio.Event()
         self._followers = 0  # how many wait for a change
 
-    # -- what is heard
+    # -- what passes
 
     def decided(self, made: core.Decision, now: float) -> None:
         """The core has decided something, at ``now`` by its clock."""
         self._counters.decided(made)
-        told = decision(made, now)
-        if told.model:
-            self._learnt.decided(told)
+        answer = decision(made, now)
+        if answer.model:
+            self._learnt.decided(answer)
         if self._watchers:
-            self.tell(told)
+            self.tell(answer)
 
     def engine_event(self, event: events.Event, dispatcher: Dispatcher) -> None:
-        """An engine's event on its way to the core: count it, hand it on, and say what became of the engine."""
+        """Pass an engine's event on to the core; count it, and tell watchers what became of the engine."""
         if (outcome := OUTCOMES.get(type(event))) is None:
             dispatcher.post(event)
             return
@@ -98,23 +98,23 @@ class Changes:
             self.tell(Decision(time.time(), what, engine, why, numbers, state=state))
 
     def mark_changed(self) -> None:
-        """Something changed: wake whoever follows."""
+        """Wake everything that waits for a change."""
         if self._followers:
             self._changed.set()
             self._changed = asyncio.Event()
 
     def tell(self, news: Decision) -> None:
-        """News for those who watch, as ``watch`` yields them."""
+        """Send a decision, or another event in its form, to everything that watches."""
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(news)
 
-    # -- who follows
+    # -- followers
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """While it lasts, ``next_change`` may be asked for."""
+        """While this lasts, ``next_change`` is set at changes."""
         self._followers += 1
         try:
             yield
@@ -123,7 +123,7 @@ class Changes:
 
     @property
     def next_change(self) -> asyncio.Event:
-        """Set at the next change. Take it before looking, so that what changes while one looks is not missed."""
+        """Set at the next change. Take it before reading the state: then a change while reading is not missed."""
         return self._changed
 
     async def changed(self, limit: float) -> None:
@@ -133,7 +133,7 @@ class Changes:
                 await self._changed.wait()
 
     async def watch(self) -> AsyncIterator[Decision]:
-        """Decisions as they are made, and what became of them."""
+        """Decisions as they are made, and engines' changes as they end."""
         queue: asyncio.Queue[Decision] = asyncio.Queue(WATCH_BACKLOG)
         self._watchers.add(queue)
         try:

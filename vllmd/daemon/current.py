@@ -1,4 +1,4 @@
-"""What all parts of the daemon share: where it runs, the configuration in force, and what is there only later."""
+"""What all parts of the daemon share: its environment, the configuration in force, the back end once it is there."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ class RuntimeEnvironment:
     cache: Path | None = None
     learnt: Path | None = None  # the file of figures that are kept over restarts; None: none are
     keys: Path | None = None  # the file of keys that were made with vllmctl; None: none can be
-    disabled: Path | None = (
-        None  # the file of models that operators have disabled; None: they are until the daemon ends
-    )
-    usage: Path | None = None  # the file in which use is recorded; None: it is not
+    disabled: Path | None = None  # the file of models that operators have disabled; None: it ends with the daemon
+    usage: Path | None = None  # the file in which use is recorded; None: use is not recorded
     logs: Path | None = None
     sessions: Path | None = None  # the file of the page's sessions; None: they end with the daemon
     activated: bool = False  # listeners came from systemd: exit when idle
@@ -44,10 +42,10 @@ class RuntimeEnvironment:
 
 
 class Current:
-    """The configuration in force. A reload replaces it as a whole; whoever needs a setting reads it here each time."""
+    """The configuration in force. A reload replaces it as a whole, so a setting is read here each time it is needed."""
 
     def __init__(self, config: Config, broken: str = "") -> None:
-        self.broken = broken  # why the configuration cannot be used, if it cannot
+        self.broken = broken  # why the configuration cannot be used; "" if it can
         self.refused = ""  # why the last reload was refused: the files are not what is in force
         self.config = config
         self._take_engines(config)
@@ -78,33 +76,17 @@ class Later(Generic[T]):
     """One thing that is there once, later: the back end, while the front end serves already."""
 
     def __init__(self) -> None:
-        self.now: T | None = None  # once it is there
+        self.now: T | None = None
         self._there = asyncio.Event()
 
     async def wait(self) -> T:
-        """Wait until it is there."""
+        """Wait for ``set``; returns what was set."""
         await self._there.wait()
         if self.now is None:
-            raise RuntimeError("it was said to be there, and is not")
+            raise RuntimeError("a part was announced and is not there")
         return self.now
 
     def set(self, thing: T) -> None:
-        """Say that the thing is there; whoever waits for it goes on."""
+        """Have the thing from now on, and wake everything that waits for it."""
         self.now = thing
         self._there.set()
-
-
-def state_file(environment: Mapping[str, str], home: Path | None, variable: str, name: str) -> Path | None:
-    """Where a file that must outlive the daemon is, ``name`` being the unit's own folder for it and the file.
-
-    In the unit's StateDirectory= of that folder's name, else in the user's state folder, or where ``variable`` says.
-    None where that is empty, and for a user without a home.
-    """
-    if variable in environment:
-        return Path(environment[variable]) if environment[variable] else None
-    folder, _, file = name.partition("/")
-    for given in environment.get("STATE_DIRECTORY", "").split(":"):
-        if given.endswith(f"/{folder}"):
-            return Path(given) / file
-    state = environment.get("XDG_STATE_HOME") or (home and home / ".local/state")
-    return Path(state) / "vllmd" / file if state else None

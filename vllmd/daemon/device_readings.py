@@ -15,20 +15,20 @@ log = logging.getLogger("vllmd")
 
 
 class DeviceReadings:
-    """Remembers what the core was told last, so that it is told once."""
+    """Remembers the last report to the core, so that each change is reported once."""
 
     def __init__(self, memory: Memory, engines: EngineManager, dispatcher: Dispatcher) -> None:
         self._memory = memory
         self._engines = engines
         self._dispatcher = dispatcher
-        self._trouble = ""  # what the core was last told of the devices
+        self._trouble = ""  # as reported last
         self._avoided: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {})
 
     async def look(self) -> None:
-        """Tell the core what the devices hold now, if they say.
+        """Read the devices, and report to the core what they hold.
 
-        Where we can open no file nothing is told: a driver that cannot be asked would pass for one that hangs, and our
-        engines' memory for strangers'.
+        Where this process can open no file nothing is reported: a driver that cannot be asked would pass for one that
+        hangs, and engines' memory for that of others.
         """
         memory, dispatcher = self._memory, self._dispatcher
         if out_of_files():
@@ -40,7 +40,7 @@ class DeviceReadings:
             sampled = await memory.report(self._engines.processes, expected, idle)
         except OSError:  # the last file descriptor went meanwhile
             return
-        if sampled is None and memory.readable:  # the driver hangs: nobody knows what others hold
+        if sampled is None and memory.readable:  # the driver hangs, so nobody knows what other processes hold
             sampled = events.MemorySampled({}, {}, {device.index: "no answer" for device in memory.inventory})
         if sampled:
             dispatcher.post(sampled)

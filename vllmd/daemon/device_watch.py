@@ -1,4 +1,4 @@
-"""Asks which devices there are until it is known, and again when the kernel says that something changed.
+"""Finds out which devices there are, and again when the kernel says that something changed.
 
 A driver may be slow (seconds on a machine without persistence mode), not loaded yet, broken until a reboot, or hang for
 ever. None of that may hold up models that need no device, and none of it is taken for "there are none": the question is
@@ -18,7 +18,7 @@ from vllmd.gpu import Devices, Trouble, Uevents, Unanswered, gpus, in_thread
 log = logging.getLogger("vllmd.devices")
 
 PATIENCE = 1.0  # seconds that a start waits for the answer; models without devices are served from then on
-RENEWAL = 5.0  # seconds that a reload waits for it
+RENEWAL = 5.0  # seconds that a reload waits for the devices
 LIMIT = 30.0  # seconds after which a driver that has not answered counts as one that does not
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds between questions, doubling
 SETTLE = 0.5  # seconds from a word of the kernel until nodes and driver are there
@@ -28,24 +28,24 @@ Taken = Callable[[Devices], Awaitable[None]]
 
 
 class DeviceWatch:
-    """``open``: asks, given the indices that devices had before, by id; it may block."""
+    """``open`` asks the drivers, given the indices that devices had before, by id; it may block."""
 
     def __init__(self, open: Open) -> None:
         self._open = open
         self._asked: asyncio.Future[Devices] | None = None
-        self._turn = asyncio.Lock()  # one at a time waits for an answer, and takes it
+        self._turn = asyncio.Lock()  # held while one caller waits for an answer and takes it
         self._since = 0.0
         self._known: dict[str, int] = {}
         self._wanted = asyncio.Event()
         self.current: Devices = Unanswered("none", Trouble("the GPUs have not been asked for yet"), asking=True)
 
     async def begin(self, patience: float = PATIENCE) -> Devices:
-        """The first answer, or, if it does not come soon, that it is being waited for."""
+        """The first answer; or, if it does not come within ``patience`` seconds, that it is being waited for."""
         self._take(await self._ask(patience))
         return self.current
 
     async def renew(self, open: Open, limit: float = RENEWAL) -> Devices | None:
-        """What there is when asked by ``open``, as from now on, for the caller to take; None: no answer soon enough.
+        """The devices by another ``open``, which holds from now on; None if they do not answer soon enough.
 
         A driver that falls silent just then is the readings' to notice, as ever.
         """
@@ -72,7 +72,7 @@ class DeviceWatch:
                 pause = await self._pause(words, pause)
                 try:
                     await self._look(await self._ask(LIMIT), taken)
-                except Exception:  # what is found cannot be taken: a defect, which must not end the watch
+                except Exception:  # a defect, which must not end the watch
                     log.exception("the devices cannot be taken")
         finally:
             words.close()
@@ -85,11 +85,11 @@ class DeviceWatch:
         spoken = asyncio.ensure_future(words.wait(limit))
         wanted = asyncio.ensure_future(self._wanted.wait())
         await asyncio.wait({spoken, wanted}, return_when=asyncio.FIRST_COMPLETED)
-        told = self._wanted.is_set() or (spoken.done() and spoken.result())
+        is_told = self._wanted.is_set() or (spoken.done() and spoken.result())
         spoken.cancel()
         wanted.cancel()
         self._wanted.clear()
-        if told:
+        if is_told:
             await asyncio.sleep(SETTLE)
             return FIRST_PAUSE
         return min(pause * 2, LAST_PAUSE)
@@ -115,12 +115,15 @@ class DeviceWatch:
             return Unanswered("nvml", Trouble(f"the devices cannot be opened: {type(error).__name__}: {error}"))
 
     async def _look(self, fresh: Devices, taken: Taken) -> None:
-        """Take what is new. A source that falls silent after it had answered is the readings' to notice."""
+        """Take what is new. That a source falls silent after an answer is for the readings to notice."""
         before = self.current
         known = not before.trouble
         if known and fresh.trouble:
             await taken(before)
-        elif _same(before, fresh):
+        elif all(
+            (before.source == fresh.source, before.inventory() == fresh.inventory(),
+             before.trouble == fresh.trouble, before.asking == fresh.asking)
+        ):  # fmt: skip
             fresh.close()
         else:
             self._take(fresh)
@@ -131,12 +134,3 @@ class DeviceWatch:
     def _take(self, devices: Devices) -> None:
         self.current = devices
         self._known |= {device.id: device.index for device in gpus(devices.inventory()) if device.runtime}
-
-
-def _same(one: Devices, other: Devices) -> bool:
-    return (
-        one.source == other.source
-        and one.inventory() == other.inventory()
-        and one.trouble == other.trouble
-        and one.asking == other.asking
-    )

@@ -1,4 +1,4 @@
-"""Models that operators have disabled, each with the words that its clients are told: a file of the daemon's own.
+"""Models that operators have disabled, each with the message for its clients: a file of the daemon's own.
 
 An order holds until ``vllmctl enable``, over restarts and idle exits; so it is no cache (``learnt.py``), which may be
 deleted. The core forgets it with the daemon, and with a model that a reload takes away; this file is what it is told
@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vllmd.core import events
-from vllmd.daemon.current import state_file
+from vllmd.daemon.state_files import state_file, write_whole
 from vllmd.errors import Unavailable
 
 log = logging.getLogger("vllmd")
@@ -27,7 +26,7 @@ NO_WORDS = "an operator has taken it out of use"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What clients are told, and since when, in Unix time."""
+    """The message for clients, and the Unix time of the order."""
 
     message: str
     at: float
@@ -45,13 +44,13 @@ class Disabled:
         self._writing = asyncio.Lock()
 
     def load(self) -> None:
-        """Read the file, unless it has been; none is one without orders. One that cannot be read is left as it is."""
+        """Read the file, once; if there is none, there are no orders. A file that cannot be read is left as it is."""
         if self._path is None or (self._read and not self._unreadable):
             return
         self._read = True
         try:
-            told = json.loads(self._path.read_text())["disabled"]
-            self._orders = {str(name): Order(str(each["message"]), float(each["at"])) for name, each in told.items()}
+            orders = json.loads(self._path.read_text())["disabled"]
+            self._orders = {str(name): Order(str(each["message"]), float(each["at"])) for name, each in orders.items()}
             self._unreadable = ""
         except FileNotFoundError:
             self._unreadable = ""
@@ -60,13 +59,13 @@ class Disabled:
             log.error("%s; models that it has disabled are served meanwhile", self._unreadable)
 
     def orders(self, names: Collection[str]) -> list[events.ModelDisabled]:
-        """What the core is yet to be told of these models and replicas."""
+        """The orders for these models and replicas that the core does not have yet."""
         new = {name: order for name, order in self._orders.items() if name in names and name not in self._told}
         self._told |= new.keys()
         return [events.ModelDisabled(name, order.message) for name, order in new.items()]
 
     async def add(self, name: str, message: str) -> events.ModelDisabled:
-        """Keep an order. Raises Unavailable, nothing changed, where it cannot be kept."""
+        """Keep an order. Raises Unavailable, nothing changed, where it cannot be written."""
         async with self._writing:
             await self._write({**self._orders, name: Order(message or NO_WORDS, time.time())})
             self._told.add(name)
@@ -85,21 +84,11 @@ class Disabled:
         if self._path is not None:
             text = json.dumps({"disabled": {name: asdict(order) for name, order in orders.items()}}, indent=1)
             try:
-                await asyncio.to_thread(_write, self._path, text)
+                await asyncio.to_thread(write_whole, self._path, text)
             except OSError as error:
-                raise Unavailable(f"it cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
+                what = f"the order cannot be kept in {self._path}: {error.strerror}; nothing changed"
+                raise Unavailable(what) from None
         self._orders = dict(orders)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def disabled_path(environment: Mapping[str, str], home: Path | None) -> Path | None:

@@ -1,11 +1,12 @@
-"""Events go to the core, its commands to the parts that execute them.
+"""Hands events to the core, and the core's commands to the parts that execute them.
 
-``post`` may be called from anywhere in the event loop, also while another event
-is being handled: events are taken one after the other, and executing a command
-never waits. Slow work is a task whose result is posted as an event.
+``post`` may be called from anywhere in the event loop, also while another event is being handled: events are taken one
+after the other, and executing a command never waits. Slow work is a task whose result is posted as an event.
 
-Whoever needs to know what becomes of an event does not look at the core's state
-before or after, but asks: the core's ``Answer`` comes before what follows from it.
+To learn what becomes of an event, do not compare the core's state before and after: other events may have been handled
+between. Use ``ask``: the core's ``Answer`` to an event comes before anything that follows from the event.
+
+A defect in the core costs the one event at which the core failed; its sender is refused, everything else is served on.
 """
 
 from __future__ import annotations
@@ -31,13 +32,9 @@ from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger("vllmd")
 
-DECISIONS = 300  # of a kind that are logged per minute
-FAILURES = ("fail", "crash")  # what nobody decided: journalctl -p err finds them in the morning
+DECISIONS = 300  # decisions of one kind that are logged per minute
+FAILURES = ("fail", "crash")  # decisions that are logged as errors, for journalctl -p err
 FAILED = "vllmd could not do it; its log says why"
-
-
-def _ignore_decision(decision: Decision, now: float) -> None:
-    """Ignore a decision: the default, where nothing records them."""
 
 
 def _refusal(event: events.Event) -> list[commands.Command]:
@@ -81,33 +78,33 @@ def executors(
 
 
 class Dispatcher:
-    """Owns the scheduler: only the dispatcher hands it events; others may ask it for views."""
+    """Owns the scheduler: only the dispatcher hands events to it; others may ask it for views."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         execute: Mapping[type, Callable[[Any], None]],
-        decided: Callable[[Decision, float], None] = _ignore_decision,
+        decided: Callable[[Decision, float], None] = lambda decision, now: None,
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``execute``: who carries out which kind of command (``executors``).
+        """``execute``: the function that executes each command, by the command's class (``executors``).
 
-        ``decided`` is told of each decision, with the core's clock; ``changed`` is called after each event.
+        ``decided`` is called with each decision and the core's clock; ``changed`` after each event.
         """
         self._scheduler = scheduler
         own: dict[type, Callable[[Any], None]] = {commands.Record: self._record, commands.Answer: self._answer}
         self._execute = {**execute, **own}
-        self._asked: dict[str, Callable[[commands.Answer], None]] = {}
+        self._waiting: dict[str, Callable[[commands.Answer], None]] = {}  # for answers of the core
         self._numbers = itertools.count(1)
         self._decided = decided
         self._changed = changed
-        self._clock = clock  # the loop's own may stand still for a turn (``event_loop``)
+        self._clock = clock  # not the loop's, which may stand still for a turn (``event_loop``)
         self._inbox: deque[events.Event] = deque()
         self._handling = False
-        self._failed: events.Event | None = None  # the last one that the scheduler failed at
+        self._failed: events.Event | None = None  # the last event at which the scheduler failed
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_due = math.inf  # when it does: when the core wants to hear that time has passed, or earlier
+        self._timer_due = math.inf  # when the timer fires: not later than the core wants to hear that time has passed
         self._loop = asyncio.get_running_loop()
         self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
 
@@ -121,7 +118,7 @@ class Dispatcher:
         return self._clock()
 
     def post(self, event: events.Event) -> None:
-        """Take an event in; returns after its commands, and those of all it led to, were begun."""
+        """Handle an event. Returns when its commands, and those of the events that these led to, have been begun."""
         self._inbox.append(event)
         if self._handling:
             return
@@ -132,7 +129,7 @@ class Dispatcher:
                 event = self._inbox.popleft()
                 try:
                     decided = self._scheduler.handle(event, self._clock())
-                except Exception:  # a defect: say so, and keep serving everybody else
+                except Exception:  # a defect: log it, and keep serving everything else
                     log.exception("the scheduler could not handle %s", event)
                     self._failed, decided = event, _refusal(event)
                 for command in decided:
@@ -142,30 +139,30 @@ class Dispatcher:
                         log.exception("could not carry out %s", command)
         finally:
             self._handling = False
-        # 2. The timer. It is moved only when it would come too late: a request puts off what is due, and whoever comes
-        #    too early looks again.
+        # 2. The timer. It is moved only if it would come too late: most events put off what is due, and moving it each
+        #    time would cost more than a timer that comes too early and is set again.
         if self._scheduler.wants_time_before(self._timer_due):
             self._set_timer()
-        # 3. Those that follow what changes (``vllmctl watch``, the progress of a load).
+        # 3. What follows changes: ``vllmctl watch``, the progress of a load.
         self._changed()
 
     def perform(self, event: events.Event) -> None:
-        """Take an operator's event in, as ``post`` does. Raises InternalError if the scheduler fails at it.
+        """Handle an operator's event, as ``post`` does. Raises InternalError if the scheduler fails at the event.
 
-        Not for events that carrying out a command leads to: those are taken in later.
+        Not to be called while a command is being executed: the event would be handled only later.
         """
         self.post(event)
         if self._failed is event:
             raise InternalError(FAILED)
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
-        """Take an event in, as ``post`` does. ``answered`` is called once, before what follows from it begins.
+        """Handle an event, as ``post`` does. ``answered`` is called once, before what follows from the event begins.
 
-        What ``answered`` raises before this returns is raised here.
+        What ``answered`` raises before ``ask`` returns is raised here.
         """
         name, raised, asking = str(next(self._numbers)), list[Exception](), True
 
-        def hear(answer: commands.Answer) -> None:
+        def on_answer(answer: commands.Answer) -> None:
             try:
                 answered(answer)
             except Exception as error:
@@ -173,16 +170,16 @@ class Dispatcher:
                     raise
                 raised.append(error)
 
-        self._asked[name] = hear
+        self._waiting[name] = on_answer
         self.post(replace(event, ask=name))
         asking = False
         if raised:
             raise raised[0]
 
     def _answer(self, command: commands.Answer) -> None:
-        answered = self._asked.pop(command.ask, None)
-        if answered:
-            answered(command)
+        on_answer = self._waiting.pop(command.ask, None)
+        if on_answer:
+            on_answer(command)
 
     def _set_timer(self) -> None:
         """Have ``_on_timer`` called when the core wants to hear that time has passed."""
@@ -206,19 +203,19 @@ class Dispatcher:
         numbers = {f"VLLMD_{key.upper()}": value for key, value in decision.numbers.items()}
         replica = {"VLLMD_REPLICA": decision.replica} if decision.replica else {}
         fields = {"MODEL": decision.model, "DECISION": decision.what, **replica, **numbers}
-        about = decision.replica or decision.model or "vllmd"  # of no model's: a device is drained, say
-        # Clients lead to many of them, refused requests above all: each kind has a rate of its own.
+        about = decision.replica or decision.model or "vllmd"  # a device is drained, say
+        # Clients cause many decisions, above all refusals: each kind is throttled apart, so that none hides another.
         throttle = self._throttles.setdefault(decision.what, Throttle(log, burst=DECISIONS, clock=self._clock))
         level = logging.ERROR if decision.what in FAILURES else logging.INFO
         throttle.say(level, "%s: %s: %s", about, decision.what, decision.why, fields=fields)
         self._decided(decision, self._clock())
 
     def flush_log(self) -> None:
-        """Say how many decisions were not logged, if none came since that would have said so."""
+        """Log how many decisions were not logged, where no later decision of their kind has led to that."""
         for throttle in self._throttles.values():
             throttle.flush()
 
     def close(self) -> None:
-        """Cancel the timer: the core hears nothing more."""
+        """Cancel the timer, so that the core gets no more events of it."""
         if self._timer:
             self._timer.cancel()

@@ -1,13 +1,13 @@
-"""Downloads of models: each a process of the engines' user, in a scope of its own, followed by whoever wants the model.
+"""Downloads of models: each a process of the engines' user, in a scope of its own, followed by all callers who want it.
 
-The daemon starts nothing and may not write the engines' cache, so ``vllmd/store/fetch.py`` does both, started by the
-launcher as an engine is. What it has come to stands in a file of its run directory, which is read twice a second as
-the foreign file that it is.
+The daemon can start no process and may not write the engines' cache. So ``vllmd/store/fetch.py`` fetches, started by
+the launcher as an engine is. It writes its progress to a status file in its run directory; the daemon reads that file
+twice a second, and trusts nothing in it (``vllmd.foreign``).
 
-One download for each model, whoever asks: who comes second follows the first. Who asked and left does not stop it as
-long as another one waits; when the last one leaves it is ended, unless it was begun to go on by itself, and what has
-come by then is taken up by the next one. After a restart of the daemon downloads are ended, and begun again by whoever
-asks again, from where they were.
+There is one download for each model: a second caller follows the first one's. A caller that leaves does not stop it as
+long as another one waits. When the last one leaves it is ended, unless it was begun to go on by itself (``detached``);
+the next download of the model goes on with what has come by then. A restart of the daemon ends downloads, which the
+next request for them takes up again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from vllmd.config.names import readable
 from vllmd.config.types import ModelConfig
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
 from vllmd.daemon.expectations import paths_of
+from vllmd.daemon.tasks import Tasks
 from vllmd.errors import Conflict, Forbidden, LauncherFailed, NotFound, TooManyRequests, Unavailable, VllmdError
 from vllmd.foreign import Folder, Unreadable, within
 from vllmd.launcher.client import ExitReport, StartOrder
@@ -48,9 +49,9 @@ log = logging.getLogger("vllmd.store")
 LOOK = 0.5  # seconds between two looks at how far one is
 AT_A_TIME = 3  # that run; others wait for their turn
 MOST = 64  # that run or wait
-KEPT = 32  # that have ended, of which is told how
+KEPT = 32  # downloads that have ended and are still shown
 LINGER = 20.0  # seconds that one which has ended waits until that was seen
-END_LIMIT = 10.0  # seconds for one that was told to end
+END_LIMIT = 10.0  # seconds for a process that was told to end
 READ_LIMIT = 2.0  # seconds for reading its file
 MEMORY, TASKS, WEIGHT = 2 << 30, 128, 20  # limits of its scope; the weight of its share of the processors
 # Variables of the daemon that say how the network is reached, and which mirrors are used.
@@ -59,9 +60,9 @@ PASSED = ("PROXY", "SSL_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_", "
 
 @dataclass
 class Download:
-    """A download, from its request on. ``found``: what came, as ``fetch.py`` says. Times by ``time.monotonic``.
+    """A download, from its request on. ``found``: what came, in the words of ``fetch.py``. Times by ``time.monotonic``.
 
-    ``exact``: only if what it is called is its own name.
+    ``exact``: only if the model is really called that.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Download:
     _first: tuple[float, int] | None = None  # when bytes began to come, and how many were here then
 
     def line(self) -> answers.Download:
-        """How far it is, as answers tell it."""
+        """The progress, as answers have it."""
         return answers.Download(
             model=self.name,
             phase=self.phase,
@@ -104,12 +105,12 @@ class Download:
         since, had = self._first
         return max(0, self.done - had) / max(0.1, time.monotonic() - since)
 
-    def update(self, told: Mapping[str, object]) -> bool:
-        """What its file says; whether that is new. Nothing of it is believed to have a type."""
+    def update(self, status: Mapping[str, object]) -> bool:
+        """Take in the status file; returns whether anything is new. No value in it is trusted to have its type."""
         before = (self.phase, self.done, self.total, self.source)
-        self.phase = _word(told, "phase") or self.phase
-        self.source = _word(told, "source") or self.source
-        self.done, self.total = _count(told, "done"), _count(told, "total")
+        self.phase = _word(status, "phase") or self.phase
+        self.source = _word(status, "source") or self.source
+        self.done, self.total = _count(status, "done"), _count(status, "total")
         if self.phase == "downloading" and self._first is None:
             self._first = time.monotonic(), self.done
         elif self.phase == "looking":
@@ -117,7 +118,7 @@ class Download:
         return before != (self.phase, self.done, self.total, self.source)
 
     def mark_changed(self) -> None:
-        """Wake everybody who follows this download."""
+        """Wake every caller that follows this download."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -133,13 +134,13 @@ class Downloads:
         mark_changed: Callable[[], None],
         tell: Callable[[Decision], None],
     ) -> None:
-        """``mark_changed``: something has changed that is shown. ``tell``: news for those who watch everything."""
+        """``mark_changed`` is called when something has changed that is shown, ``tell`` with news for watchers."""
         self._current, self._runtime, self._back = current, runtime, back
         self._mark_changed, self._log_change = mark_changed, tell
         self._running: dict[tuple[str, ...], Download] = {}
         self._ended: OrderedDict[str, Download] = OrderedDict()
         self._turns = asyncio.Semaphore(AT_A_TIME)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     @property
     def active(self) -> int:
@@ -164,7 +165,7 @@ class Downloads:
     def begin(
         self, wanted: Wanted, *, largest: int | None = None, detached: bool = False, exact: bool = False
     ) -> Download:
-        """Have it fetched, or follow whoever has it fetched already. ``detached``: whoever leaves, it goes on.
+        """Begin a download, or follow the one that runs. ``detached``: it goes on when its last follower leaves.
 
         Raises TooManyRequests.
         """
@@ -175,14 +176,12 @@ class Downloads:
                 raise TooManyRequests(f"{MOST} downloads run or wait already; vllmctl ps shows them")
             download = self._running[key] = Download(wanted.name, wanted, exact=exact)
             self._ended.pop(wanted.name, None)
-            task = asyncio.ensure_future(self._supervise(key, download, largest))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.spawn(self._supervise(key, download, largest))
         download.detached = download.detached or detached
         return download
 
     async def follow(self, download: Download) -> AsyncGenerator[answers.Download, None]:
-        """How far it is, at each change until it has ended. Whoever leaves as the last one ends it."""
+        """The progress, at each change until the end. When its last follower leaves, the download is ended."""
         download.followers += 1
         try:
             while not download.over.is_set():
@@ -196,7 +195,7 @@ class Downloads:
                 self.cancel(download)
 
     async def finished(self, download: Download) -> Mapping[str, object]:
-        """What came. Raises why it failed."""
+        """Wait for the end; returns what came. Raises why it failed."""
         async with contextlib.aclosing(self.follow(download)) as lines:
             async for _ in lines:
                 pass
@@ -205,10 +204,10 @@ class Downloads:
         return download.found
 
     def cancel(self, download: Download) -> None:
-        """End it; what has come stays for the next one."""
+        """End a download; what has come by then stays for the next one."""
         if not download.over.is_set():
             download.error = download.error or Conflict(f"the download of {download.name} was ended")
-            self._spawn(self._end(download))
+            self._tasks.spawn(self._end(download))
 
     def ended(self, report: ExitReport) -> bool:
         """Whether the process was one of these."""
@@ -279,27 +278,27 @@ class Downloads:
         self._log_change(Decision(time.time(), what, download.name, why, numbers))
 
     async def _run(self, download: Download, largest: int | None, remove: Sequence[Path]) -> None:
-        """Start its process and look at its file until that says how it ended. Raises VllmdError."""
+        """Start the process, and read its status file until that says how it ended. Raises VllmdError."""
         back = await self._back.wait()
         order, folder = await asyncio.to_thread(self._order, download, largest, remove)
         download.instance, download.phase = order.instance, "looking"
         running = await back.launcher.start(order)
         try:
             while not download.exited.is_set():
-                told = await asyncio.to_thread(_read, folder)
-                if told and download.update(told):
+                status = await asyncio.to_thread(_read, folder)
+                if status and download.update(status):
                     download.mark_changed()
                     self._mark_changed()
-                if told and download.phase in ("done", "failed"):
-                    _settle(download, told)
+                if status and download.phase in ("done", "failed"):
+                    _settle(download, status)
                     return
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(download.exited.wait(), LOOK)
-            if download.error is None:
+            if download.error is None:  # it has exited without a word of it in its file
                 report = download.report or ExitReport(order.instance)
                 last = next((line for line in reversed(report.log_tail) if line.strip()), "")
-                status = f"signal {report.signal}" if report.signal is not None else f"status {report.status}"
-                raise Unavailable(f"the program that fetches ended with {status}{': ' * bool(last)}{last}")
+                how = f"signal {report.signal}" if report.signal is not None else f"status {report.status}"
+                raise Unavailable(f"the program that fetches ended with {how}{': ' * bool(last)}{last}")
         finally:
             await self._kill_until_gone(back, download, running.instance)
 
@@ -356,7 +355,7 @@ class Downloads:
         return order, folder
 
     def _token(self) -> str:
-        """The token for the hub, read anew each time. Raises Unavailable, in words that do not quote it."""
+        """The token for the hub, read anew each time. Raises Unavailable; the message does not quote the token."""
         config = self._current.config
         if not config.pull.token_file:
             return ""
@@ -366,11 +365,6 @@ class Downloads:
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise Unavailable(f"pull.token_file {config.pull.token_file}: {why}") from None
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def files_of(hub: Path) -> Path:
@@ -383,12 +377,12 @@ def _source(source: Hub | Wheel) -> dict[str, object]:
     return {"kind": kind, "title": str(source), **asdict(source)}
 
 
-def _settle(download: Download, told: Mapping[str, object]) -> None:
-    """How it ended, by its last word."""
-    found = told.get("found")
-    download.found = found if isinstance(found, dict) else {"freed": _count(told, "freed")}
+def _settle(download: Download, status: Mapping[str, object]) -> None:
+    """Take in how the process ended, by its status file."""
+    found = status.get("found")
+    download.found = found if isinstance(found, dict) else {"freed": _count(status, "freed")}
     if download.phase == "failed" and download.error is None:
-        download.error = _error(_word(told, "code"), f"{download.name} cannot be had: {_word(told, 'error')}")
+        download.error = _error(_word(status, "code"), f"{download.name} cannot be had: {_word(status, 'error')}")
 
 
 def _error(code: str, message: str) -> VllmdError:
@@ -409,11 +403,11 @@ def _read(folder: Path) -> dict[str, object] | None:
     return None
 
 
-def _word(told: Mapping[str, object], name: str) -> str:
-    value = told.get(name)
+def _word(status: Mapping[str, object], name: str) -> str:
+    value = status.get(name)
     return printable(value)[:2000] if isinstance(value, str) else ""
 
 
-def _count(told: Mapping[str, object], name: str) -> int:
-    value = told.get(name)
+def _count(status: Mapping[str, object], name: str) -> int:
+    value = status.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62 else 0

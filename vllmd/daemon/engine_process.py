@@ -36,12 +36,12 @@ ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
 class Health:
     """What is known of one engine's health; times by ``time.monotonic``."""
 
-    heard: float = field(default_factory=time.monotonic)  # when it last did something right
+    heard: float = field(default_factory=time.monotonic)  # when it last answered a request well
     errors: int = 0  # answers with 5xx since then
     doubt: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, status: int, failed: bool) -> None:
-        """A request was answered with ``status`` by the engine, or ``failed`` on the way to it or back."""
+        """Note that a request was answered with ``status`` by the engine, or ``failed`` on the way to it or back."""
         if failed:
             self.doubt.set()
         elif status >= 500:
@@ -82,7 +82,7 @@ class EngineProcess:
     command: StartEngine | None = None  # that it was started by; None: it cannot be started once more
     loading: Loading | None = None  # how its weights are read, where that is to be measured
     is_first_start: bool = False  # no start of such an engine is known that came through
-    ending: bool = False  # it was told to go
+    ending: bool = False  # it has been ordered to stop
     asleep: bool = False
     health: Health = field(default_factory=Health)
     watcher: asyncio.Task[None] | None = None  # of its health
@@ -92,22 +92,22 @@ class EngineProcess:
 
     @property
     def phase(self) -> Progress:
-        """The phase that its start is in, with the log line that told of it."""
+        """The phase of its start, with the log line that shows the phase."""
         return self.phases.now
 
     @property
     def phase_text(self) -> str:
-        """The same in words, as whoever waits is told it."""
+        """The phase in words, for clients who wait."""
         return f"{self.phase.phase}, first time only" if self.phase.once and self.is_first_start else self.phase.phase
 
     @property
     def loader(self) -> str:
-        """The load format that was chosen for it; "" where it loads as it would by itself."""
+        """The load format that was chosen for it; "" for the engine's own choice."""
         return self.loading.format if self.loading else ""
 
     @property
     def is_special(self) -> bool:
-        """Whether there is a plainer way to start it: without a standby, with the engine's own loader."""
+        """Whether it was not started in the plain way, but from a standby or with a loader that vllmd has chosen."""
         return bool(self.running and (self.running.standby or self.loader))
 
     @property
@@ -117,7 +117,7 @@ class EngineProcess:
 
     @property
     def name(self) -> str:
-        """The id of its replica; it changes when the model gets replicas, or loses them: ask when you need it."""
+        """The id of its replica. It changes when the model gets replicas or loses them, so do not keep it."""
         return self.model.name
 
     def restart_as(self, other: EngineProcess) -> None:
@@ -129,7 +129,7 @@ class EngineProcess:
         self.lines.clear()
 
     def reason(self) -> str:
-        """Why it is gone, with its last words where they are at hand."""
+        """Why it is gone, with the last lines of its log where they are at hand."""
         lines, how = self.last_lines(), self.verdict or how_it_ended(self.report)
         if not lines:
             return how
@@ -142,7 +142,7 @@ class EngineProcess:
             self.lines.popleft()
 
     def all_lines(self) -> list[str]:
-        """What was read of its log as it came, ended by the launcher's copy of the end, which is complete."""
+        """The log lines that came while it was followed, completed by the launcher's copy of the last ones."""
         read, end = list(self.lines), list(self.report.log_tail) if self.report else []
         if end and end[0] in read:
             read = read[: len(read) - 1 - read[::-1].index(end[0])]
@@ -166,14 +166,14 @@ def of(process: EngineProcess) -> dict[str, dict[str, str]]:
 def environment_now(model: ModelConfig) -> str:
     """The environment that an engine of this model would be started in now; "" where it has none."""
     try:
-        found = environments.chosen(model)
+        used = environments.chosen(model)
     except ConfigError:  # which its start will say
         return ""
-    return str(found.path) if found else ""
+    return str(used.path) if used else ""
 
 
 def is_outdated(process: EngineProcess, model: ModelConfig) -> bool:
-    """Whether a reload is to replace it: another version of its engine is in use since it was started."""
+    """Whether a reload is to replace it, because another version of its engine is in use since its start."""
     now = environment_now(model)
     return process.environment is not None and now not in ("", process.environment)
 
@@ -184,12 +184,12 @@ def fingerprint(model: ModelConfig) -> str:
 
 
 def noted_by_older(model: ModelConfig) -> str:
-    """The fingerprint as versions up to 0.1.0 noted it, which knew each replica but the first by its own name."""
+    """The fingerprint as written by versions up to 0.1.0, which knew each replica but the first by its own name."""
     return _fingerprint(model, model.name)
 
 
 def _plain(value: Any) -> Any:
-    """As ``asdict`` has it, for JSON; without its copy of everything, which took most of a start with 10,000 models."""
+    """``value`` as ``asdict`` makes it, without the deep copy, which took most of a start with 10,000 models."""
     if value is None or isinstance(value, str | int | float):
         return value
     if is_dataclass(value) and not isinstance(value, type):
@@ -210,17 +210,17 @@ def _json(value: Any) -> str:
 
 @cache
 def _defaults() -> Sequence[tuple[str, Any, str]]:
-    """Of each setting that counts, in order, the value of a model that does not give it, and that as JSON."""
+    """Of each setting of an engine, in order of their names: its default, and that as JSON."""
     model = ModelConfig("")
     names = sorted({*of_the_engine(), "name", "request", "adapters"})
     return [(name, value := getattr(model, name), _json(value)) for name in names]
 
 
 def _fingerprint(model: ModelConfig, name: str) -> str:
-    """Of the settings in JSON, in the order of their names. Most are nobody's own, and written once for all."""
+    """A digest of the engine's settings, as JSON in the order of their names; most are defaults, and encoded once."""
     own = {"name": _json(name), "request": _NO_RULES}
     own["adapters"] = (
-        _json({adapter: told.path for adapter, told in model.adapters.items()}) if model.adapters else "{}"
+        _json({adapter: config.path for adapter, config in model.adapters.items()}) if model.adapters else "{}"
     )
     parts = []
     for key, default, written in _defaults():

@@ -39,7 +39,7 @@ class EngineResolver:
 
 
 def _tried(model: ModelConfig) -> Engine:
-    """What everybody asks of an engine is asked once here: what it answers now it answers later. Raises ConfigError."""
+    """An engine whose answers are kept: what its kind says now it says later, too. Raises ConfigError."""
     engine = engine_of(model)
     engine.sleep_levels(model)
     engine.routes(model)

@@ -59,6 +59,6 @@ def _version(package: str) -> str:
 
 
 def name_of(loop: asyncio.AbstractEventLoop) -> str:
-    """What people call it: ``uvloop 0.17.0``, ``asyncio``."""
+    """The loop's name and version: ``uvloop 0.17.0``, ``asyncio``."""
     package = type(loop).__module__.partition(".")[0]
     return f"{package} {_version(package)}".strip()

@@ -1,4 +1,4 @@
-"""What a configuration means on this machine: where engines live, what they take, what the core is told of them."""
+"""What a configuration means on this machine: engines' paths, their footprints, and the core's view of the models."""
 
 from __future__ import annotations
 
@@ -40,9 +40,16 @@ class Expectations:
 
 
 async def expect(
-    config: Config, runtime: RuntimeEnvironment, devices: Sequence[Device], resolver: EngineResolver
+    config: Config,
+    runtime: RuntimeEnvironment,
+    devices: Sequence[Device],
+    resolver: EngineResolver,
+    known: Mapping[str, ModelSpec] | None = None,
 ) -> Expectations:
-    """What the models will take, told to the log as well; reads their files."""
+    """The models' footprints, which are logged as well; reads the models' files.
+
+    ``known``: the specifications that the core has; an equal one is that same object, which the core need not compare.
+    """
     engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
@@ -55,10 +62,14 @@ async def expect(
             name = each.model.replica_of or each.model.name
             replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.estimate, cpu))
             estimates[each.model.name] = each.estimate
-        specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
+        specs = []
+        for name, of in replicas.items():
+            spec = model_spec(config.models[name], of)
+            before = known.get(name) if known else None
+            specs.append(before if before == spec else spec)
         kinds = {each.model.name: each.kind for each in prospects}
         problems = {each.model.replica_of or each.model.name: each.problem for each in prospects if each.problem}
-        return Expectations(paths, engines, specs, estimates, kinds, problems)
+        return Expectations(paths, engines, tuple(specs), estimates, kinds, problems)
 
     return await asyncio.to_thread(reckon)
 
@@ -70,7 +81,7 @@ def paths_of(config: Config, runtime: RuntimeEnvironment) -> Paths:
 
 
 def settings_of(config: Config, devices: Sequence[Device] = ()) -> Settings:
-    """What the core is told of the machine's policy."""
+    """The settings of the core."""
     return Settings(config.policy, host_budget(config, devices), config.server.queue_limit)
 
 
@@ -85,7 +96,7 @@ def host_budget(config: Config, devices: Sequence[Device] = ()) -> int:
 
 
 def files_of(config: Config) -> dict[int, Path]:
-    """The files in which stand-ins keep who holds how much of declared devices."""
+    """The files in which stand-ins write how much they hold of declared devices."""
     return {index: device.file for index, device in enumerate(config.devices or ()) if device.file}
 
 
@@ -95,5 +106,5 @@ def opener(config: Config, environment: Mapping[str, str]) -> Open:
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:
-    """The devices, for whoever can wait for the answer."""
+    """The devices, for a caller that can wait for the answer."""
     return await DeviceWatch(opener(config, environment)).begin(LIMIT)

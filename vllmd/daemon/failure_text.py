@@ -1,4 +1,4 @@
-"""How an engine's end is told: what happened, the error that led to it, its last words, what would help."""
+"""The text of an engine's end: what happened, the error that led to it, the last log lines, what would help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTALL_OR_NAME = "; install it, or give the full path as `command`"  # the laun
 AROUND = 3  # lines shown before and after the root error, where that is not among the last
 _DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])")  # of an absolute path; not of a URL
 _ERROR = re.compile(r"error|exception|fatal|fail|abort|assert|panick|segmentation|out of memory", re.I)
-_SERVED = re.compile(r'"(?:GET|POST|PUT|DELETE) [^"]* HTTP/')  # a request that it answered, be it with an error
+_SERVED = re.compile(r'"(?:GET|POST|PUT|DELETE) [^"]* HTTP/')  # a request that was answered, perhaps with an error
 
 
 def how_it_ended(report: ExitReport | None) -> str:
@@ -37,17 +37,17 @@ def _signal_name(number: int) -> str:
 
 
 def tells_error(line: str) -> bool:
-    """Whether a line of an engine's log may be why it ended: not every engine that is gone has said why."""
+    """Whether a line of an engine's log may be why it ended: many lines are not, and some engines do not say."""
     return _ERROR.search(line) is not None and _SERVED.search(line) is None
 
 
 def with_root(what: str, failure: Failure) -> str:
-    """``what``, and the error in the log that led to it; it may be far above the last lines."""
+    """``what``, and the error in the log that led to it, which may be far above the last lines."""
     return "; ".join(part for part in (f"{what}: {failure.reason}", failure.hint) if part)
 
 
 def with_last_lines(what: str, lines: Sequence[str], root: str = "") -> str:
-    """``what``, and the engine's last words below it; those around ``root`` as well, if it is further above."""
+    """``what``, and the last log lines below it; also those around ``root``, if that is further above."""
     if not lines:
         return f"{what}; it logged nothing"
     last = list(lines[-REASON_LINES:])
@@ -63,7 +63,7 @@ def with_last_lines(what: str, lines: Sequence[str], root: str = "") -> str:
 
 
 def for_clients(reason: str) -> str:
-    """What a client of the model API is told: the cause in one line, without the machine's log and folders.
+    """The part for clients of the model API: the cause in one line, without the log and the machine's folders.
 
     Operators read all of it in ``vllmctl why``.
     """
@@ -74,10 +74,10 @@ def for_clients(reason: str) -> str:
 
 def places(broken: str) -> str:
     """The files and lines at which a configuration is wrong, of the message that says what is."""
-    found = list(dict.fromkeys(line.partition(": ")[0] for line in broken.splitlines()))
-    return ", ".join(found[:MOST_PLACES]) + (f" and {len(found) - MOST_PLACES} more" if found[MOST_PLACES:] else "")
+    lines = list(dict.fromkeys(line.partition(": ")[0] for line in broken.splitlines()))
+    return ", ".join(lines[:MOST_PLACES]) + (f" and {len(lines) - MOST_PLACES} more" if lines[MOST_PLACES:] else "")
 
 
 def with_hint(what: str, hint: str) -> str:
-    """``what``, and what would help; that is the engine's own advice, where it has any."""
+    """``what``, and what would help: the engine kind's own advice, where it has any."""
     return f"{what.removesuffix(INSTALL_OR_NAME)}; {hint}" if hint else what

@@ -39,20 +39,20 @@ def failed(seen: Snapshot) -> frozenset[tuple[str, str]]:
 def failures_to_keep(
     seen: Snapshot, engines: Mapping[str, ModelConfig], before: Mapping[str, Failure], now: float
 ) -> dict[str, Failure]:
-    """What is to be kept. ``before``: what was; it keeps the times of those that fail for the same reason still."""
-    found = {}
+    """The failures to be written down. ``before``: those of the last time, whose times stay where the reason does."""
+    failures = {}
     for each in seen.replicas:
         if each.state is State.FAILED and each.id in engines:
             known, of = before.get(each.id), fingerprint(engines[each.id])
             same = known is not None and (known.why, known.fingerprint) == (each.failure, of)
-            found[each.id] = known if same and known else Failure(each.failure, now - (each.since or 0.0), of)
-    return found
+            failures[each.id] = known if same and known else Failure(each.failure, now - (each.since or 0.0), of)
+    return failures
 
 
 def remembered(
     kept: Mapping[str, Failure], engines: Mapping[str, ModelConfig], now: float
 ) -> list[events.FailureRemembered]:
-    """What the core is to know of; not of engines whose settings are other ones now."""
+    """The events by which the core learns of earlier failures; not of engines whose settings have changed since."""
     return [
         events.FailureRemembered(engine, failure.why, max(0.0, now - failure.at))
         for engine, failure in kept.items()

@@ -1,4 +1,4 @@
-"""What a model cannot be asked for, by what it is: known from its files before any engine is loaded for it.
+"""The routes that a model cannot serve by its nature, known from its files before an engine is loaded.
 
 An engine's kind says which routes it has; which of them a model can serve only its engine knows for certain, once it
 runs. But nobody should load an embedding model to be told that it does not chat. So what is certain is refused before:
@@ -27,7 +27,7 @@ GENERATING = frozenset(
 EMBEDDING = frozenset({"/v1/embeddings", "/v2/embed", "/pooling", "/classify"})
 HEARING = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 RANKING = frozenset({"/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/score"})
-# By the kind of model (``hub.kind_at``): what it is called, and what it certainly does not serve.
+# By the kind of model (``hub.kind_at``): its description, and the routes that it certainly does not serve.
 UNFIT: dict[str, tuple[str, frozenset[str]]] = {
     "embed": ("an embedding model", GENERATING | HEARING),
     "rerank": ("a model that ranks or classifies", GENERATING | HEARING),
@@ -54,15 +54,15 @@ def kind_of(model: ModelConfig, hub: Path) -> str:
         return ""
 
 
-def _read(model: ModelConfig, found: Located) -> str:
-    if found.path is None or model.engine != GGUF:
-        return kind_at(found)
-    file = gguf_file(found.path, found.tag, found.root)
-    return "embed" if file and str(config_of(file, found.root)["model_type"]).endswith("bert") else ""
+def _read(model: ModelConfig, located: Located) -> str:
+    if located.path is None or model.engine != GGUF:
+        return kind_at(located)
+    file = gguf_file(located.path, located.tag, located.root)
+    return "embed" if file and str(config_of(file, located.root)["model_type"]).endswith("bert") else ""
 
 
 def unfit(model: ModelConfig, kind: str) -> tuple[str, frozenset[str]]:
-    """What the model is called, and the routes that are not for it."""
+    """The model's description, and the routes that it does not serve."""
     called, routes = UNFIT.get(kind, ("", frozenset()))
     if {ABILITIES.get(route) for route in routes}.intersection(model.capabilities):
         return "", frozenset()

@@ -116,7 +116,7 @@ def front_end(
 
     def note_outcome(model: str, status: int, failed: bool) -> None:
         if back.now is not None:
-            back.now.engines.answered(model, status, failed=failed)
+            back.now.engines.note_answer(model, status, failed=failed)
 
     # 2. Keys, which come before everything else that a request meets.
     key_store = KeyStore(
@@ -135,13 +135,13 @@ def front_end(
     relay = Relay(gate, limits, records.recordings, records)
     # 4. What operators see and do.
     changes = Changes(current, counters, learnt, relay.forget, records.engine_up)
-    disabled = Disabled(runtime.disabled)
-    disabled.load()
+    (disabled := Disabled(runtime.disabled)).load()
     instances = Instances(current, back, take, changing)
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines,
-                    lambda: records.trouble, lambda: listeners.unanswered())  # fmt: skip
+                    lambda: "; ".join(filter(None, (records.trouble, records.log_trouble, learnt.trouble))),
+                    lambda: listeners.unanswered())  # fmt: skip
     control = Control(
         counters, status, OperatorCommands(back, instances, disabled, current.engines_of, reload),
         Previews(back, lambda: current.config), Plans(current, back, records.arrivals, status.cache),

@@ -35,7 +35,7 @@ REFUSED, WRONG, SILENT = 2.0, 10.0, 30.0
 
 
 async def watch(process: EngineProcess, kill: Callable[[str], Awaitable[object]]) -> None:
-    """Look at it until it has ended; ``kill(why)`` once it is of no use any more."""
+    """Check an engine until it has ended; ``kill(why)`` is called once it serves no more."""
     health, wrong_since = process.health, 0.0
     while not process.exited.is_set():
         quiet = time.monotonic() - health.heard
@@ -44,7 +44,7 @@ async def watch(process: EngineProcess, kill: Callable[[str], Awaitable[object]]
             await asyncio.wait_for(health.doubt.wait(), next_look)
         doubted, began = health.doubt.is_set(), time.monotonic()
         health.doubt.clear()
-        if process.task is not None or process.ending:  # it is being moved: who does that looks himself
+        if process.task is not None or process.ending:  # the task that runs notices by itself
             wrong_since = 0.0
             continue
         if not doubted and not wrong_since and began - health.heard < LOOK:
@@ -63,13 +63,13 @@ async def watch(process: EngineProcess, kill: Callable[[str], Awaitable[object]]
 
 
 async def _look(process: EngineProcess) -> tuple[str, float]:
-    """What is wrong with it, "" if nothing is, and for how many seconds that may be so."""
-    found, why = await check_liveness(process, PATIENCE)
-    if found in (Liveness.REFUSED, Liveness.SILENT):
-        return why, REFUSED if found is Liveness.REFUSED else SILENT
-    if found is Liveness.UNKNOWN or process.asleep:  # what it answers then is its own affair
+    """What is wrong with the engine, "" if nothing is, and for how many seconds that is tolerated."""
+    liveness, why = await check_liveness(process, PATIENCE)
+    if liveness in (Liveness.REFUSED, Liveness.SILENT):
+        return why, REFUSED if liveness is Liveness.REFUSED else SILENT
+    if liveness is Liveness.UNKNOWN or process.asleep:  # a sleeper may answer what it likes
         return "", 0.0
-    if found is Liveness.WRONG:
+    if liveness is Liveness.WRONG:
         return why, WRONG
     if process.health.errors >= ERRORS:
         try:

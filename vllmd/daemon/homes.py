@@ -1,6 +1,6 @@
 """Whom an engine runs as, and where its home is: the shared user's, a named user's, or one of its model's own.
 
-The daemon only says whom; the launcher has the last word (``--user``, ``--own-users``), and makes what is needed.
+The daemon only names the user; the launcher decides (``--user``, ``--own-users``), and makes what is needed.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Homes:
 
     def at(self, model: ModelConfig) -> Path | None:
         """The home that its engine will see, as far as the daemon can tell."""
-        if told := model.env.get("HOME"):
-            return Path(told)
+        if home := model.env.get("HOME"):
+            return Path(home)
         known, ours = self.of(model), self.environment.get("HOME")
         return Path(ours) if known is None and ours and not model.user else known
 
@@ -73,8 +73,8 @@ class Homes:
 
     def hub(self, model: ModelConfig) -> Path:
         """The cache in which its engine looks for repositories: by its own settings, else as everybody's."""
-        if given := argument(model, "download-dir"):
-            return Path(given)
+        if folder := argument(model, "download-dir"):
+            return Path(folder)
         if not (model.user or model.env):
             return self._shared_hub
         home = Path(model.env["HOME"]) if model.env.get("HOME") else self.of(model)
@@ -84,7 +84,7 @@ class Homes:
         return cache_of({**rest, **own, **model.env}, home)
 
     def variables(self, model: ModelConfig) -> dict[str, str]:
-        """What its engine is told, so that it looks where we do; a user of its own has its home from the launcher."""
+        """The variables by which an engine uses the caches that vllmd reads; a model's own user has none."""
         if model.user:
             return {}
         places = {name: self.environment[name] for name in PLACES if self.environment.get(name)}

@@ -1,8 +1,8 @@
-"""Whom vllmd runs as when it is started by hand.
+"""The user that vllmd runs as when it is started by hand.
 
 Its engines, which run whatever code a model brings along, are its children there
-and run as the same user. Root is asked to name somebody else (``--user``), and
-told what it means where it does not.
+and run as the same user. Root is asked to name another user (``--user``), and
+warned where it does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def given(config: Config) -> tuple[int, int] | None:
 def become(config: Config, environment: MutableMapping[str, str], *, activated: bool) -> None:
     """Become the user that the configuration names, for good. ``environment`` then names that user's home.
 
-    Raises OSError as ``given``, or where the kernel says no.
+    Raises OSError as ``given`` does, or where the kernel refuses.
     """
     entry = _entry(config)
     if entry is None:

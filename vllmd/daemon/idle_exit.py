@@ -1,4 +1,4 @@
-"""When a daemon that systemd activated may end: nobody has wanted anything of it for long enough."""
+"""When a socket-activated daemon may exit: nothing has been wanted of it for long enough."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class IdleExit:
     def due(self, now: float, after: float | None, *, busy: bool, accepted: int) -> bool:
         """Whether to exit. ``after``: seconds of idleness, None for never. ``accepted``: connections so far.
 
-        Connections that came and went between two looks, refused ones too, count as use: each would start it anew.
+        Connections that came and went between two calls, refused ones too, count as use: each would start it anew.
         """
         used, self._accepted = busy or accepted != self._accepted, accepted
         if used:
@@ -23,5 +23,5 @@ class IdleExit:
         return after is not None and not used and self.left(now, after) <= 0
 
     def left(self, now: float, after: float) -> float:
-        """Seconds until it is due, if nobody comes."""
+        """Seconds until the exit is due, if nothing comes."""
         return max(self._idle_since + after, self._born + SHORTEST_LIFE) - now

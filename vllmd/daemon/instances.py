@@ -28,9 +28,9 @@ class Instances:
         self._apply_configuration = take
         self._changing = changing
         self._adding: set[asyncio.Task[None]] = set()  # one more engine is being made
-        self._made: dict[str, ReplicaConfig] = {}  # model -> the replicas that it has by us
+        self._made: dict[str, ReplicaConfig] = {}  # model -> its replicas, of those that have some by this class
 
-    # -- where they may be put
+    # -- where engines are put
 
     async def load_on(self, model: str, device: int) -> str:
         """Have one of its engines on that device; the core says which. Raises BadRequest, Conflict."""
@@ -44,17 +44,18 @@ class Instances:
     # -- further ones
 
     def add(self, command: commands.AddReplica) -> None:
-        """Give the model one more engine, on that device, which the core then loads; or tell it that there is none."""
+        """Give the model one more engine, on that device, for the core to load; or tell the core why there is none."""
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._adding.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if self._back.now is not None and (error or task.cancelled()):
+                reason = error.message if isinstance(error, VllmdError) else "it could not be given one more engine"
+                self._back.now.post(events.ReplicaRefused(command.model, command.device, reason))
+
         task = asyncio.ensure_future(self._add(command.model, command.device))
         self._adding.add(task)
-        task.add_done_callback(lambda task: self._added(command, task))
-
-    def _added(self, command: commands.AddReplica, task: asyncio.Task[None]) -> None:
-        self._adding.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if self._back.now is not None and (error or task.cancelled()):
-            reason = error.message if isinstance(error, VllmdError) else "it could not be given one more engine"
-            self._back.now.post(events.ReplicaRefused(command.model, command.device, reason))
+        task.add_done_callback(done)
 
     async def _add(self, model: str, device: int) -> None:
         """Give the model one more engine, on this device. Raises Conflict where that cannot be."""
@@ -63,36 +64,31 @@ class Instances:
             if known is None:
                 raise Conflict(f"{model} is no longer configured")
             if known.replicas and not self._is_ours(known):
-                what = (
-                    f"all {len(known.replicas.of)} replicas of {model} are loaded; replicas in vllmd.yaml(5) gives more"
-                )
-                raise Conflict(what)
-            await self._take(known, self._with_another(known, device))
+                there = f"all {len(known.replicas.of)} replicas of {model} are loaded"
+                raise Conflict(f"{there}; replicas in vllmd.yaml(5) gives more")
+            base = replace(known, replicas=None, aliases=(), replica_of=model)
+            rules = known.replicas or ReplicaConfig(of=(replace(base, name=f"{model}@1"),))
+            taken = {*self._current.config.models, *(one.name for one in rules.of)}
+            name = next(name for n in itertools.count(2) if (name := f"{model}@{n}") not in taken)
+            await self._take(known, replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,)))))
 
     async def drop(self, name: str) -> None:
-        """Forget an engine that was added; the first of a model, and what a file has, stays."""
+        """Remove an engine that was added at run time; a model's first one stays, and what a file has."""
         async with self._changing:
             for model, rules in list(self._made.items()):
                 left = tuple(one for one in rules.of if one.name != name or one is rules.of[0])
                 known = self._current.config.models.get(model)
                 if known and self._is_ours(known) and len(left) < len(rules.of):
-                    with contextlib.suppress(Conflict):  # somebody has it loaded again: it stays
+                    with contextlib.suppress(Conflict):  # a client or operator has it loaded again: it stays
                         fewer = replace(rules, of=left) if len(left) > 1 else None
                         await self._take(known, fewer, frozenset({name}))
 
     def plain(self, model: ModelConfig) -> ModelConfig:
-        """The model without what was added here."""
+        """The model without the replicas that were added here."""
         return replace(model, replicas=None) if self._is_ours(model) else model
 
     def _is_ours(self, model: ModelConfig) -> bool:
         return model.replicas is not None and model.replicas is self._made.get(model.name)
-
-    def _with_another(self, model: ModelConfig, device: int) -> ReplicaConfig:
-        base = replace(model, replicas=None, aliases=(), replica_of=model.name)
-        rules = model.replicas or ReplicaConfig(of=(replace(base, name=f"{model.name}@1"),))
-        taken = {*self._current.config.models, *(one.name for one in rules.of)}
-        name = next(name for n in itertools.count(2) if (name := f"{model.name}@{n}") not in taken)
-        return replace(rules, of=(*rules.of, replace(base, name=name, devices=(device,))))
 
     async def _take(
         self, model: ModelConfig, rules: ReplicaConfig | None, unless_used: frozenset[str] = frozenset()

@@ -3,7 +3,7 @@
 A key is 256 random bits, shown once, and kept as its SHA-256. A slow hash such as bcrypt protects passwords, which can
 be guessed; nobody guesses 256 bits, and a slow hash would cost every request tens of milliseconds.
 
-A change counts at once. The file is written whole or not at all. One that cannot be read shuts the door: without it
+A change counts at once. The file is written whole or not at all. A file that cannot be read shuts the door: without it
 nobody would know whether keys are needed, and a daemon without keys lets everybody in.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from vllmd.api.answers import KeyLine, Keys, NewKey
 from vllmd.config.secrets import digest
 from vllmd.config.types import AuthConfig, Config, KeyConfig
-from vllmd.daemon.current import state_file
+from vllmd.daemon.state_files import state_file, write_whole
 from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable
 
 log = logging.getLogger("vllmd.keys")
@@ -34,7 +33,7 @@ NOT_TOLD = frozenset({"name", "digest"})
 NUMBERS = ("concurrency", "requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month",
            "device_seconds_per_day", "device_seconds_per_month", "priority", "share")  # fmt: skip
 LISTS = {"scopes": ("models", "read", "admin"), "models": ()}
-# What stands for a file that cannot be read: there are keys, and nobody has one. No SHA-256 is called so.
+# Stands for a file that cannot be read: so there are keys, and nobody has one. No SHA-256 is "-".
 SHUT = KeyConfig("(unreadable)", "-", scopes=())
 
 
@@ -67,8 +66,8 @@ class KeyStore:
         if self._path is None:
             return
         try:
-            told = json.loads(self._path.read_text())
-            self._keys = {name: _parse_key(name, each) for name, each in dict(told["keys"]).items()}
+            content = json.loads(self._path.read_text())
+            self._keys = {name: _parse_key(name, each) for name, each in dict(content["keys"]).items()}
             self._unreadable = ""
         except FileNotFoundError:
             self._keys = {}
@@ -107,14 +106,17 @@ class KeyStore:
         return NewKey(name, secret)
 
     def revoke(self, name: str) -> Keys:
-        """Revoke a key: it opens nothing from now on. Raises NotFound, Unavailable."""
+        """Revoke a key, which opens nothing from now on. Raises NotFound, Unavailable."""
         self._parse_key(name)
         self._write({each: made for each, made in self._keys.items() if each != name})
         log.info("the key %s was revoked", name)
         return self.list()
 
     def limit(self, name: str, settings: Mapping[str, object]) -> KeyLine:
-        """Change what is named of it; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
+        """Change the settings of a key that are named; null takes a limit away.
+
+        Raises NotFound, BadRequest, Unavailable.
+        """
         made = self._parse_key(name)
         changed = replace(made, config=_with(made.config, settings))
         self._write({**self._keys, name: changed})
@@ -128,20 +130,17 @@ class KeyStore:
         raise NotFound(f"there is no key called {name!r}")
 
     def _write(self, keys: dict[str, StoredKey]) -> None:
-        """A small file, and seldom: the loop can wait for it. Raises Unavailable."""
+        """Replace the file; it is small and seldom written, so the event loop waits for it.
+
+        Raises Unavailable, Conflict.
+        """
         if self._path is None:
             raise Conflict("this daemon has no state folder to keep keys in; add them to auth.keys")
         if self._unreadable:
             raise Unavailable(self._unreadable)
         text = json.dumps({"keys": {name: _key_as_json(made) for name, made in keys.items()}}, indent=1)
-        part = self._path.with_suffix(".part")
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._path)
+            write_whole(self._path, text)
         except OSError as error:
             raise Unavailable(f"keys cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
         self._keys = keys
@@ -178,13 +177,13 @@ def _with(key: KeyConfig, settings: Mapping[str, object]) -> KeyConfig:
 
 
 def _settings(key: KeyConfig) -> dict[str, object]:
-    """What it has that is not as every key has it."""
-    told: dict[str, object] = {}
+    """The settings of a key that are not the default, but its name and digest."""
+    changed: dict[str, object] = {}
     for each in fields(KeyConfig):
         value = getattr(key, each.name)
         if each.name not in NOT_TOLD and value != each.default:
-            told[each.name] = list(value) if isinstance(value, tuple) else value
-    return told
+            changed[each.name] = list(value) if isinstance(value, tuple) else value
+    return changed
 
 
 def _line(key: KeyConfig, at: float | None) -> KeyLine:
@@ -195,15 +194,15 @@ def _key_as_json(made: StoredKey) -> dict[str, object]:
     return {"digest": made.config.digest, "at": made.at, **_settings(made.config)}
 
 
-def _parse_key(name: str, told: Mapping[str, object]) -> StoredKey:
-    """One that was read. Raises ValueError, KeyError, TypeError where it is none."""
-    settings = {key: value for key, value in told.items() if key not in ("digest", "at")}
-    hexed = digest(f"sha256:{told['digest']}")
+def _parse_key(name: str, content: Mapping[str, object]) -> StoredKey:
+    """A key as read from the file. Raises ValueError, KeyError, TypeError for anything else."""
+    settings = {key: value for key, value in content.items() if key not in ("digest", "at")}
+    hexed = digest(f"sha256:{content['digest']}")
     try:
         config = _with(KeyConfig(str(name), hexed), settings)
     except BadRequest as error:
         raise ValueError(f"the key {name!r}: {error.message}") from None
-    return StoredKey(config, float(str(told["at"])))
+    return StoredKey(config, float(str(content["at"])))
 
 
 def key_store_path(environment: Mapping[str, str], home: Path | None) -> Path | None:

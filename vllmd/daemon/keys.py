@@ -28,7 +28,7 @@ ENGINES_PAGES = "/upstream/"
 BASIC = re.compile(r"\s*basic(?=\s|$)", re.IGNORECASE)
 BEARER = re.compile(r"\s*(?:bearer[:\s]\s*|bearer$)+", re.IGNORECASE)
 MOST_KEYS = 4  # that one request may bring; each is a guess
-# What clients send that want a key and were given none; beside a true key it is no guess.
+# Placeholders of clients that require a key and were given none; beside a true key they are no guess at one.
 PLACEHOLDERS = frozenset(
     ("none", "null", "empty", "dummy", "unused", "not-needed", "sk-no-key-required", "ollama", "lm-studio", "x")
 )
@@ -46,9 +46,10 @@ class ApiKeyAuth:
         failures: FailedLogins | None = None,
         page: Callable[[Request], Caller | None] = lambda request: None,
     ) -> None:
-        """``opens`` tells what a key with a model's name or alias may use; it may raise VllmdError.
+        """``opens`` gives the models that a key may use which has this name or alias; it may raise VllmdError.
 
-        ``page`` tells whose session of the page a request belongs to, None if to none; it may raise Unauthorized.
+        ``page`` gives the caller of the page's session that a request belongs to, None if to none; may raise
+        Unauthorized.
         """
         self._page = page
         self.hosts = hosts or Hosts()
@@ -60,14 +61,14 @@ class ApiKeyAuth:
 
         To be called after a change of ``hosts`` as well.
         """
-        self._word = object()  # what was found before is worth nothing any more
-        self._callers = [(key.digest, _caller(key, opens)) for key in auth.keys]
-        self._by_digest = dict(self._callers)
-        if self._callers:
+        self._word = object()  # identifies this set of keys: what was cached by another one is void
+        self.callers = [(key.digest, _caller(key, opens)) for key in auth.keys]
+        self._by_digest = dict(self.callers)
+        if self.callers:
             models = None if "names" in auth.public else frozenset[str]()
-            self._anonymous = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
+            self.anonymous = Caller(scopes=PUBLIC & {*auth.public} | {OPEN}, models=models, refusal=_no_key)
         else:
-            self._anonymous = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_operator)
+            self.anonymous = Caller(scopes=frozenset({OPEN, HEALTH, METRICS, MODELS}), refusal=_no_operator)
 
     def of_key(self, digest: str) -> Caller | None:
         """What the key of that digest opens; None where there is none."""
@@ -75,45 +76,46 @@ class ApiKeyAuth:
 
     def identify(self, request: Request) -> Caller:
         """The key's owner, or a stranger. Raises Misdirected where there are no keys and the host is not ours."""
-        known = request.headers.found  # the same fields came before
+        known = request.headers.found  # the head is the same as the connection's last one, which was identified
         if known is not None and known[0] is self._word:
             return known[1]
         caller = self._look(request)
         # A wrong key is to be counted each time, and a session of the page may have ended meanwhile.
         # What a password opens depends on the path, too.
-        if (caller.refusal is None or not self._callers) and not caller.page and not by_password(request):
+        if (caller.refusal is None or not self.callers) and not caller.page and not by_password(request):
             request.headers.found = self._word, caller
         return caller
 
     def _look(self, request: Request) -> Caller:
-        if not self._callers:
+        if not self.callers:
             self.hosts.check(request)
         if (signed_in := self._page(request)) is not None:
             return signed_in
-        if not self._callers:
-            return self._anonymous
+        if not self.callers:
+            return self.anonymous
         secrets = presented(request)
         if not secrets:
-            return self._anonymous
+            return self.anonymous
         wait, refused = 0.0, []
         for secret in secrets:
             digest = hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest()
             wait = self._failures.wait(request.peer, digest)
             if wait > 0:
                 continue
-            found = [caller for known, caller in self._callers if hmac.compare_digest(known, digest)]  # no early end
-            if found:
+            # Every key is compared, so that the time does not tell which one it is.
+            callers = [caller for known, caller in self.callers if hmac.compare_digest(known, digest)]
+            if callers:
                 self._failures.passed(request.peer, digest)
-                # Whatever else it brings: a page can add fields to what its browser sends by itself.
+                # Whatever other keys it brings: a page can add fields to what its browser sends by itself.
                 by_itself = secret in by_password(request) and not request.path.startswith(ENGINES_PAGES)
-                return for_pages(found[0]) if by_itself else found[0]
+                return for_pages(callers[0]) if by_itself else callers[0]
             self._failures.failed(request.peer, digest)
             refused.append(digest)
-        return replace(self._anonymous, refusal=_wrong_key if refused else lambda: _too_many(wait))
+        return replace(self.anonymous, refusal=_wrong_key if refused else lambda: _too_many(wait))
 
 
 class PeerCredentialAuth:
-    """The authenticator of an operators' socket: whoever may open it has its scopes.
+    """The authenticator of an operators' socket: a process that may open the socket has its scopes.
 
     The socket's owner, group and mode decide who that is, and the kernel holds
     them to it. Where they let everybody in, only root and we ourselves may.
@@ -130,7 +132,7 @@ class PeerCredentialAuth:
 
 
 class DenyAll:
-    """The authenticator of an address that must not be served; everybody is told why."""
+    """The authenticator of an address that must not be served; every request is refused with the reason."""
 
     def __init__(self, why: str) -> None:
         self._why = why
@@ -145,8 +147,8 @@ def presented(request: Request) -> list[str]:
 
     ``Authorization: Bearer`` (OpenAI) or ``Basic`` (browsers; the key is the password, or the user without one), or the
     key alone; ``x-api-key`` (Anthropic), ``api-key`` (Azure), and a WebSocket's sub-protocol (OpenAI's in browsers).
-    Each field may come several times; a word ``Bearer`` that somebody wrote along with the key is left out. A query's
-    ``key=`` is none: it would stand in every log on the way, and no client of a kind of engine here does so.
+    Each field may come several times; a word ``Bearer`` inside the key's value is left out. A query's
+    ``key=`` is not accepted: it would be in every log on the way, and no engine's clients send it.
     """
     headers, found = request.headers, []
     for name, value in headers:
@@ -165,19 +167,19 @@ def presented(request: Request) -> list[str]:
 
 
 def _bearer(value: str) -> str:
-    """The key, with or without a word before it; "" for what is of another scheme, such as Negotiate."""
+    """The key, with or without a scheme before it; "" for another scheme, such as Negotiate."""
     # A run of spaces is one: the look for the word would begin anew at each of them.
     bare = BEARER.sub("", " ".join(value.split())).strip()
     return "" if " " in bare else bare
 
 
 def _bare(secret: str) -> str:
-    """Without the space and the quotes that came along with it."""
+    """The secret without spaces and quotes around it."""
     return secret.strip().strip("\"'").strip()
 
 
 def by_password(request: Request) -> list[str]:
-    """The secret that a browser was asked for and sends along by itself, with whatever page it shows."""
+    """The secrets that a browser sends by itself, from its password dialogue, along with whatever page it shows."""
     fields = [value for name, value in request.headers if name == "authorization"]
     return [_bare(_password(value)) for value in fields if BASIC.match(value)]
 
@@ -213,7 +215,7 @@ def _names(key: KeyConfig, opens: Callable[[str], Collection[str]]) -> Sequence[
     for name in key.models:
         try:
             names.extend(opens(name))
-        except VllmdError:  # the loader has warned of it
+        except VllmdError:  # an unknown name, of which the loader has warned
             names.append(name)
     return names
 
@@ -223,7 +225,7 @@ def _no_key() -> VllmdError:
 
 
 def _no_operator() -> VllmdError:
-    """Models are open to everybody, so it is for what operators do that a key is missing."""
+    """The error where models are open to everybody, and administration needs a key."""
     what = "no API key was given; administration needs one of the scope admin, or the admin socket, as vllmctl uses it"
     return Unauthorized(what)
 

@@ -1,4 +1,4 @@
-"""How the last start of each engine went: how long it took, and where that time went."""
+"""How the last start of each engine went: the seconds that it took, in all and by phase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_ENGINES = 512  # whose last start is remembered
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of an engine that came through. ``like``: what of the engine made it; another one compiles anew.
+    """One start that came through. ``like``: another start with the same value finds its compiled code.
 
     ``loader``: the load format that was chosen for it, "" for the engine's own.
     """
@@ -25,12 +25,12 @@ class Start:
 
     @property
     def version(self) -> str:
-        """Of the engine; "" where it had no environment."""
+        """The engine's version; "" where it had no environment."""
         return self.like.partition(" ")[2].rpartition("/")[2]
 
     @classmethod
     def read(cls, kept: ForeignJson) -> Start:
-        """One that was written down. Raises where it is none."""
+        """A start as it was written down. Raises KeyError, TypeError or ValueError for anything else."""
         phases = {str(phase): float(seconds) for phase, seconds in dict(kept.get("phases", {})).items()}
         return cls(float(kept["seconds"]), phases, str(kept.get("like", "")), str(kept.get("loader", "")))
 

@@ -1,4 +1,4 @@
-"""Everything that a start needs, decided before anything is done: the place, the launch, the order to the launcher."""
+"""Prepares starts: the place of an engine, its launch, and the order to the launcher, before anything is done."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Paths:
 
 
 def without_key(listen: Listen) -> dict[str, object]:
-    """Where an engine listens, as others may read it: instead of its key only whether it has one."""
+    """An engine's address for files that others may read: its key is replaced by whether there is one."""
     return {**asdict(listen), "key": "yes" if listen.key else "", "owner": None}
 
 
@@ -60,7 +60,7 @@ class LaunchPlanner:
         self._memory = memory
         self._paths = paths
         self._engine_of = engine_of
-        self._ports = ports
+        self.ports = ports
         self.keys = keys or EngineKeys(None)
 
     def configure(self, models: Mapping[str, ModelConfig], estimates: Mapping[str, Estimate]) -> None:
@@ -68,12 +68,12 @@ class LaunchPlanner:
         self._models, self._estimates = models, estimates
 
     def relocate(self, paths: Paths, first_port: int, last_port: int) -> None:
-        """Start engines there, and on ports of that range, from now on; those that run stay where they are."""
+        """Start engines beneath these paths, on ports of that range, from now on; running engines stay."""
         self._paths = paths
-        self._ports.take(first_port, last_port)
+        self.ports.take(first_port, last_port)
 
     def renamed(self, model: ModelConfig, name: str) -> ModelConfig:
-        """The settings of an engine whose replica is called something else now."""
+        """The settings of an engine whose replica has another id now."""
         known = self._models.get(name)
         return replace(model, name=name, replica_of=known.replica_of if known else model.replica_of)
 
@@ -93,7 +93,7 @@ class LaunchPlanner:
             port = launch.listen.port
         finally:
             if port != place.port:
-                self._ports.release(place.port)
+                self.ports.release(place.port)
         process = EngineProcess(model, engine, instance, launch.listen, command.placement, fingerprint(model))
         process.stop, process.stop_signal, process.self_managed = launch.stop, launch.stop_signal, launch.self_managed
         process.watch, process.environment = launch.watch, environment_now(model)
@@ -105,17 +105,17 @@ class LaunchPlanner:
 
     def _place(self, command: commands.StartEngine, run_dir: Path) -> Place:
         devices = self._memory.devices_of(command.placement)
-        told = self._estimates.get(command.replica)
+        estimate = self._estimates.get(command.replica)
         here = self._cpus(self._models[command.replica], devices)
         return Place(
             run_dir=run_dir,
             device_ids=tuple(device.id for device in devices),
             memory=command.memory if devices else 0,
             device_memory=min((device.memory for device in devices), default=0),
-            port=self._ports.reserve(),
+            port=self.ports.reserve(),
             device_files=self._memory.files_of(command.placement),
-            kv_cache=told.kv_cache if told else 0,
-            context=told.context if told else 0,
+            kv_cache=estimate.kv_cache if estimate else 0,
+            context=estimate.context if estimate else 0,
             visible=environment(devices),
             cpus=here.count if here.count < here.machine else 0,
             quota=here.quota is not None and here.count < here.machine,
@@ -152,21 +152,21 @@ class LaunchPlanner:
         special = model.user or launch.cwd or launch.stop or not launch.argv
         if special or not alike or not isinstance(engine, CanStandBy):
             return None
-        found = engine.standby(model, launch)
-        return found and replace(found, env=early(self._variables(model, launch), found.late))
+        standby = engine.standby(model, launch)
+        return standby and replace(standby, env=early(self._variables(model, launch), standby.late))
 
     def _variables(self, model: ModelConfig, launch: Launch) -> dict[str, str]:
         try:
-            found = environments.chosen(model)
+            used = environments.chosen(model)
         except ConfigError:  # which its start says
-            found = None
-        caches = compile_caches.variables(found, self._paths.homes.at(model), one_name(model.engine))
+            used = None
+        caches = compile_caches.variables(used, self._paths.homes.at(model), one_name(model.engine))
         return {**self._paths.homes.variables(model), **caches, **launch.env, **model.env}
 
     def needs(self, model: ModelConfig) -> int:
         """Bytes of host memory that its engine is expected to take."""
-        told = self._estimates.get(model.name)
-        return told.host_running if told else 0
+        estimate = self._estimates.get(model.name)
+        return estimate.host_running if estimate else 0
 
     def _cpus(self, model: ModelConfig, devices: Sequence[Device]) -> Cpus:
         here = cpus().within(model.limits.cpu_quota)
@@ -213,12 +213,12 @@ class LaunchPlanner:
         )
 
     def release(self, process: EngineProcess) -> None:
-        """The engine is gone: its port is free, unless it is somebody else's."""
+        """Free the port of an engine that is gone, unless the port belongs to a remote server."""
         if process.ordered or process.running:
-            self._ports.release(process.listen.port)
+            self.ports.release(process.listen.port)
 
 
 def near_cpus(model: ModelConfig, devices: Sequence[Device]) -> tuple[int, ...]:
-    """The CPUs of the NUMA node that all of its devices are of; none where there is no such, or nobody wants it."""
+    """The CPUs of the NUMA node of all its devices; none where they are of several nodes, or ``numa`` is off."""
     nodes = {device.node for device in devices}
     return devices[0].cpus if model.numa and len(nodes) == 1 and None not in nodes else ()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from vllmd.api.codec import parse, plain
 from vllmd.api.json_types import ForeignJson
 from vllmd.daemon.failures import Failure
 from vllmd.daemon.last_starts import Start, Starts
+from vllmd.daemon.state_files import write_whole
 from vllmd.engines.loaders import LoaderBook
 from vllmd.foreign import Folder
 from vllmd.systemd.throttle import Repeated
@@ -35,7 +35,7 @@ RUNS, DECISIONS, MOST_ENGINES = 3, 5, 512  # of an engine, and engines, that are
 
 
 class Learnt:
-    """The cache file; without a path it remembers nothing."""
+    """The cache file; without a path nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -47,6 +47,7 @@ class Learnt:
         self.failures: dict[str, Failure] = {}  # by engine
         self.loaders = LoaderBook()
         self._written = ""
+        self.trouble = ""  # why it cannot be written now
         self._trouble = Repeated(log)
 
     def decided(self, decision: Decision) -> None:
@@ -72,19 +73,19 @@ class Learnt:
         if self._path is None:
             return
         try:
-            told = Folder(self._path.parent).json(self._path.name)
-            self.costs = dict(told["costs"])
-            runs = dict(told.get("runs", {})).items()
+            content = Folder(self._path.parent).json(self._path.name)
+            self.costs = dict(content["costs"])
+            runs = dict(content.get("runs", {})).items()
             self.runs = {name: [(str(run), float(at)) for run, at in ended] for name, ended in runs}
-            made = dict(told.get("decisions", {})).items()
+            made = dict(content.get("decisions", {})).items()
             self.decisions = {
                 name: [replace(parse(Decision, each), model=name) for each in kept] for name, kept in made
             }
             self.earlier = {name: list(kept) for name, kept in self.decisions.items()}
-            starts = dict(told.get("starts", {})).items()
+            starts = dict(content.get("starts", {})).items()
             self.starts = Starts((name, Start.read(kept)) for name, kept in starts)
-            self.failures = {name: Failure.read(kept) for name, kept in dict(told.get("failures", {})).items()}
-            self.loaders = LoaderBook(told.get("loaders", {}))
+            self.failures = {name: Failure.read(kept) for name, kept in dict(content.get("failures", {})).items()}
+            self.loaders = LoaderBook(content.get("loaders", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error.__cause__, FileNotFoundError):  # nothing has been learnt yet
                 return
@@ -94,7 +95,7 @@ class Learnt:
             self.starts, self.loaders = Starts(), LoaderBook()
 
     def save(self) -> None:
-        """Write it whole or not at all; a full disk is told and costs nothing but the figures."""
+        """Write the file whole or not at all; a full disk is logged, and costs nothing but the figures."""
         if self._path is None:
             return
         failures = {name: asdict(failure) for name, failure in self.failures.items()}
@@ -104,12 +105,11 @@ class Learnt:
         text = json.dumps(kept, sort_keys=True, default=plain)
         if text == self._written:
             return
-        part = self._path.with_suffix(".part")
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part.write_text(text)
-            os.replace(part, self._path)
+            write_whole(self._path, text, sync=False)
             self._written = text
+            self.trouble = ""
             self._trouble.over()
         except OSError as error:
-            self._trouble.say(logging.WARNING, "cannot keep learnt figures in %s: %s", self._path, error)
+            self.trouble = f"learnt figures cannot be kept in {self._path}: {error.strerror or error}"
+            self._trouble.say(logging.WARNING, "%s", self.trouble)

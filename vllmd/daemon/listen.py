@@ -23,9 +23,9 @@ Listeners = dict[str, list[socket.socket]]
 def listeners(
     addresses: tuple[str, ...], environment: Mapping[str, str], owner: tuple[int, int] | None = None
 ) -> Iterator[Listeners]:
-    """``http`` on the addresses (``host:port``, ``[v6]:port`` or a path), ``admin`` where vllmctl looks for it.
+    """Listen: ``http`` at the addresses (``host:port``, ``[v6]:port`` or a path), ``admin`` where vllmctl looks for it.
 
-    ``owner``: user and group who get the admin socket, and the folder if it is made for it.
+    ``owner``: user and group that get the admin socket, and its folder if that is made here.
     Raises OSError if an address cannot be had. Without an admin socket (somebody
     else has it, or there is no place for it) everything works but vllmctl.
     """
@@ -36,24 +36,24 @@ def listeners(
         yield {**own, "admin": [admin]} if admin else own
     finally:
         if admin:
-            with contextlib.suppress(PermissionError):  # in root's folder, by whom root became
+            with contextlib.suppress(PermissionError):  # the folder is root's, and this process is root no more
                 path.unlink(missing_ok=True)
 
 
 def _all_that_can_be_had(addresses: tuple[str, ...]) -> list[socket.socket]:
     """Raises OSError, which names the address. IPv6's loopback alone may be missing beside others: some have none."""
-    found: list[socket.socket] = []
+    opened: list[socket.socket] = []
     for address in addresses:
         try:
-            found.append(_listen(_on_the_same_port(address, found)))
+            opened.append(_listen(_on_the_same_port(address, opened)))
         except OSError as error:
             missing = address.startswith("[::1]:") and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
             if not missing or len(addresses) == 1:
-                for listener in found:
+                for listener in opened:
                     listener.close()
                 raise OSError(error.errno, f"{address}: {_why(address, error)}") from None
             log.info("not listening on %s: this machine has no IPv6", address)
-    return found
+    return opened
 
 
 def _why(address: str, error: OSError) -> str:
@@ -67,16 +67,16 @@ def holder(host: str, port: int) -> str:
     """The process that listens on an address, and its user, as far as we may know."""
     from vllmd.proxy.peers import listener_of, user_named  # for messages only
 
-    found = listener_of(host, port)
-    if found is None:
+    listener = listener_of(host, port)
+    if listener is None:
         return "another process"
     for entry in Path("/proc").glob("[0-9]*/fd/*"):  # those of others only root sees
         with contextlib.suppress(OSError):
-            if os.readlink(entry) == f"socket:[{found.inode}]":
+            if os.readlink(entry) == f"socket:[{listener.inode}]":
                 pid = entry.parts[2]
                 name = Path(f"/proc/{pid}/comm").read_text().strip()
-                return f"{printable(name)} (process {pid}, user {user_named(found.uid)})"
-    return f"a process of the user {user_named(found.uid)}"
+                return f"{printable(name)} (process {pid}, user {user_named(listener.uid)})"
+    return f"a process of the user {user_named(listener.uid)}"
 
 
 def _parts(address: str) -> tuple[str, int]:
@@ -84,15 +84,15 @@ def _parts(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _on_the_same_port(address: str, found: Sequence[socket.socket]) -> str:
-    """An address whose port is free to choose gets the one that was chosen for the first."""
-    chosen = next((each.getsockname()[1] for each in found if each.family != socket.AF_UNIX), 0)
+def _on_the_same_port(address: str, opened: Sequence[socket.socket]) -> str:
+    """An address whose port is free to choose gets the port that was chosen for the first one."""
+    chosen = next((each.getsockname()[1] for each in opened if each.family != socket.AF_UNIX), 0)
     host, _, port = address.rpartition(":")
     return f"{host}:{chosen}" if port == "0" and chosen else address
 
 
-def told(listeners: Mapping[str, Sequence[socket.socket]]) -> str:
-    """Where it can be reached, as people write it: ``http://127.0.0.1:33258 and http://[::1]:33258``."""
+def in_words(listeners: Mapping[str, Sequence[socket.socket]]) -> str:
+    """The addresses, as people write them: ``http://127.0.0.1:33258 and http://[::1]:33258``."""
     places = []
     for name, sockets in listeners.items():
         for listener in sockets:
@@ -135,7 +135,7 @@ def _admin(path: Path, owner: tuple[int, int] | None) -> socket.socket | None:
 
 
 def _alive(path: Path) -> bool:
-    """Whether somebody listens on the socket, or it is only left over."""
+    """Whether a process listens on the socket, or the file is only left over."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

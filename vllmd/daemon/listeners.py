@@ -48,7 +48,7 @@ log = logging.getLogger("vllmd.http")
 
 ADMIN, READ = "admin", "read"  # what their sockets are called
 ENGINES_FAULTS = frozenset({"UpstreamFailed", "Unreached"})  # errors by which a request failed at its engine
-OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to what operators are being told
+OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to answers for operators, which may be streams without an end
 
 
 class Listeners:
@@ -67,24 +67,24 @@ class Listeners:
         ended: Callable[[Exchange], Entry | None] = lambda exchange: None,
         sessions: Path | None = None,
     ) -> None:
-        """``outcome`` is told of each request for a model: its name, the status, and whether the engine failed it.
+        """``outcome`` is called at the end of each request for a model: name, status, and whether the engine failed it.
 
-        ``ended`` is called at the end of every request, and says what is kept of it. ``sessions``: the file in which
-        those of the page outlive the daemon; None: they do not.
+        ``ended`` is called at the end of every request, and returns the entry that is kept of it, if one is.
+        ``sessions``: the file in which sessions of the page outlive the daemon; None: they do not.
         """
-        self._ui, self._tls = config.server.ui, config.server.tls
-        self._sessions = PageSessions(time.time, lambda digest: self._keys.of_key(digest), sessions)
+        self.ui, self.tls = config.server.ui, config.server.tls
+        self._sessions = PageSessions(time.time, lambda digest: self.keys.of_key(digest), sessions)
         self._listeners = listeners
         self._control = control
         self._gate = gate
         failures = FailedLogins(time.monotonic, control.counters.login_failed)
-        self._keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures, self._sessions.identify)
-        self._quotas = quotas
-        self._cors = Cors(config.server.cors_origins)
-        self._limits = limits
-        self._memory = BodyMemory(self._limits.now.max_buffered)  # one for all listeners
+        self.keys = ApiKeyAuth(config.auth, self._opens, Hosts(config.server.hosts), failures, self._sessions.identify)
+        self.quotas = quotas
+        self.cors = Cors(config.server.cors_origins)
+        self.limits = limits
+        self.memory = BodyMemory(self.limits.now.max_buffered)  # one for all listeners
         self._relay = relay
-        self._public = PublicListeners(self._keys)
+        self._public = PublicListeners(self.keys)
         self._outcome = outcome
         self._spoken_tls = Repeated(log)
         self._ended = ended
@@ -104,28 +104,31 @@ class Listeners:
             anybody = any(map(anybody_can_connect, operators))
             operator = PeerCredentialAuth(anybody_can_connect=anybody, read_only=name == READ)
             router = self._router(operator, public=False)
-            self._operators.append(Server(router, self._limits, operators, self._note, self._memory))
+            self._operators.append(Server(router, self.limits, operators, self._note, self.memory))
             yield self._operators[-1]
         clients = [sock for sock in sockets if sock not in operators]
         addresses = {sock.fileno(): address for sock in clients if (address := public_address(sock))}
         private = [sock for sock in clients if sock.fileno() not in addresses]
         public = [sock for sock in clients if sock.fileno() in addresses]
         if private:
-            yield self._server(self._router(self._keys, public=False), private)
+            yield self._server(self._router(self.keys, public=False), private)
         if public:
-            router = self._router(self._keys, public=True)
+            router = self._router(self.keys, public=True)
             server = self._server(router, public)
             self._public.add(router, server, tuple(addresses.values()))
             yield server
 
     def _router(self, authenticator: Authenticator, *, public: bool) -> Router:
-        """``public``: other machines can reach it, so that the page is served only where the configuration says so."""
-        router = Router(authenticator, self._cors)
+        """The routes of a listener.
+
+        ``public``: other machines can reach it, so the page is served only if so configured.
+        """
+        router = Router(authenticator, self.cors)
         page = PageEndpoints(
             self._sessions,
-            lambda: not public if self._ui is None else self._ui,
+            lambda: not public if self.ui is None else self.ui,
             not public,
-            lambda: public and self._tls is not None,
+            lambda: public and self.tls is not None,
             addresses(self._listeners.get("http", ())),
         )
         add_page(router, page)
@@ -136,11 +139,11 @@ class Listeners:
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
-        return Server(router, self._limits, sockets, self._note, self._memory, clients_files())
+        return Server(router, self.limits, sockets, self._note, self.memory, clients_files())
 
     @property
     def connections(self) -> int:
-        """Clients and operators who are connected."""
+        """The number of connections of clients and operators."""
         return sum(server.connections for server in self._servers)
 
     def open(self) -> None:
@@ -151,13 +154,13 @@ class Listeners:
 
     def configure(self, config: Config) -> None:
         """Take what a changed configuration says of clients; connections stay."""
-        self._ui, self._tls = config.server.ui, config.server.tls
-        self._limits.now = config.server
-        self._memory.limit = self._limits.now.max_buffered
-        self._keys.hosts.configure(config.server.hosts)
-        self._keys.configure(config.auth, self._opens)
-        self._quotas.configure(config.auth.keys)
-        self._cors.configure(config.server.cors_origins)
+        self.ui, self.tls = config.server.ui, config.server.tls
+        self.limits.now = config.server
+        self.memory.limit = self.limits.now.max_buffered
+        self.keys.hosts.configure(config.server.hosts)
+        self.keys.configure(config.auth, self._opens)
+        self.quotas.configure(config.auth.keys)
+        self.cors.configure(config.server.cors_origins)
         self._public.configure(config)
 
     @property
@@ -185,7 +188,7 @@ class Listeners:
 
     @property
     def busy(self) -> int:
-        """Clients who are sending a request, or wait for an answer."""
+        """The number of clients that are sending a request or waiting for an answer."""
         return sum(server.busy for server in self._clients)
 
     def drain(self, *, turn_away: bool) -> None:
@@ -200,14 +203,14 @@ class Listeners:
                 server.stop_accepting()
 
     def refuse_unread(self, error: VllmdError) -> None:
-        """Answer clients whose requests are still coming."""
+        """Refuse the requests whose bodies are still arriving."""
         for server in self._clients:
             server.refuse_unread(error)
 
     async def close(self, limit: float) -> None:
         """Let what is under way end within ``limit`` seconds, then cut it off. The listeners stay open.
 
-        Operators watch for as long as they like: they get ``OPERATORS_LIMIT``.
+        Operators' streams end when the operator wants: they get ``OPERATORS_LIMIT``.
         """
         closing = [server.close(limit) for server in self._clients]
         await asyncio.gather(*closing, *(server.close(OPERATORS_LIMIT) for server in self._operators))
@@ -234,7 +237,7 @@ class Listeners:
 
 
 def anybody_can_connect(listener: socket.socket) -> bool:
-    """Whether the mode of a Unix socket lets every user connect (or cannot be told)."""
+    """Whether the mode of a Unix socket lets every user connect; True where the mode cannot be read."""
     path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
     try:
         return bool(os.stat(path).st_mode & stat.S_IWOTH)
@@ -243,7 +246,7 @@ def anybody_can_connect(listener: socket.socket) -> bool:
 
 
 def log_ended(exchange: Exchange) -> None:
-    """One record per request, for whoever looks for a request id; what the client did not get is told in any case."""
+    """Log one record for each request, to be found by its id; an answer that was broken off is logged in any case."""
     broken_off = exchange.status < 400 and exchange.error not in ("", "ClientGone")
     level = logging.INFO if exchange.status >= 500 or broken_off else logging.DEBUG
     if not log.isEnabledFor(level):

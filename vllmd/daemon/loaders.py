@@ -49,9 +49,9 @@ class Loaders:
         wanted: Callable[[], bool] = lambda: False,
         past_the_cache: Callable[[str], None] = lambda replica: None,
     ) -> None:
-        """``files``: what a replica's engine will read; may take its time. ``wanted``: whether the settings say so.
+        """``files`` gives what a replica's engine will read, and may block. ``wanted``: whether it is switched on.
 
-        ``past_the_cache`` is told of a replica whose files will not be read from the page cache.
+        ``past_the_cache`` is called with a replica whose files will not be read from the page cache.
         """
         self._book = LoaderBook() if book is None else book
         self._files, self._wanted, self._past_the_cache = files, wanted, past_the_cache
@@ -60,26 +60,26 @@ class Loaders:
     async def choose(
         self, model: ModelConfig, engine: Engine, order: StartOrder, room: Callable[[int], int]
     ) -> tuple[StartOrder, Loading | None]:
-        """The order with the loader in it; and what there is to be measured, or None.
+        """The order with the chosen loader in it; and what is to be measured, or None.
 
         ``room``: bytes of each device that so many bytes of weights leave of what was promised.
         """
         if not self._wanted() or not isinstance(engine, CanLoadFast):
             return order, None
-        if not (found := engine.loaders(model, order.argv)):
+        if not (candidates := engine.loaders(model, order.argv)):
             return order, None
         try:
             files = await asyncio.to_thread(within, LOOKING, lambda: self._look(model.name))
         except (OSError, Unreadable) as error:
             log.info("%s: its loader is not chosen: %s", model.name, error)
             return order, None
-        except Exception:  # a defect of ours; it loads as it would by itself
+        except Exception:  # a defect of ours; the engine loads as it would by itself
             log.exception("%s: its loader is not chosen", model.name)
             return order, None
         python = interpreter(model, order.argv)
         if not files.size or not (place := loaders.place(python, files)):
             return order, None
-        formats = loaders.fitting(found, files, room(files.size))
+        formats = loaders.fitting(candidates, files, room(files.size))
         chosen = self._book.choose(place, model.name, formats, files.size)
         if chosen:
             log.info("%s: its weights are loaded by %s (%s)", model.name, chosen, place)
@@ -91,9 +91,15 @@ class Loaders:
     def _look(self, replica: str) -> Files:
         return loaders.look(self._files(replica), is_cached, MOUNTS.read_text())
 
-    def came_up(self, loading: Loading | None, spent: Mapping[str, float]) -> None:
-        """A start has come through; where its time went."""
-        if loading and DOWNLOAD not in spent:
+    def came_up(self, loading: Loading | None, spent: Mapping[str, float], *, alone: bool = True) -> None:
+        """A start has come through; where its time went. ``alone``: no other engine was starting meanwhile.
+
+        Of two that share a disk both seem slow. A loader that seems so once is not tried again, so of those only the
+        engine's own counts, where nothing is known of that yet.
+        """
+        if loading is None or DOWNLOAD in spent:
+            return
+        if alone or (not loading.format and not self._book.knows(loading.place)):
             self._book.measured(loading.place, loading.format, spent.get(WEIGHTS, 0.0), loading.size)
 
     def failed(self, model: str, loading: Loading) -> None:
@@ -101,7 +107,7 @@ class Loaders:
         self._book.failed(loading.place, loading.format, model)
 
     def failed_without(self, model: str, loading: Loading) -> None:
-        """Nor has the one without: it may be tried once more, and no more."""
+        """Note that the engine did not come up without it either: the loader may be tried once more, and no more."""
         tried = (loading.place, loading.format, model)
         if tried not in self._excused:
             self._excused.add(tried)

@@ -17,13 +17,13 @@ log = logging.getLogger("vllmd.logfile")
 
 SIZE, KEPT = 10 << 20, 5  # bytes of one file, and how many old ones
 MOST = 200 << 20  # bytes of all runs of a model
-RUNS = 5  # of a model whose files are kept: an engine that dies at once, again and again, must not fill the disk
+RUNS = 5  # runs of a model whose files are kept: an engine that dies at once, again and again, must not fill the disk
 _RUN = re.compile(r"(?P<model>.+)_(?P<name>[a-z0-9-]+)-[0-9a-f]{6}\.log(?:\.\d+)?")
 RATE, BURST = 1 << 20, 8 << 20  # bytes per second in the long run, and at a time
 
 
 class LogFile:
-    """``{model}_{port or instance}.log``; a file that cannot be written is told once and harms nothing.
+    """``{model}_{port or instance}.log``; a file that cannot be written is logged once and harms nothing.
 
     What an engine writes faster than ``RATE`` is left out and counted.
     """
@@ -37,7 +37,7 @@ class LogFile:
         self._room, self._at, self._missed = float(BURST), clock(), 0
 
     def write(self, lines: Iterable[str]) -> None:
-        """Append lines, at most so many in a time; the rest is counted and said."""
+        """Append lines, up to a rate; how many are left out is counted and written."""
         now = self._clock()
         self._room, self._at = min(float(BURST), self._room + (now - self._at) * RATE), now
         for line in lines:
@@ -64,14 +64,14 @@ class LogFile:
 
 
 class _Quiet(RotatingFileHandler):
-    """Says once that it cannot write, instead of a traceback for every line."""
+    """A handler that logs once that it cannot write, instead of printing a traceback for every line."""
 
-    told = False
+    is_logged = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called in the ``except`` of a failed write."""
-        if not self.told:
-            self.told = True
+        if not self.is_logged:
+            self.is_logged = True
             why = sys.exc_info()[1]
             log.error("cannot write %s: %s; its lines are in the journal only", self.baseFilename, why)
 
@@ -89,8 +89,8 @@ def forget_old_runs(folder: Path, model: str) -> None:
     name = re.compile(rf"({re.escape(_safe(model))}_(?:\d+|{re.escape(readable(model))}-[0-9a-f]{{6}}))\.log(?:\.\d+)?")
     runs: dict[str, list[Path]] = {}
     for path in folder.iterdir():
-        if found := name.fullmatch(path.name):
-            runs.setdefault(found[1], []).append(path)
+        if match := name.fullmatch(path.name):
+            runs.setdefault(match[1], []).append(path)
     newest = sorted(runs.values(), key=lambda files: max(file.lstat().st_mtime for file in files), reverse=True)
     room = MOST - SIZE * (KEPT + 1)  # one more is about to begin
     for number, files in enumerate(newest):
@@ -103,12 +103,12 @@ def forget_old_runs(folder: Path, model: str) -> None:
 def forget_removed_models(folder: Path, models: Collection[str]) -> None:
     """Remove the oldest files of models that are none of these any more, until the rest holds ``MOST`` bytes in all.
 
-    By their names alone, so that what somebody else keeps there stays. Raises OSError.
+    By their names alone, so that other files there stay. Raises OSError.
     """
     known, left = {_safe(model) for model in models}, []
     for path in folder.iterdir():
-        found = _RUN.fullmatch(path.name)
-        if found and found["model"] not in known and found["name"] == readable(found["model"]):
+        match = _RUN.fullmatch(path.name)
+        if match and match["model"] not in known and match["name"] == readable(match["model"]):
             left.append((path.lstat(), path))
     room = MOST
     for seen, path in sorted(left, key=lambda entry: entry[0].st_mtime, reverse=True):

@@ -1,4 +1,4 @@
-"""Logins that failed: counted, logged, and slowed for the address that they come from.
+"""Failed logins: counted, logged, and slowed for the address that they come from.
 
 Each address may try some wrong keys, then one per second. What is tried beyond that is not looked at: it is told to
 come back, right or wrong, so that trying many at a time gains nothing. A key that has opened something from this
@@ -20,14 +20,14 @@ log = logging.getLogger("vllmd.http")
 
 FREE_TRIES = 20.0  # wrong keys from one address
 PER_SECOND = 1.0  # and so many more in each second
-MOST_ADDRESSES = 4096  # remembered; whoever failed longest ago is forgotten first
+MOST_ADDRESSES = 4096  # remembered; the one whose last failure is oldest is forgotten first
 MOST_KEYS = 64  # that have opened something, remembered per address
 Clock = Callable[[], float]
 
 
 @dataclass
 class _Address:
-    """What came from one address. ``tries``: how many more wrong keys it has at the time ``at``."""
+    """Failures from one address. ``tries``: how many more wrong keys it may try at the time ``at``."""
 
     at: float
     tries: float = FREE_TRIES
@@ -65,7 +65,7 @@ class FailedLogins:
             known.good.popitem(last=False)
 
     def failed(self, peer: Peer, digest: str) -> None:
-        """A wrong one did; it may have been right before a reload."""
+        """Count a wrong key; it may have been right before a reload."""
         known = self._of(peer)
         known.good.pop(digest, None)
         self._refill(known)

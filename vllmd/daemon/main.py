@@ -23,7 +23,8 @@ from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.disabled import disabled_path
 from vllmd.daemon.event_loop import name_of, new_loop
 from vllmd.daemon.key_store import key_store_path
-from vllmd.daemon.listen import Listeners, listeners, told
+from vllmd.daemon.listen import Listeners, in_words, listeners
+from vllmd.daemon.private_folder import private_folder
 from vllmd.daemon.records import store_path
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import ConfigError
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(broken, file=sys.stderr)
         return EX_CONFIG
     if arguments.check:
-        from vllmd.daemon.check import check  # all that a check needs, nobody else waits for
+        from vllmd.daemon.check import check  # imported by nothing else, so that a start does not wait for it
 
         return check(config, os.environ)
     setup_logging(config.log_level)
@@ -66,10 +67,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
-    """Listen, and live. A broken configuration is served as an error to every client, and repaired by a reload:
+    """Listen, and run the daemon. Returns an exit status.
 
-    an exit status would soon make systemd close the sockets for good.
+    With a broken configuration every client gets an error, and a reload repairs it: exit statuses would soon make
+    systemd close the sockets for good.
     """
+
+    async def live(around: RuntimeEnvironment) -> int:
+        log.info("the event loop is %s", name_of(asyncio.get_running_loop()))
+        daemon = Daemon(await for_this_host(config, around), around, reload, sockets, broken)
+        await daemon.run()
+        return EX_SOFTWARE if daemon.failed else 0
+
     if broken:
         log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
     _raise_file_limit()
@@ -84,7 +93,7 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
         except OSError as error:
             print(f"cannot listen on {error.strerror}", file=sys.stderr)
             return EX_UNAVAILABLE
-        log.info("listening on %s", told(sockets))
+        log.info("listening on %s", in_words(sockets))
         identity.become(config, os.environ, activated=bool(given))
         try:
             around = stack.enter_context(runtime(os.environ, activated=bool(given)))
@@ -92,26 +101,19 @@ def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
             print(error.message, file=sys.stderr)
             return EX_CONFIG
         with asyncio.Runner(loop_factory=lambda: new_loop(config.server.event_loop)) as runner:
-            return runner.run(_live(config, broken, around, reload, sockets))
+            return runner.run(live(around))
 
 
 def _raise_file_limit() -> None:
-    """A client takes two descriptors; the usual soft limit of 1024 is meant for programs that use select()."""
+    """Raise the soft limit of open files: a client takes two; the usual 1024 is for programs that use select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _live(config: Config, broken: str, around: RuntimeEnvironment, reload: Any, sockets: Listeners) -> int:
-    log.info("the event loop is %s", name_of(asyncio.get_running_loop()))
-    daemon = Daemon(await for_this_host(config, around), around, reload, sockets, broken)
-    await daemon.run()
-    return EX_SOFTWARE if daemon.failed else 0
-
-
 def learnt_of(environment: Mapping[str, str]) -> Path | None:
-    """The file in which a daemon without a unit keeps what it learnt, so that the next ``vllmd serve`` knows it.
+    """The file in which a daemon without a unit keeps learnt figures for the next ``vllmd serve``.
 
     In the user's cache, or where ``VLLMD_LEARNT`` says; None where that is empty, and for a user without a home:
     nothing is kept.
@@ -125,13 +127,14 @@ def learnt_of(environment: Mapping[str, str]) -> Path | None:
 
 @contextlib.contextmanager
 def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[RuntimeEnvironment]:
-    """What the unit file says by environment variables; without a run directory a private one while we live."""
-    own = "" if "VLLMD_ENGINE_RUN_DIR" in environment else _private_folder()
+    """What the unit file sets by environment variables; without a run directory a private one, while this lasts."""
     home, cache = environment.get("VLLMD_ENGINE_HOME", ""), environment.get("CACHE_DIRECTORY", "").split(":")[0]
-    try:
+    with contextlib.ExitStack() as stack:
+        given = environment.get("VLLMD_ENGINE_RUN_DIR")
+        run_dir = stack.enter_context(private_folder()) if given is None else Path(given)
         yield RuntimeEnvironment(
             launcher=environment.get("VLLMD_LAUNCHER", ""),
-            run_dir=Path(own or environment["VLLMD_ENGINE_RUN_DIR"]),
+            run_dir=run_dir,
             home=Path(home) if home else None,
             homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
@@ -144,22 +147,6 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             activated=activated,
             environment=environment,
         )
-    finally:
-        if own:
-            import shutil
-
-            shutil.rmtree(own, ignore_errors=True)
-
-
-def _private_folder() -> str:
-    """Raises ConfigError, which says what to do, where no folder for temporary files can be written."""
-    try:
-        import tempfile  # a daemon of a unit needs none
-
-        return tempfile.mkdtemp(prefix="vllmd-")
-    except OSError as error:
-        what = "engines' sockets need a folder; TMPDIR or VLLMD_ENGINE_RUN_DIR names one that can be written"
-        raise ConfigError(f"{error.strerror or error}: {what}") from None
 
 
 def _logs(environment: Mapping[str, str]) -> Path:
@@ -167,14 +154,12 @@ def _logs(environment: Mapping[str, str]) -> Path:
     given = environment.get("LOGS_DIRECTORY", "").split(":")[0]
     if given:
         return Path(given)
-    state = environment.get("XDG_STATE_HOME") or f"{user_home(environment) or _temporary()}/.local/state"
+    state = environment.get("XDG_STATE_HOME")
+    if not state:
+        import tempfile  # most daemons need none
+
+        state = f"{user_home(environment) or tempfile.gettempdir()}/.local/state"
     return Path(state) / "vllmd" / "log"
-
-
-def _temporary() -> str:
-    import tempfile
-
-    return tempfile.gettempdir()
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 NVML can hang on a wedged driver, so every read happens in a thread and under a
 time limit; a device that does not answer is reported, never waited for. Where
-nothing answers any more that is said in ``trouble``, until something does.
+no device answers any more, ``trouble`` says so until one does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllmd.memory")
 
 SAMPLE_LIMIT = 5.0  # seconds for one reading of all devices
-LATE = 0.25  # seconds after which a reading is late; who finds one late does not wait for it as long as its first asker
+LATE = 0.25  # seconds after which a reading counts as late; later callers wait for it no longer than this
 SILENT_AFTER = 2  # failed readings in a row: the first may be a driver that is being reloaded
 RETURN_LIMIT = 10.0  # seconds for freed memory to show as free
 RETURN_POLL = 0.1
@@ -38,7 +38,7 @@ class Memory:
     """What the devices say, attributed to models by their processes."""
 
     def __init__(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
-        self._files = files or {}  # of declared devices, for stand-in engines
+        self.files = files or {}  # of declared devices, for stand-in engines
         self.last: Sample | None = None
         self.power = Power()
         self._reading: asyncio.Future[Sample] | None = None
@@ -50,7 +50,7 @@ class Memory:
     def use_devices(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
         """Go on with these devices."""
         self._devices = devices
-        self._files = self._files if files is None else files
+        self.files = self.files if files is None else files
         self.inventory: tuple[Device, ...] = devices.inventory()
         self._by_index = {device.index: device for device in self.inventory}
         self.readable = devices.readable
@@ -63,7 +63,7 @@ class Memory:
 
     @property
     def trouble(self) -> str:
-        """Why nobody knows what devices there are, or what they hold; "" if it is known."""
+        """Why nobody knows which devices there are, or what they hold; "" if that is known."""
         if self._devices.trouble:
             return str(self._devices.trouble)
         return self._silent if self._failures >= SILENT_AFTER else ""
@@ -83,12 +83,12 @@ class Memory:
         return gpus([self._by_index[index] for index in placement.devices])
 
     def files_of(self, placement: Placement) -> tuple[str, ...]:
-        """The files in which stand-ins keep who holds how much of these devices; none unless all have one."""
-        files = tuple(str(self._files[index]) for index in placement.devices if index in self._files)
+        """The files in which stand-ins write how much they hold of these devices; none unless all devices have one."""
+        files = tuple(str(self.files[index]) for index in placement.devices if index in self.files)
         return files if len(files) == len(placement.devices) else ()
 
     def about(self, view: DeviceView) -> DeviceNow:
-        """What a device is, and how it was at the last reading; None where it does not tell."""
+        """A device's properties, and its last reading; None where the device does not tell."""
         device, last = self._by_index.get(view.index), self.last.devices.get(view.index) if self.last else None
         return DeviceNow(
             **asdict(view),
@@ -105,7 +105,7 @@ class Memory:
         )
 
     async def sample(self) -> Sample | None:
-        """One reading of all devices, shared by all who ask meanwhile; None if they cannot be read or do not answer."""
+        """One reading of all devices, shared by concurrent callers; None if they cannot be read or do not answer."""
         if not self.readable:
             return None
         reading = self._reading
@@ -153,15 +153,15 @@ class Memory:
         external, models = attribute(sample, {name: _pids(process) for name, process in processes.items()}, expected)
         self.power.note(sample, models, idle)
         for (name, index), size in models.items():
-            if name in processes and processes[name].self_managed:  # what it does not hold now it may take any time
+            if name in processes and processes[name].self_managed:  # it may take what it has given back at any time
                 models[name, index] = max(size, expected.get((name, index), 0))
         return events.MemorySampled(external, models, dict(sample.failed), dict(self.power.since_used))
 
     async def held(self, process: EngineProcess) -> dict[int, int]:
-        """Bytes per device index that the engine's processes hold now, of those devices that tell it.
+        """Bytes per device index that the engine's processes hold now, of those devices that tell.
 
-        One that has no device asks none: a driver that hangs is nothing to it. What is hidden is not nothing: a sleep
-        would seem to have freed none of it.
+        For an engine without a device no reading is made: a driver that hangs must not hold it up. A device that hides
+        processes is left out, not counted as 0: a sleep would seem to have freed nothing of it.
         """
         sample = await self.sample() if process.placement.devices else None
         if sample is None or process.running is None:
@@ -171,17 +171,17 @@ class Memory:
         except OSError:  # we have no file descriptor to look with
             return {}
         _, models = attribute(sample, {name: pids})
-        found: dict[int, int] = {}
+        held: dict[int, int] = {}
         for index in process.placement.devices:
             device = sample.devices.get(index)
             if (name, index) in models:
-                found[index] = models[name, index]
+                held[index] = models[name, index]
             elif device and not device.hides_processes and pids.isdisjoint(device.unsized):
-                found[index] = 0
-        return found
+                held[index] = 0
+        return held
 
     async def settled(self, process: EngineProcess, before: Mapping[int, int]) -> dict[int, int]:
-        """What it holds once that has fallen below ``before``, or after the limit; empty if it cannot be known."""
+        """The bytes that it holds once they have fallen below ``before``, or after the limit; empty if unknown."""
         end = time.monotonic() + RETURN_LIMIT
         while True:
             held = await self.held(process)
@@ -195,9 +195,9 @@ class Memory:
         return {index: device.ownerless for index, device in self.last.devices.items()} if self.last else {}
 
     async def missing(self, before: Mapping[int, int], ownerless: Mapping[int, int]) -> dict[int, int]:
-        """After an engine's end: bytes per device of ``before`` that nobody owns and nobody got back.
+        """Bytes per device of ``before`` that the driver has not given back after the engine's end.
 
-        ``ownerless``: what nobody owned while it still ran.
+        ``ownerless``: bytes that no process held while the engine still ran.
         """
         missing: dict[int, int] = {}
         for _ in range(round(RETURN_LIMIT / RETURN_POLL)):

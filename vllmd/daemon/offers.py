@@ -53,13 +53,17 @@ class Offers:
     ) -> None:
         self._offers: dict[str, Offer] = {}
         for model in models.values():
-            for offer in (*_adapters(model, adapters_of(model)), *_variants(model)):
+            for offer in _offers_of(model, adapters_of(model)):
                 if offer.name not in models:
                     self._offers.setdefault(offer.name, offer)
         self._pools = dict(pools)
         named = {name: model.name for model in models.values() for name in (model.name, *model.aliases)}
         named |= {name: name for name in self._offers}
-        self._members = {name: _known(pool, named) for name, pool in pools.items()}
+        # Members that are not configured here are for other machines, or not in the cache yet.
+        self._members = {
+            name: tuple(dict.fromkeys(named[member] for member in pool.models if member in named))
+            for name, pool in pools.items()
+        }
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._offers, *self._pools))
@@ -69,13 +73,13 @@ class Offers:
         return self._offers.get(name)
 
     def pool(self, name: str) -> Sequence[str] | None:
-        """The members of the pool of this name, by the names that they are offered by; None if there is none."""
+        """The members of a pool, by the names that they are offered by; None if there is no such pool."""
         return self._members.get(name)
 
     def opened_by(self, name: str) -> frozenset[str]:
         """What a key that names a model or an offer may use: of a model its variants, too, of a pool its members.
 
-        An adapter is another model: a key must name it.
+        An adapter is a model of its own: a key must name it.
         """
         members = self._members.get(name, ())
         opened = {name, *members}
@@ -95,28 +99,20 @@ class Offers:
                 yield _pool_card(name, pool, members)
 
 
-def _adapters(model: ModelConfig, adapters: Mapping[str, Adapter]) -> Iterator[Offer]:
+def _offers_of(model: ModelConfig, adapters: Mapping[str, Adapter]) -> Iterator[Offer]:
+    """The adapters of a model, of the configuration and loaded at run time, and its variants."""
     for name, adapter in adapters.items():
-        if not name:
-            continue
-        told = model.adapters.get(name)
-        about = (told.display_name, told.description, told.hidden) if told else ()
-        yield Offer(name, model.name, adapter.path, True, RequestRules(set=adapter.members), *about)
-
-
-def _variants(model: ModelConfig) -> Iterator[Offer]:
-    for name, told in model.variants.items():
-        about = (told.display_name, told.description, told.hidden)
-        yield Offer(name, model.name, "", False, told.request, *about)
-
-
-def _known(pool: PoolConfig, named: Mapping[str, str]) -> tuple[str, ...]:
-    """The members that are here; models that are meant for other machines, or not in the cache yet, are not."""
-    return tuple(dict.fromkeys(named[member] for member in pool.models if member in named))
+        if name:
+            config = model.adapters.get(name)
+            about = (config.display_name, config.description, config.hidden) if config else ()
+            yield Offer(name, model.name, adapter.path, True, RequestRules(set=adapter.members), *about)
+    for name, variant in model.variants.items():
+        about = (variant.display_name, variant.description, variant.hidden)
+        yield Offer(name, model.name, "", False, variant.request, *about)
 
 
 def _pool_card(name: str, pool: PoolConfig, members: Sequence[Card]) -> Card:
-    """A pool for ``/v1/models``: what all of its members can do, and the state of the one that has come furthest."""
+    """A pool's card: the abilities that all members have, and the state of the member that answers soonest."""
     able = set.intersection(*(set(card.capabilities) for card in members))
     lengths = [card.max_model_len for card in members if card.max_model_len]
     best = min(members, key=lambda card: ORDER.get(card.state, len(ORDER)))

@@ -44,33 +44,36 @@ class OperatorCommands:
         (await self._back.wait()).perform(getattr(events, event)(**fields))
 
     async def load(self, model: str) -> None:
-        """Have it started or woken; of several replicas one whatever it takes, the others where they fit.
+        """Start or wake a model; of several replicas one by any means, the others where they fit.
 
         Raises ModelTooLarge for one that can never be.
         """
         await (await self._back.wait()).asked(events.LoadAsked(model))
 
     async def unload(self, model: str, *, force: bool, device: int | None = None) -> None:
-        """Have it stopped, or only its engines on that device; clears a failure."""
+        """Stop a model, or only its engines on that device; clears a failure."""
         (await self._back.wait()).perform(events.StopAsked(model, force, device))
 
     async def sleep(self, model: str, level: int) -> None:
-        """Have it put to sleep, or stopped at 3. Raises Conflict for one that is not loaded and is to sleep."""
+        """Put a model to sleep, or stop it at level 3. Raises Conflict for a sleep of a model that is not loaded."""
         await (await self._back.wait()).asked(events.SleepAsked(model, level))
 
     async def disable(self, model: str, message: str | None) -> None:
-        """Have clients told ``message``, and the engine stopped, until it is enabled. Raises Unavailable."""
+        """Take a model out of use until it is enabled: clients get ``message``, engines are stopped.
+
+        Raises Unavailable.
+        """
         back = await self._back.wait()
         back.perform(await self._disabled.add(model, message or ""))
 
     async def enable(self, model: str) -> None:
-        """Serve it again, with all its replicas. Raises Unavailable."""
+        """Serve a model again, with all its replicas. Raises Unavailable."""
         back = await self._back.wait()
         await self._disabled.remove(model, *self._engines_of(model))
         back.perform(events.ModelEnabled(model))
 
     async def lease(self, model: str, lease: str, seconds: float | None) -> None:
-        """Keep it for ``seconds``; of several replicas one that serves."""
+        """Keep a model loaded for ``seconds``; of several replicas one that serves."""
         back = await self._back.wait()
         back.perform(events.LeaseTaken(lease, model, None if seconds is None else back.dispatcher.now() + seconds))
 
@@ -79,7 +82,7 @@ class OperatorCommands:
         (await self._back.wait()).perform(events.LeaseReleased(lease, stop))
 
     async def probe(self, model: str, all: bool, *, limit: float | None) -> Probed:
-        """Ask each engine of it that serves its probe, all at the same time."""
+        """Send each engine of the model that serves its probe, all at the same time."""
         return await probe(await self._back.wait(), model, limit, everybody=all)
 
     async def kill(self, pid: int, *, force: bool) -> Killed:
@@ -93,7 +96,7 @@ class OperatorCommands:
         return await (self._suspension.begin(back) if suspended else self._suspension.end(back))
 
     async def drain(self, device: int, drained: bool) -> Device:
-        """Take a device out of use, or give it back; how it is then. Raises NotFound."""
+        """Take a device out of use, or give it back; returns its state then. Raises NotFound."""
         back = await self._back.wait()
         back.perform(events.DeviceDrained(device, drained))
         for view in back.activity().devices:

@@ -1,4 +1,4 @@
-"""What this machine's own traffic would have met with other devices, models or rules: simulated beside how it is.
+"""Plans: this machine's recorded traffic, simulated with other devices, models or rules beside how it is now.
 
 It is computed by a process of its own (``simulate/what_if.py``), one at a time, with a bound on what it is given and on
 how long it takes: the loop that serves requests only waits for it.
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import vllmd
 from vllmd.api.answers import Plan
 from vllmd.api.codec import parse
-from vllmd.config.types import Config
 from vllmd.daemon.current import Current, Later
 from vllmd.errors import BadRequest, Conflict, NotFound, TookTooLong, Unavailable
 from vllmd.records.trace import Arrival
@@ -36,7 +35,7 @@ log = logging.getLogger("vllmd")
 
 MOST_REQUESTS = 20_000  # a second of computing for each thousand, as a rule; the last ones count
 LIMIT = 240.0  # seconds for both runs
-SHOWN = 7 * 86400.0  # seconds back, where nothing else is said
+SHOWN = 7 * 86400.0  # seconds back, where the question names no beginning
 AS_IT_IS, CHANGED = "as it is", "with the change"
 
 
@@ -77,37 +76,34 @@ class Plans:
         config = self._current.config
         base = with_devices(config, present)
         base = replace(base, host_memory=back.activity().host_memory)
-        asked = what_if(base, devices or "", policy or "", host_memory or "", models, list(ALL))
+        changed = what_if(base, devices or "", policy or "", host_memory or "", models, list(ALL))
         if self._runs:
             raise Conflict("another plan is being computed; one runs at a time")
         self._runs = True
         try:
-            found, number = await self._arrivals(time.time() - SHOWN if since is None else since, MOST_REQUESTS)
-            if not found:
+            arrivals, number = await self._arrivals(time.time() - SHOWN if since is None else since, MOST_REQUESTS)
+            if not arrivals:
                 raise NotFound("nothing was recorded in that time that could be planned with")
             cases = [(AS_IT_IS, base)] if present else []
-            cases += [(CHANGED, asked)] if asked != base or not present else []
-            cases, cache = [(name, _bare(each)) for name, each in cases], self._cache()
-            question = await asyncio.to_thread(lambda: pickle.dumps(Question(cases, rows_of(found), cache)))
+            cases += [(CHANGED, changed)] if changed != base or not present else []
+            # Without secrets, and without what a plan does not need.
+            cases = [(name, replace(each, auth=type(each.auth)(), origins={}, warnings=())) for name, each in cases]
+            cache = self._cache()
+            question = await asyncio.to_thread(lambda: pickle.dumps(Question(cases, rows_of(arrivals), cache)))
             plan = await _simulated(question)
         finally:
             self._runs = False
         if not plan.runs:
             raise NotFound(f"nothing that was recorded can be planned with: {plan.left_out}")
-        return replace(plan, since=min(a.at for a in found) / 1000, recorded=number)
+        return replace(plan, since=min(a.at for a in arrivals) / 1000, recorded=number)
 
 
 def rows_of(arrivals: deque[Arrival]) -> list[Row]:
     """The trace, the first request at 0."""
-    from vllmd.simulate.trace import Row  # the simulator is loaded once somebody plans
+    from vllmd.simulate.trace import Row  # the simulator is imported by the first plan
 
     ordered = sorted(arrivals)
     return [Row((a.at - ordered[0].at) / 1000, a.model, a.prompt, a.answer, a.key) for a in ordered]
-
-
-def _bare(config: Config) -> Config:
-    """Without what is nobody else's business, and what a plan has no use for."""
-    return replace(config, auth=type(config.auth)(), origins={}, warnings=())
 
 
 async def _simulated(question: bytes) -> Plan:
@@ -125,7 +121,7 @@ async def _simulated(question: bytes) -> Plan:
         limit=1 << 24,
     )
     try:
-        told, complaint = await asyncio.wait_for(process.communicate(question), LIMIT)
+        output, errors = await asyncio.wait_for(process.communicate(question), LIMIT)
     except TimeoutError:
         raise TookTooLong(f"the plan was not computed within {LIMIT:.0f} s; ask for a shorter time") from None
     finally:
@@ -134,9 +130,9 @@ async def _simulated(question: bytes) -> Plan:
                 process.kill()
             await process.wait()
     if process.returncode != 0:
-        log.error("a plan failed: %s", complaint.decode(errors="replace"))
+        log.error("a plan failed: %s", errors.decode(errors="replace"))
         raise Unavailable("the plan could not be computed; the daemon's log says why")
-    answer = json.loads(told)
+    answer = json.loads(output)
     if "error" in answer:
         raise BadRequest(str(answer["error"]))
     return parse(Plan, answer)

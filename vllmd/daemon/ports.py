@@ -10,7 +10,7 @@ from vllmd.place import PortLimits, port_limits
 
 
 class PortPool:
-    """TCP ports for engines that have no Unix sockets: each given once until it comes back.
+    """TCP ports for engines that have no Unix sockets: each is reserved by one engine at a time.
 
     Those come last that the kernel may give to an outgoing connection at any moment, be it between our look and the
     engine's; those that only root may listen on do not come at all.
@@ -18,36 +18,36 @@ class PortPool:
 
     def __init__(self, start: int, end: int, limits: PortLimits | None = None) -> None:
         self._limits = port_limits() if limits is None else limits
-        self._range = range(start, end + 1)
+        self.range = range(start, end + 1)
         self._free = self._ordered(frozenset())
 
     def take(self, start: int, end: int) -> None:
-        """Have this range from now on; a port that is in use is not given again before it comes back."""
-        used = frozenset(self._range) - frozenset(self._free)
-        self._range = range(start, end + 1)
+        """Use this range from now on; a port of it that is in use is reserved until it is released."""
+        used = frozenset(self.range) - frozenset(self._free)
+        self.range = range(start, end + 1)
         self._free = self._ordered(used)
 
     def _ordered(self, used: frozenset[int]) -> deque[int]:
-        usable = (port for port in self._range if port >= self._limits.least and port not in used)
+        usable = (port for port in self.range if port >= self._limits.least and port not in used)
         return deque(sorted(usable, key=lambda port: (self._limits.taken(port), port)))
 
     def reserve(self) -> int:
-        """A port that no other engine of ours has and nobody listens on. Raises Unavailable when there is none."""
+        """Reserve a port at which nobody listens. Raises Unavailable when there is none."""
         for _ in range(len(self._free)):
             port = self._free[0]
             if _is_free(port):
                 return self._free.popleft()
             self._free.rotate(-1)
-        raise Unavailable(f"all engine ports {self._range.start}-{self._range.stop - 1} are in use")
+        raise Unavailable(f"all engine ports {self.range.start}-{self.range.stop - 1} are in use")
 
     def release(self, port: int) -> None:
-        """Give it back, to be used last again."""
-        if port in self._range and port not in self._free:
+        """Free a port, to be reserved last again."""
+        if port in self.range and port not in self._free:
             self._free.append(port)
 
 
 def _is_free(port: int) -> bool:
-    """Whether nobody listens on the loopback port. Raises Unavailable where we have no socket to find out with."""
+    """Whether no process listens on the loopback port. Raises Unavailable without a file descriptor to find out."""
     try:
         probe = socket.socket()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Watts and joules, per device and per engine, over time; and what engines draw while nobody uses them.
+"""Watts and joules, per device and per engine, over time; and what engines draw while no request runs in them.
 
 A device tells what it draws, not for whom. Its draw is shared out among the engines that hold memory there, by how much
 each holds: exact where one has the device, a convention where several do. What nobody of ours holds is nobody's.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from vllmd.gpu import Sample
 
-LONGEST = 30.0  # seconds between readings beyond which nobody knows what was drawn
+LONGEST = 30.0  # seconds between readings beyond which it is unknown what was drawn
 NOBODY: Mapping[str, float] = {}
 
 
@@ -50,7 +50,10 @@ class Power:
         self._note_unused(idle, passed)
 
     def _note_unused(self, idle: Mapping[str, float], passed: float) -> None:
-        """One that was used since the last reading begins anew; what it drew before its last request's end was used."""
+        """Add up what unused engines drew.
+
+        One that was used since the last reading counts from its last request's end.
+        """
         drawn = {name: self.watts.get(name, 0.0) * min(passed, seconds) for name, seconds in idle.items()}
         for name, joules in drawn.items():
             self.unused_joules[name] += joules

@@ -1,7 +1,7 @@
-"""What can be known of models before anything runs: what they will take, and which of them can never work.
+"""What can be known of models before an engine starts: their footprints, and which models can never work.
 
-The daemon says it in its log at start and at each reload and serves the others;
-``vllmd --check`` says it and fails.
+The daemon logs it at its start and at each reload, and serves the other models;
+``vllmd --check`` prints it and fails.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ log = logging.getLogger("vllmd")
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """A model, its engine and what it is expected to take.
+    """A model with its engine kind and its estimated footprint.
 
-    ``problem``: why it can never run; "" if it can. ``kind``: what its files are for, see ``fitness``.
+    ``problem``: why it can never run; "" if it can. ``kind``: the kind of model that its files are of, see ``fitness``.
     """
 
     model: ModelConfig
@@ -70,14 +70,14 @@ def _check_model(
 ) -> ModelCheck:
     allowed = [device for device in machine.gpus if not model.devices or device.index in model.devices]
     device_memory = min((device.memory for device in allowed), default=0)
-    told = estimate(model, machine.homes.hub(model), device_memory, memory)
+    expected = estimate(model, machine.homes.hub(model), device_memory, memory)
     engine = engine_of(model)
-    wrong = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, told, machine.gpus)
-    return ModelCheck(model, engine, told, wrong, kind_of(model, machine.homes.hub(model)))
+    problem = unknown_user(model) or _refusal(model, engine, machine) or too_large(model, expected, machine.gpus)
+    return ModelCheck(model, engine, expected, problem, kind_of(model, machine.homes.hub(model)))
 
 
 def _refusal(model: ModelConfig, engine: Engine, machine: Machine) -> str:
-    """What its engine says against its settings, found by composing a start that is not carried out."""
+    """Why the engine kind refuses the model's settings, "" if it does not; found by preparing a start for nothing."""
     devices = machine.gpus[: engine.device_count(model)]
     place = Place(
         run_dir=machine.run_dir / "check-000000",
@@ -99,7 +99,7 @@ def wrong(prospects: Iterable[ModelCheck]) -> list[str]:
 
 
 def doubtful(prospects: Sequence[ModelCheck], machine: Machine) -> list[str]:
-    """What works, but hardly as meant."""
+    """Warnings: what works, but hardly as intended."""
     pinned = [(each.model, each.estimate) for each in prospects if each.model.pin]
     overfull = overfull_pins(pinned, machine.gpus)
     notes = [f"{each.model.name}: {note}" for each in prospects for note in each.estimate.notes]

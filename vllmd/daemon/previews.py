@@ -1,4 +1,4 @@
-"""What an operator's verb would do, in a few sentences, before it is said; the core tells it (``core/preview.py``)."""
+"""What an operator's verb would do, in a few sentences, before it is done; from the core's ``core/preview.py``."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class Previews:
         }
 
     async def of_model(self, model: str, action: str, *, caller: Caller = ANYBODY) -> Preview:
-        """What the verb would do with a model or a replica. Raises UnknownModel. Others than his are not named to who
-        may use some models only.
+        """What the verb would do with a model or a replica. Raises UnknownModel.
+
+        A caller who may use some models only is not told the names of others.
         """
         back = await self._back.wait()
         text, possible = self._of_model[action](back, _view(back, model), caller)
@@ -154,7 +155,7 @@ def _outcome(each: Leaving) -> str:
 
 
 def _leaving(each: Leaving) -> str:
-    """The end of its requests, what becomes of it, and how it comes back."""
+    """The end of its requests, what becomes of the engine, and how it comes back."""
     host = {1: "Its weights move to host memory", 2: "Its weights are dropped", 0: "Its engine is stopped"}[each.level]
     back = "wakes it" if each.level else "starts it again"
     if each.state is State.SLEEPING and each.level:

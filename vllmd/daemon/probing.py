@@ -1,10 +1,9 @@
-"""A model's engines asked their probe all at the same time, because an operator wants to know who is fastest."""
+"""Probes to all engines of a model at the same time, for an operator who wants to know which one is fastest."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one probe: its seconds, or None and why it has none; ``abandoned``: it was not waited for."""
+    """The result of one probe: its seconds, or None and why; ``abandoned``: a faster engine had answered before."""
 
     seconds: float | None
     message: str
@@ -34,40 +33,46 @@ class Outcome:
 
 
 async def probe(back: BackEnd, model: str, limit: float | None, *, everybody: bool) -> Probed:
-    """Every engine of the model that serves, fastest first; but for ``everybody`` none is waited for in vain.
+    """Probe every engine of the model that serves, and rank them. Without ``everybody`` the first answer ends it.
 
-    Raises Conflict where none of them serves.
+    Raises Conflict where no engine serves.
     """
-    processes = _serving(back, model)
+    # 1. The engines that serve.
+    views = back.replicas_of(model)
+    processes = [back.engines.processes[view.id] for view in views if view.state is State.READY]
+    if not processes:
+        state = state_of(views[0]) if views else "gone"
+        raise Conflict(f"{model} does not serve now ({state}), and a probe loads nothing")
+    # 2. Their probes, which begin together: an engine that has not answered when another one has is slower.
     rules = processes[0].model.replicas or ReplicaConfig()
     asking = [asyncio.ensure_future(_ask(back, process, limit or rules.probe_limit)) for process in processes]
+    waiting, answered = set(asking), False
     try:
-        await _raced(asking, everybody=everybody)
-        found = _results(asking)
+        while waiting and (everybody or not answered):
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            answered = answered or any(each.result().seconds is not None for each in done)
+        outcomes = [each.result() if each.done() else None for each in asking]
     finally:
         for each in asking:
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
-    ranked = sorted(zip(processes, found, strict=True), key=lambda pair: _rank(pair[1]))
+    # 3. The ranking: the fastest first, then those that were slower, then those that failed.
+    best = min((each.seconds for each in outcomes if each and each.seconds is not None), default=0.0)
+    slower = Outcome(None, f"slower than {best:.3f} s", abandoned=True)
+    ranked = sorted(
+        zip(processes, (each or slower for each in outcomes), strict=True),
+        key=lambda pair: (pair[1].seconds is None, not pair[1].abandoned, pair[1].seconds or 0.0),
+    )
     lines = tuple(ProbedReplica(process.name, each.seconds, each.message) for process, each in ranked)
     return Probed(model, lines[0].name if lines[0].seconds is not None else None, lines)
 
 
-def _serving(back: BackEnd, model: str) -> list[EngineProcess]:
-    known = back.replicas_of(model)
-    processes = [back.engines.processes[view.id] for view in known if view.state is State.READY]
-    if not processes:
-        state = state_of(known[0]) if known else "gone"
-        raise Conflict(f"{model} does not serve now ({state}), and a probe loads nothing")
-    return processes
-
-
 async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Outcome:
-    """One probe, of which the core knows while it runs."""
-    request = f"asked-{next(_numbers)}"
+    """Send one probe, which the core counts as a request of that replica."""
+    request = f"operator-{next(_numbers)}"
     try:
         await back.asked(events.ProbeAsked(request, process.name))
-    except Conflict as refusal:  # it has left since it was looked for
+    except Conflict as refusal:  # the replica has left meanwhile
         return Outcome(None, refusal.message)
     seconds, why = None, "abandoned"
     try:
@@ -77,24 +82,3 @@ async def _ask(back: BackEnd, process: EngineProcess, limit: float) -> Outcome:
     finally:
         back.post(events.ReplicaProbed(request, seconds, why))
     return Outcome(seconds, why)
-
-
-async def _raced(asking: Sequence[asyncio.Task[Outcome]], *, everybody: bool) -> None:
-    """Wait for all, or until one has answered: they began together, so whoever has not is slower than that one."""
-    waiting = set(asking)
-    while waiting:
-        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not everybody and any(each.result().seconds is not None for each in done):
-            return
-
-
-def _results(asking: Sequence[asyncio.Task[Outcome]]) -> list[Outcome]:
-    done = [each.result() for each in asking if each.done()]
-    best = min((each.seconds for each in done if each.seconds is not None), default=0.0)
-    slower = Outcome(None, f"slower than {best:.3f} s", abandoned=True)
-    return [each.result() if each.done() else slower for each in asking]
-
-
-def _rank(each: Outcome) -> tuple[bool, bool, float]:
-    """The fastest first, then who was only slower, then who failed."""
-    return each.seconds is None, not each.abandoned, each.seconds or 0.0

@@ -1,4 +1,4 @@
-"""What holds at addresses that other machines can reach: TLS where it is configured, and no service without keys."""
+"""The rules for addresses that other machines can reach: TLS where it is configured, and no service without keys."""
 
 from __future__ import annotations
 
@@ -35,32 +35,25 @@ class PublicListeners:
 
     def configure(self, config: Config) -> None:
         """Apply the rules of a configuration, with the certificate's files as they are now."""
-        for each in self._servers:
-            each.router.fenced = bool(config.server.ui)
-            self._require_keys(each, config)
-        self._encrypt(config)
-
-    def _require_keys(self, public: _Public, config: Config) -> None:
-        """Refuse every request while there are no keys, unless that was allowed."""
-        if config.auth.keys or config.auth.allow_anonymous:
-            public.router.authenticator = self._keys
-            return
-        why = (
-            f"vllmd does not serve {', '.join(public.addresses)}, which others can reach, without keys: "
-            "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
-        )
-        log.error("%s", why)
-        public.router.authenticator = DenyAll(why)
-
-    def _encrypt(self, config: Config) -> None:
-        """Speak TLS with new connections, or no longer; ``config.checks`` has seen the files."""
+        # 1. TLS, for new connections; ``config.checks`` has seen the files.
         tls, context = config.server.tls, None
         if tls is not None and tls.cert and tls.key and self._servers:
             from vllmd.config.tls import context as made
 
             context = made(tls.cert, tls.key)
-        for each in self._servers:
-            each.server.tls = context
+        for public in self._servers:
+            public.server.tls = context
+            public.router.fenced = bool(config.server.ui)
+            # 2. Keys: while there are none every request is refused, unless anonymous use is allowed.
+            if config.auth.keys or config.auth.allow_anonymous:
+                public.router.authenticator = self._keys
+                continue
+            why = (
+                f"vllmd does not serve {', '.join(public.addresses)}, which others can reach, without keys: "
+                "add one to auth.keys, or set auth.allow_anonymous if everybody may use it"
+            )
+            log.error("%s", why)
+            public.router.authenticator = DenyAll(why)
 
 
 def public_address(listener: socket.socket) -> str:

@@ -3,7 +3,7 @@
 A bucket holds a minute's worth and fills steadily. A request takes one from the
 requests' bucket when it arrives, and about its prompt from the tokens'; what it took
 in all is known only afterwards, and then put right by the answer's usage, or by the
-answer's size where that does not tell (a stream, unless it was asked to). So the tokens'
+answer's size where the answer does not tell (a stream, unless it was asked to). So the tokens'
 bucket may go below zero, and the key waits until it is above again.
 """
 
@@ -49,7 +49,7 @@ class Spent:
         self.device_this_month += device
 
     def over(self, key: KeyConfig, wall: float) -> tuple[str, float] | None:
-        """Which limit it has reached, in words, and the seconds until that begins anew; None if it has not."""
+        """The limit that the key has reached, in words, and the seconds until it begins anew; None for no limit."""
         self.add(wall, 0.0, 0.0)
         today, this_month = DAY - wall % DAY, month_begins(self.month + 1) - wall
         for used, limit, what, wait in (
@@ -83,13 +83,13 @@ class Bucket:
         self._at = now
 
     def wait(self, now: float, least: float) -> float:
-        """Seconds until it holds ``least``; 0.0 if it does."""
+        """Seconds until the bucket holds ``least``; 0.0 if it does."""
         self._level = min(self.capacity, self._level + (now - self._at) * self.capacity / MINUTE)
         self._at = now
         return max(0.0, (least - self._level) * MINUTE / self.capacity)
 
     def take(self, amount: float) -> None:
-        """Take it, whether it is there or not."""
+        """Take ``amount``, below zero if need be."""
         self._level -= amount
 
 
@@ -106,7 +106,7 @@ class Quota:
 
     @classmethod
     def of(cls, key: KeyConfig, now: float, spent: Spent, wall: Clock) -> Quota:
-        """A fresh one, of whose minute everything is unused."""
+        """A quota of which nothing is used of this minute."""
         requests, tokens = key.requests_per_minute, key.tokens_per_minute
         minute = Bucket(requests, now) if requests else None, Bucket(tokens, now) if tokens else None
         return cls(key, *minute, spent, wall)
@@ -120,8 +120,8 @@ class Quota:
             if bucket and (wait := bucket.wait(now, least)) > 0:
                 text = _limit(key, f"{bucket.capacity:.0f} {what} per minute")
                 raise TooManyRequests(text, retry_after=math.ceil(wait))
-        if found := self.spent.over(key, self.wall()):
-            raise TooManyRequests(_limit(key, found[0]), retry_after=math.ceil(found[1]))
+        if over := self.spent.over(key, self.wall()):
+            raise TooManyRequests(_limit(key, over[0]), retry_after=math.ceil(over[1]))
         if self.requests:
             self.requests.take(1.0)
         use = Use(self, prompt_tokens(body) if self.tokens else 0)
@@ -137,7 +137,7 @@ class Quota:
 
 @dataclass(frozen=True)
 class Use:
-    """What one request takes of its key's quota. ``prompt``: tokens taken when it arrived."""
+    """What one request takes of its key's quota. ``prompt``: tokens taken at its arrival."""
 
     quota: Quota
     prompt: int
@@ -148,13 +148,13 @@ class Use:
         self.quota.charge(-self.prompt)
 
     def resume(self) -> None:
-        """The request failed before its answer and is sent again; it was counted already."""
+        """Count the request as running again, which failed before its answer; its tokens have been taken."""
         self.quota.running += 1
 
     def end(self, tokens: Tokens | None, size: int) -> None:
         """The request is over.
 
-        ``tokens``: how many it took; where nothing tells that, they are estimated from ``size`` bytes.
+        ``tokens``: how many it took; None: unknown, and estimated from ``size``, the bytes of the answer.
         """
         self.quota.running -= 1
         if tokens is not None:
@@ -172,16 +172,16 @@ class Quotas:
     def __init__(self, keys: Sequence[KeyConfig], clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
         """``wall`` tells Unix time, by which days and months go."""
         self.clock, self._wall = clock, wall
-        self._spent: dict[str, Spent] = {}  # by key; also of those whose limits have just changed
-        self._quotas: dict[str, Quota] = {}
+        self._spent: dict[str, Spent] = {}  # by key; kept also where a key has no limits, for it may be given some
+        self.by_key: dict[str, Quota] = {}
         self.configure(keys)
 
     def configure(self, keys: Sequence[KeyConfig]) -> None:
-        """Take the keys of a new configuration; one that did not change goes on from where it was."""
-        was, now = self._quotas, self.clock()
+        """Apply the keys of a new configuration; a key that did not change keeps its use of this minute."""
+        was, now = self.by_key, self.clock()
         ranks = {key.name: (key.priority, key.share) for key in keys}
-        self._ranks = {name: rank for name, rank in ranks.items() if rank != (0, 1)}
-        self._quotas = {
+        self.ranks = {name: rank for name, rank in ranks.items() if rank != (0, 1)}
+        self.by_key = {
             name: was[name] if name in was and was[name].key == key else self._fresh(name, key, now)
             for name, key in by_name(keys).items()
         }
@@ -195,14 +195,14 @@ class Quotas:
 
     def spent_this_month(self, key: str, tokens: float, device: float) -> None:
         """The same of the days of this month that are past."""
-        found = self._spent.setdefault(key, Spent())
-        found.add(self._wall(), 0.0, 0.0)
-        found.tokens_this_month += tokens
-        found.device_this_month += device
+        spent = self._spent.setdefault(key, Spent())
+        spent.add(self._wall(), 0.0, 0.0)
+        spent.tokens_this_month += tokens
+        spent.device_this_month += device
 
     def keep_alive(self, key: str, seconds: float, limit: float | None) -> float | None:
-        """For how many ``seconds`` the key may keep a model, at most ``limit`` (None: any); None: it has no say."""
-        quota = self._quotas.get(key)
+        """The seconds for which the key may keep a model, at most ``limit`` (None: any); None: it may not."""
+        quota = self.by_key.get(key)
         for most in (limit, quota.key.keep_alive_limit if quota else None):
             if most is not None and most <= 0:
                 return None
@@ -211,11 +211,11 @@ class Quotas:
 
     def rank(self, key: str) -> tuple[int, int]:
         """The key's priority and share in queues."""
-        return self._ranks.get(key, (0, 1))
+        return self.ranks.get(key, (0, 1))
 
     def begin(self, key: str, body: bytes) -> Use | None:
         """A request of the key called ``key`` arrives; None if that has no limits. Raises TooManyRequests."""
-        quota = self._quotas.get(key)
+        quota = self.by_key.get(key)
         return quota.begin(self.clock(), body) if quota else None
 
 

@@ -1,4 +1,4 @@
-"""The weight files of who is next in line, read into the page cache while others make room for it.
+"""Read-ahead: weight files of the replica that is next in line are read into the page cache while others make room.
 
 A swap has two halves that need different things: its victims drain and fall asleep, which takes the device, and its
 target reads its files, which takes the disk. And a start has two: imports, and the weights. So files are read from the
@@ -11,8 +11,8 @@ there already is passed over. One thread does all of it, at low priority, and pi
 off; pages go from the disk to the cache and are not copied. A file system that does not answer costs that one thread
 and what it would have saved, nothing else. Files that the daemon's user may not read are the engine's business.
 
-Pages are counted to the control group of whoever has them read: the service's ``Memory:`` in ``systemctl status`` shows
-them, though they are the kernel's to take back at any time. A limit of the service bounds what is read.
+Pages are charged to the control group of the process that reads: the service's ``Memory:`` in ``systemctl status``
+shows them, though they are the kernel's to take back at any time. A limit of the service bounds what is read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from vllmd.sizes import GiB, in_words
 
 log = logging.getLogger("vllmd.engines")
 
-PIECE = 16 << 20  # bytes between two looks at whether it is still wanted
-AHEAD = 4 * PIECE  # that the kernel is told of before they are waited for: as many requests as loaders have under way
+PIECE = 16 << 20  # bytes after which the reading thread looks whether it is to stop
+AHEAD = 4 * PIECE  # bytes that the kernel is asked for in advance: as many requests as loaders have under way
 PROBES = 1 << 20  # bytes between two pages that are looked for in the cache
 RESERVE = GiB  # bytes of memory that are left alone
 LINGER = 1.0  # seconds for which the thread waits for more
@@ -64,7 +64,7 @@ class ReadAhead:
     def __init__(
         self, files: Files, wanted: Callable[[], bool] = lambda: True, free: Callable[[], int] = free_memory
     ) -> None:
-        """``wanted``: whether the configuration says so. ``free``: bytes of memory that can be had."""
+        """``wanted``: whether the configuration has it on. ``free``: bytes of memory that are available."""
         self._files = files
         self._wanted = wanted
         self._free = free
@@ -93,7 +93,7 @@ class ReadAhead:
             self._end(event.replica)
 
     def close(self) -> None:
-        """Call all of it off."""
+        """Stop reading for every replica."""
         for replica in list(self._works):
             self._end(replica)
 
@@ -119,7 +119,7 @@ class ReadAhead:
                 self._do(self._queue.get(timeout=LINGER))
             except queue.Empty:
                 self._busy.release()
-                # Another one may have come between the two, and have found the thread still there.
+                # More work may have been queued between the two, by a caller who found the thread still busy.
                 if self._queue.empty() or not self._busy.acquire(blocking=False):
                     return
 
@@ -149,20 +149,20 @@ class ReadAhead:
                             continue
                         read = read_piece(opened.fd, start, length)
                         work.read += read
-                        if read < length:  # it is shorter than it was: its owner may have said any length
+                        if read < length:  # the file is shorter than it was when it was opened
                             break
             except (OSError, Unreadable) as error:
                 log.debug("%s: %s is not read ahead: %s", work.replica, file.path.name, error)
 
 
 def pieces(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where each piece of a file begins, and its length; the kernel is told of those that come."""
-    told = 0
+    """The start and the length of each piece of a file; the kernel is asked to read the next ones."""
+    advised = 0
     for start in range(0, size, PIECE):
-        while told < min(size, start + AHEAD):
-            if not is_cached(fd, told, min(PIECE, size - told)):
-                os.posix_fadvise(fd, told, PIECE, os.POSIX_FADV_WILLNEED)
-            told += PIECE
+        while advised < min(size, start + AHEAD):
+            if not is_cached(fd, advised, min(PIECE, size - advised)):
+                os.posix_fadvise(fd, advised, PIECE, os.POSIX_FADV_WILLNEED)
+            advised += PIECE
         yield start, min(PIECE, size - start)
 
 
@@ -179,7 +179,7 @@ def is_cached(fd: int, start: int, length: int) -> bool:
 
 
 def read_piece(fd: int, start: int, length: int) -> int:
-    """Have a piece of a file in the page cache; returns its bytes. Nothing of it is copied."""
+    """Have a piece of a file read into the page cache, without copying it. Returns the bytes that were read."""
     null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
     try:
         done = 0

@@ -1,11 +1,15 @@
-"""What is kept of requests and of use, put together: the daemon's side of ``vllmd.records``.
+"""What is kept of requests and of use: the daemon's side of ``vllmd.records``.
 
-``ended`` is called at the end of every request and must cost a few microseconds: it notes a tuple in the ring, and that
-is all. Once in ``FLUSH`` seconds what has gathered is added up and written in a thread, and only while something has:
-an idle daemon wakes for nothing. What the store cannot take is kept and tried again.
+Theory of operation. ``ended`` is called at the end of every request and must cost a few microseconds: it notes a tuple
+in the ring of the last requests (memory only), and appends it to a list. ``FLUSH`` seconds later a thread adds that
+list up to sums of use and to arrivals, and writes both to the store (SQLite, ``records.store``); the timer is armed by
+what comes in, so that an idle daemon wakes for nothing. Where more than ``MOST_FRESH`` requests end within that time
+they are added up by the loop's own thread, which bounds the memory. What the store cannot take (a full disk) stays in
+memory, in a bounded amount, and is tried again after ``RETRY`` seconds; ``trouble`` says why, on every screen.
 
-Who an idle model's memory belongs to: while requests run in it, to their keys, in equal parts; at rest, to the key
-that used it last.
+Use has two halves: tokens, counted when a request ends, and the devices that a model held, sampled by ``look`` at each
+reading of the devices. The memory of a model is booked to the keys whose requests run in it, in equal parts; at rest,
+to the key that used it last.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from vllmd.api.codec import encoded
 from vllmd.config.checks import without_otlp
 from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
-from vllmd.daemon.current import state_file
+from vllmd.daemon.state_files import state_file
+from vllmd.daemon.tasks import Tasks
 from vllmd.errors import BadRequest, NotFound, RequestCancelled, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.account import Account, Trace
@@ -50,31 +55,24 @@ access_log = logging.getLogger("vllmd.access")
 FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
 MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
-MOST_AT_ONCE, WATCH_PAUSE = 10, 0.25  # requests that a watcher is told, and the seconds until it is told more
-USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where nothing else is asked for
+MOST_AT_ONCE, WATCH_PAUSE = 10, 0.25  # requests that a watcher is sent, and the seconds until it is sent more
+USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where the question names no beginning
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
 
 
 class Watcher:
-    """Somebody who watches requests end, and those that have not been told yet."""
+    """One caller's watch of requests that end. ``waiting``: the last ones that have not been sent to it."""
 
-    def __init__(self, wanted: Filter, caller: Caller) -> None:
-        self._wanted, self._caller = wanted, caller
-        self._waiting: deque[Entry] = deque(maxlen=MOST_AT_ONCE)
+    def __init__(self, filter: Filter, caller: Caller) -> None:
+        self._filter, self._caller = filter, caller
+        self.waiting: deque[Entry] = deque(maxlen=MOST_AT_ONCE)
         self.has_entries = asyncio.Event()
 
     def offer(self, entry: Entry) -> None:
-        """A request has ended: keep it until it is told, if it is one of those that are wanted."""
-        if self._wanted.takes(entry) and ring.may_see(self._caller, entry):
-            self._waiting.append(entry)
-            if not self.has_entries.is_set():
-                self.has_entries.set()
-
-    def take_all(self) -> list[Entry]:
-        """What is to be told now."""
-        waiting = list(self._waiting)
-        self._waiting.clear()
-        return waiting
+        """Keep a request that has ended until it is sent, if it passes the filter and the caller may see it."""
+        if self._filter.takes(entry) and ring.may_see(self._caller, entry):
+            self.waiting.append(entry)
+            self.has_entries.set()
 
 
 class Records:
@@ -93,7 +91,7 @@ class Records:
         ``base_of`` gives the model that an adapter or a variant belongs to, ``under_way`` the requests for models that
         have not ended. ``spend`` is told for how many seconds more a key's models have held a device.
         """
-        self._config = config
+        self.config = config
         self._base_of, self._live, self._spend = base_of, under_way, spend
         self._ring = Ring(config.requests, self._loading)
         self.recordings = Recordings(time.monotonic)
@@ -103,30 +101,31 @@ class Records:
         self._arrivals: list[Arrival] = []
         self._lines: list[str] = []  # of the access log
         self._path = path
-        self._keeps = path is not None and config.usage
+        self.keeps = path is not None and config.usage
         self._store: Store | None = None
         self._writing = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._trouble, self._log_trouble = Repeated(log), Repeated(log)
         self.trouble = ""  # why nothing can be written now
-        self.spans: Spans | None = None  # who sends them, if somebody does
+        self.log_trouble = ""  # the same of the access log
+        self.spans: Spans | None = None  # None where none are sent
         self.configure_spans(config)
         self._watchers: set[Watcher] = set()
         self._came_up: dict[str, tuple[float, float]] = {}  # replica -> when it began to come up, and when it was there
-        self._last_key: dict[str, str] = {}  # model -> who used it last
+        self._last_key: dict[str, str] = {}  # model -> the key that used it last
         self._looked: float | None = None
 
     def configure(self, config: RecordsConfig) -> None:
-        """Take what a changed configuration says of records."""
-        self._config = config
-        self._keeps = self._path is not None and config.usage
+        """Apply a changed configuration; what is kept stays."""
+        self.config = config
+        self.keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
         self._bodies.most = config.bodies
         self.configure_spans(config)
 
     def configure_spans(self, config: RecordsConfig) -> None:
-        """Send spans where the configuration says, if it says so and the packages are there."""
+        """Send spans to the collector of the configuration, if it names one and OpenTelemetry's packages are there."""
         before = self.spans
         if before is not None and (before.endpoint, before.share) == (config.spans, config.spans_share):
             return
@@ -142,20 +141,22 @@ class Records:
             asyncio.get_running_loop().run_in_executor(None, before.close)
 
     def traced(self) -> dict[str, int]:
-        """How many requests' spans were sent, and how many dropped; {} where none are sent."""
+        """The number of requests whose spans were ``sent``, and were ``dropped``; {} where none are sent."""
         return {"sent": self.spans.sent, "dropped": self.spans.dropped} if self.spans is not None else {}
 
     def begin(self, request: Request) -> Trace | None:
-        """The trace of a request that has just arrived, None if it is not to be recorded."""
+        """The trace of a request that has just arrived; None if its spans are not to be sent."""
         return self.spans.begin(request) if self.spans is not None else None
 
-    # -- what is heard
+    # -- requests and devices
 
     def ended(self, exchange: Exchange) -> Entry | None:
-        """Note a request that has ended, if it was one for a model or failed, and return what is kept of it."""
+        """Note a request that has ended, if it was for a model or failed, and return what is kept of it."""
+        # Of other requests (operators', probes, lists) only failures are kept, and those of clients with a key: without
+        # one anybody could fill the ring with requests that are refused.
         if not exchange.model and (exchange.status < 400 or MODELS not in exchange.request.caller.scopes):
-            return None  # operators, probes and lists; and strangers, who could fill the ring with what was refused
-        account, config = exchange.account, self._config
+            return None
+        account, config = exchange.account, self.config
         entry = self._ring.note(exchange)
         if account is not None and account.request is not None:
             self._keep_bodies(entry.number, account, exchange.request.received)
@@ -163,47 +164,42 @@ class Records:
             self.spans.note(entry, account.trace)
         if exchange.model:
             self._last_key[exchange.model] = entry.key
-            if self._keeps:
+            if self.keeps:
                 self._fresh.append(entry)
-                if self._timer is None or len(self._fresh) >= MOST_FRESH:
-                    self._schedule()
+                if self._timer is None:
+                    self._flush_later(FLUSH)
+                if len(self._fresh) >= MOST_FRESH:
+                    fresh, self._fresh = self._fresh, []
+                    self._add_up(fresh, self._sums, self._arrivals)
         if config.access_log:
             self._log(entry, config.access_log)
         for watcher in self._watchers:
             watcher.offer(entry)
         return entry
 
-    def _schedule(self) -> None:
-        """Have what has gathered written soon; where requests come faster than that, add them up now."""
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
-        if len(self._fresh) >= MOST_FRESH:
-            fresh, self._fresh = self._fresh, []
-            self._add_up(fresh, self._sums, self._arrivals)
-
     @staticmethod
     def _add_up(entries: list[Entry], sums: Sums, arrivals: list[Arrival]) -> None:
-        """Requests as use and as arrivals."""
+        """Add requests to the sums of use, and to the arrivals, of which the last ``MOST_ARRIVALS`` stay."""
         for entry in entries:
             tokens = entry.tokens
-            engine = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
-            sums.request(entry.at, entry.key, entry.model, tokens, engine, failed=ring.failed(entry))
+            engine_seconds = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
+            sums.request(entry.at, entry.key, entry.model, tokens, engine_seconds, failed=ring.failed(entry))
             prompt, answer = (tokens.prompt, tokens.answer) if tokens is not None else (0, 0)
             arrivals.append(Arrival(int(entry.at * 1000), entry.model, entry.key, prompt, answer))
         del arrivals[: max(0, len(arrivals) - MOST_ARRIVALS)]
 
     def engine_up(self, replica: str, took: float) -> None:
-        """A replica has started or woken, which took so many seconds."""
+        """Note that a replica has started or woken, which took so many seconds."""
         now = time.monotonic()
         self._came_up[replica] = now - took, now
 
     def _loading(self, replica: str, began: float, ended: float) -> float:
-        """Of the time between these moments how much the replica has spent in coming up."""
+        """The seconds between these moments in which the replica was starting or waking."""
         since, until = self._came_up.get(replica, (0.0, 0.0))
         return max(0.0, min(ended, until) - max(began, since))
 
     def look(self, snapshot: Snapshot, running: Mapping[tuple[str, str], int]) -> None:
-        """Account for the devices that models hold; ``running``: how many requests of each key run in each model."""
+        """Book the devices that models have held since the last look; ``running``: requests by model and key."""
         now, at = time.monotonic(), time.time()
         seconds = now - self._looked if self._looked is not None else 0.0
         self._looked = now
@@ -223,21 +219,22 @@ class Records:
             for key, number in keys.items():
                 share = number / keys.total()
                 self._spend(key, devices * share)
-                if self._keeps:
+                if self.keeps:
                     self._sums.held(at, key, view.name, devices * share, memory * share)
-        if self._sums and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
+        if self._sums:
+            self._flush_later(FLUSH)
 
     # -- the access log
 
     def _log(self, entry: Entry, where: str) -> None:
-        told = ring.as_answer(entry)
+        """Write a line of the access log, to the journal or (with the next flush) to the file ``where``."""
+        shown = ring.as_answer(entry)
         if where == "journal":
-            tokens = told.tokens
+            tokens = shown.tokens
             fields = {
                 "REQUEST_ID": entry.id, "MODEL": entry.model, "VLLMD_KEY": entry.key, "VLLMD_STATUS": entry.status,
                 "VLLMD_SECONDS": f"{entry.seconds:.3f}", "VLLMD_REPLICA": entry.replica,
-                "VLLMD_QUEUE_SECONDS": told.queue_seconds, "VLLMD_LOAD_SECONDS": told.load_seconds,
+                "VLLMD_QUEUE_SECONDS": shown.queue_seconds, "VLLMD_LOAD_SECONDS": shown.load_seconds,
                 "VLLMD_PROMPT_TOKENS": tokens and tokens.prompt, "VLLMD_ANSWER_TOKENS": tokens and tokens.answer,
             }  # fmt: skip
             kept = {name: str(value) for name, value in fields.items() if value not in (None, "")}
@@ -246,24 +243,26 @@ class Records:
                             extra={"journal": kept})  # fmt: skip
             return
         if len(self._lines) < MOST_LINES:
-            self._lines.append(encoded(told).decode() + "\n")
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH, self._due)
+            self._lines.append(encoded(shown).decode() + "\n")
+        self._flush_later(FLUSH)
 
     # -- writing
 
-    def _due(self) -> None:
+    def _flush_later(self, seconds: float) -> None:
+        """Have what has gathered written in so many seconds, unless that will be done anyway."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._on_timer)
+
+    def _on_timer(self) -> None:
         self._timer = None
-        task = asyncio.ensure_future(self.flush())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self.flush())
 
     async def flush(self) -> None:
-        """Write what has gathered; what cannot be written stays."""
+        """Write what has gathered; what cannot be written stays for the next time."""
         async with self._writing:
             lines, self._lines = self._lines, []
-            if lines and self._config.access_log:
-                await asyncio.to_thread(self._append, Path(self._config.access_log), "".join(lines))
+            if lines and self.config.access_log:
+                await asyncio.to_thread(self._append, Path(self.config.access_log), "".join(lines))
             fresh, sums, arrivals = self._fresh, self._sums, self._arrivals
             self._fresh, self._sums, self._arrivals = [], Sums(), []
             if not fresh and not sums and not arrivals:
@@ -273,21 +272,23 @@ class Records:
                 self._sums.put_back(sums.take())
                 self._arrivals = (arrivals + self._arrivals)[-MOST_ARRIVALS:]
                 self._trouble.say(logging.ERROR, "%s; requests are served all the same", failure)
-                if self._timer is None:
-                    self._timer = asyncio.get_running_loop().call_later(RETRY, self._due)
+                self._flush_later(RETRY)
             elif self.trouble:
                 self._trouble.over()
                 log.info("the record of use is written again")
             self.trouble = failure
 
     def _write(self, fresh: list[Entry], sums: Sums, arrivals: list[Arrival]) -> str:
-        """In a thread. What went wrong, "" if nothing did; then all is in ``sums`` and ``arrivals``."""
+        """Write to the store, in a thread. Returns why it failed, "" if it did not.
+
+        In either case the fresh entries are added up in ``sums`` and ``arrivals``, from which a failure is made good.
+        """
         from vllmd.records.store import StoreError
 
         self._add_up(fresh, sums, arrivals)
-        store = self._the_store()
+        store = self._open_store()
         try:
-            store.write(sums.rows, arrivals, self._config.usage_days * DAY, self._config.trace_days * DAY)
+            store.write(sums.rows, arrivals, self.config.usage_days * DAY, self.config.trace_days * DAY)
         except StoreError as error:
             return error.message
         finally:
@@ -297,13 +298,15 @@ class Records:
         return ""
 
     def _append(self, path: Path, text: str) -> None:
-        """In a thread, to the file as it is called now: whoever rotates logs need not tell us."""
+        """Append to the access log, in a thread; by its name, so that logs may be rotated without telling vllmd."""
         try:
             with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), "w") as file:
                 file.write(text)
             self._log_trouble.over()
+            self.log_trouble = ""
         except OSError as error:
-            self._log_trouble.say(logging.ERROR, "the access log %s cannot be written: %s", path, error.strerror)
+            self.log_trouble = f"the access log {path} cannot be written: {error.strerror}"
+            self._log_trouble.say(logging.ERROR, "%s", self.log_trouble)
 
     async def close(self) -> None:
         """Write what has not been written yet, and close the store."""
@@ -316,9 +319,9 @@ class Records:
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 
-    def _the_store(self) -> Store:
-        """Raises NotFound where none is kept."""
-        if self._path is None or not self._config.usage:
+    def _open_store(self) -> Store:
+        """The store, opened once. Raises NotFound where none is kept."""
+        if self._path is None or not self.config.usage:
             raise NotFound("use is not recorded here: records.usage is off, or the daemon has no state folder")
         if self._store is None:
             from vllmd.records.store import Store  # SQLite is not needed for the first answer
@@ -326,7 +329,7 @@ class Records:
             self._store = Store(self._path)
         return self._store
 
-    # -- what is asked: requests
+    # -- answers: requests
 
     def requests(
         self,
@@ -339,56 +342,58 @@ class Records:
         limit: int,
         caller: Caller,
     ) -> Requests:
-        """The last ones that are wanted, the newest first, and those under way, the oldest first."""
-        wanted = Filter.of(model, key, status, since, failed, slower)
-        shown = (each for each in self._ring.newest() if wanted.takes(each) and ring.may_see(caller, each))
+        """The last requests that pass the filter, the newest first, and those under way, the oldest first."""
+        filter = Filter.of(model, key, status, since, failed, slower)
+        ended = (each for each in self._ring.newest() if filter.takes(each) and ring.may_see(caller, each))
         live = sorted(_unfinished(exchange) for exchange in self._live())
-        under_way = (each for each in live if wanted.takes(each) and ring.may_see(caller, each))
-        return Requests(tuple(map(self._told, islice(shown, limit))), tuple(map(ring.as_answer, under_way)))
+        under_way = (each for each in live if filter.takes(each) and ring.may_see(caller, each))
+        return Requests(tuple(map(self._as_answer, islice(ended, limit))), tuple(map(ring.as_answer, under_way)))
 
     def request(self, request_id: str, caller: Caller) -> RequestInFull:
-        """One request with its head, and with recorded bodies, if the caller may change things. Raises NotFound.
+        """One request with its head, and with recorded bodies for an administrator. Raises NotFound.
 
-        A client may have sent one id twice: the request under way is told before the one that has ended.
+        A client may have sent one id twice: then the request under way comes before one that has ended.
         """
         live = (entry for _, entry in self._under_way(request_id, caller))
         ended = (entry for entry in self._ring.newest() if entry.id == request_id and ring.may_see(caller, entry))
         entry = next(chain(live, ended), None)
         if entry is None:
             raise NotFound(
-                f"no request {request_id[:100]!r} is under way or among the last {self._config.requests} that ended"
+                f"no request {request_id[:100]!r} is under way or among the last {self.config.requests} that ended"
             )
         kept = self._bodies.of(entry.number) if ADMIN in caller.scopes else None
         recorded = None if kept is None else bodies.as_answer(kept)
-        return RequestInFull(**vars(self._told(entry)), headers=ring.headers(entry), recorded=recorded)
+        return RequestInFull(**vars(self._as_answer(entry)), headers=ring.headers(entry), recorded=recorded)
 
     def cancel(self, request_id: str, caller: Caller) -> Cancelled:
-        """End those under way that have this id, which a client may have chosen. Raises NotFound."""
-        found = self._under_way(request_id, caller)
-        if not found:
+        """End the requests under way that have this id, which clients may have chosen. Raises NotFound."""
+        under_way = self._under_way(request_id, caller)
+        if not under_way:
             raise NotFound(f"no request {request_id[:100]!r} is under way; vllmctl requests shows those that are")
-        for exchange, _ in found:
+        for exchange, _ in under_way:
             exchange.cancel(RequestCancelled("an administrator has cancelled the request"))
-        return Cancelled(tuple(ring.as_answer(entry) for _, entry in found))
+        return Cancelled(tuple(ring.as_answer(entry) for _, entry in under_way))
 
     def _under_way(self, request_id: str, caller: Caller) -> list[tuple[Exchange, Entry]]:
         """Requests under way with this id that the caller may see, each with its entry."""
         live = ((exchange, _unfinished(exchange)) for exchange in self._live() if exchange.request.id == request_id)
         return [(exchange, entry) for exchange, entry in live if ring.may_see(caller, entry)]
 
-    async def watch(self, wanted: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
-        """Requests as they end, those that the filter lets through, until the caller stops.
+    async def watch(self, filter: Filter, caller: Caller) -> AsyncIterator[RequestEntry]:
+        """Requests that pass the filter, as they end, until the caller stops.
 
-        Nobody reads more than ``MOST_AT_ONCE`` in each ``WATCH_PAUSE`` seconds: where more end, the newest are told.
+        Nobody reads more than ``MOST_AT_ONCE`` in each ``WATCH_PAUSE`` seconds: where more end, the newest are sent.
         """
-        watcher = Watcher(wanted, caller)
+        watcher = Watcher(filter, caller)
         self._watchers.add(watcher)
         try:
             while True:
                 await watcher.has_entries.wait()
                 watcher.has_entries.clear()
-                for entry in watcher.take_all():
-                    yield self._told(entry)
+                entries = list(watcher.waiting)
+                watcher.waiting.clear()
+                for entry in entries:
+                    yield self._as_answer(entry)
                 await asyncio.sleep(WATCH_PAUSE)
         finally:
             self._watchers.discard(watcher)
@@ -396,12 +401,12 @@ class Records:
     # -- recordings
 
     def record(self, model: str | None, key: str | None, seconds: float, most_bytes: int) -> answers.Recordings:
-        """Have bodies kept for so long, ``most_bytes`` of each. Raises BadRequest."""
-        self.recordings.start(model or "", key or "", seconds, min(most_bytes, self._config.bodies))
+        """Record the bodies of a model's or a key's requests for so long, ``most_bytes`` of each. Raises BadRequest."""
+        self.recordings.start(model or "", key or "", seconds, min(most_bytes, self.config.bodies))
         return self.recorded()
 
     def stop_recording(self, number: int | None) -> answers.Recordings:
-        """End a recording, and let go of what is kept of bodies if it was the last one; None: all. Raises NotFound."""
+        """End a recording (None: all). The bodies are dropped with the last recording. Raises NotFound."""
         numbers = [each.number for each in self.recordings.present()] if not number else [number]
         ended = [self.recordings.stop(each) for each in numbers]
         if not all(ended):
@@ -411,7 +416,7 @@ class Records:
         return self.recorded()
 
     def recorded(self) -> answers.Recordings:
-        """The recordings that go on, and how much is kept."""
+        """The recordings that are running, and how much is kept of them."""
         now = time.monotonic()
         running = (
             answers.Recording(each.number, each.model, each.key, each.most, round(each.until - now, 1))
@@ -420,23 +425,23 @@ class Records:
         return answers.Recordings(tuple(running), len(self._bodies), self._bodies.size)
 
     def _keep_bodies(self, number: int, account: Account, received: int) -> None:
-        """Keep a request's bodies for as long as the request itself is kept, or until newer ones need their memory."""
-        found = bodies.of(account, received)
-        if found is not None:
+        """Keep a request's bodies for as long as the ring keeps its entry, or until newer ones need their memory."""
+        recorded = bodies.of(account, received)
+        if recorded is not None:
             self._bodies.forget_before(self._ring.oldest)
-            self._bodies.keep(number, found)
+            self._bodies.keep(number, recorded)
 
-    def _told(self, entry: Entry) -> RequestEntry:
+    def _as_answer(self, entry: Entry) -> RequestEntry:
         return ring.as_answer(entry, bodies=self._bodies.of(entry.number) is not None)
 
-    # -- what is asked: use
+    # -- answers: use
 
     async def usage(self, by: str, since: float | None, until: float | None, key: str | None, model: str) -> Usage:
         """Sums by the dimensions in ``by``; times in Unix time. Raises BadRequest, Unavailable, NotFound."""
         now = time.time()
         since, until = now - USAGE_SHOWN if since is None else since, now if until is None else until
         names = tuple(name.strip() for name in by.split(",") if name.strip())
-        store = self._the_store()
+        store = self._open_store()
         await self.flush()
         from vllmd.records.store import Question, StoreError
 
@@ -445,7 +450,7 @@ class Records:
             rows = await asyncio.to_thread(store.ask, Question(names, since, until, key, model))
         except StoreError as error:
             if "nothing has been recorded" not in error.message:
-                # What kept it from being written says more than what is missing in it since, such as a table.
+                # Why nothing could be written says more than what is missing since then, such as a table.
                 raise Unavailable(self.trouble or error.message) from None
             rows = []
         except ValueError as error:
@@ -453,15 +458,15 @@ class Records:
         return Usage(names, since, until, self.trouble, tuple(rows))
 
     async def spent(self) -> tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
-        """What each key has used, of today and of the days of this month before: tokens and seconds of devices."""
-        if not self._keeps:
+        """The tokens and device seconds that each key has used today, and on the days of this month before (UTC)."""
+        if not self.keeps:
             return {}, {}
         from vllmd.records.store import Question, StoreError
 
-        now, store = time.time(), self._the_store()
+        now, store = time.time(), self._open_store()
         today = now // DAY * DAY
         month = now - (time.gmtime(now).tm_mday - 1) * DAY - now % DAY
-        found = []
+        use = []
         for since, until in ((today, today + DAY), (month, today)):
             try:
                 rows = await asyncio.to_thread(store.ask, Question(("key",), since, until)) if until > since else []
@@ -469,12 +474,12 @@ class Records:
                 if store.path.exists():
                     log.error("limits per day and month begin anew: %s", error.message)
                 rows = []
-            found.append({row.key or "": (row.prompt + row.answer, row.device_seconds) for row in rows})
-        return found[0], found[1]
+            use.append({row.key or "": (row.prompt + row.answer, row.device_seconds) for row in rows})
+        return use[0], use[1]
 
     async def arrivals(self, since: float, most: int) -> tuple[deque[Arrival], int]:
-        """The last so many arrivals from then on (Unix time), and how many there were. Raises Unavailable, NotFound."""
-        store = self._the_store()
+        """The last ``most`` arrivals since a Unix time, and how many there were. Raises Unavailable, NotFound."""
+        store = self._open_store()
         await self.flush()
         from vllmd.records.store import StoreError
 
@@ -490,23 +495,23 @@ class Records:
             raise Unavailable(error.message) from None
 
     async def trace(self, since: float | None, *, anonymised: bool) -> AsyncIterator[answers.Arrival]:
-        """Arrivals from then on (Unix time), as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
-        store = self._the_store()
+        """Arrivals since a Unix time, as ``vllmctl simulate`` reads them. Raises Unavailable, NotFound."""
+        store = self._open_store()
         await self.flush()
         from vllmd.records.store import StoreError
 
         since = time.time() - TRACE_SHOWN if since is None else since
         try:
-            found = await asyncio.to_thread(lambda: list(store.arrivals(since)))
+            arrivals = await asyncio.to_thread(lambda: list(store.arrivals(since)))
         except StoreError as error:
             raise Unavailable(error.message) from None
-        for each in anonymous(found) if anonymised else found:
+        for each in anonymous(arrivals) if anonymised else arrivals:
             model = each.model if anonymised else self._base_of(each.model)
             yield answers.Arrival(each.at / 1000, model, each.prompt, each.answer, each.key or None)
 
 
 def _unfinished(exchange: Exchange) -> Entry:
-    """A request that is under way as an entry of the ring."""
+    """A request that is under way, in the form of an entry of the ring."""
     request, account = exchange.request, exchange.account
     elapsed = exchange.elapsed
     admitted = account.admitted if account is not None else None
@@ -520,5 +525,5 @@ def _unfinished(exchange: Exchange) -> Entry:
 
 
 def store_path(environment: Mapping[str, str], home: Path | None) -> Path | None:
-    """Where use is recorded, see ``state_file``; VLLMD_USAGE may say another place."""
+    """The file in which use is recorded, see ``state_file``; VLLMD_USAGE may name another."""
     return state_file(environment, home, "VLLMD_USAGE", "usage/usage.db")

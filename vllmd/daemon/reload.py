@@ -1,12 +1,14 @@
-"""How a daemon that runs goes on with another configuration.
+"""Applies another configuration to a running daemon.
 
-What a reload does with each setting is the column ``reload`` of ``config/settings.py``; here that is made true. The
-order matters: the devices come first, because what models will take is reckoned for them, and nothing may be put on a
-device that is about to be another one; engines that are adopted come last.
+What a reload does with each setting is the column ``reload`` of ``config/settings.py``; here that is carried out. The
+order matters. The devices come first, because the models' footprints are estimated for them, and nothing may be put on
+a device that is about to be another one. The core decides whether the configuration is taken at all; only then does
+every other part take it, before the core's commands start engines by it. Engines that are adopted come last.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,7 +18,7 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import renamed
 from vllmd.daemon.back_end import BackEnd
-from vllmd.daemon.engine_process import fingerprint, is_outdated
+from vllmd.daemon.engine_process import EngineProcess, fingerprint, is_outdated
 from vllmd.daemon.expectations import expect, files_of, opener, settings_of
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.startup import adopt_running, log_devices
@@ -31,29 +33,25 @@ async def apply_configuration(
 ) -> Reloaded:
     """Go on with another configuration; engines are stopped only where their own settings changed.
 
-    ``unless_used``: models, or replicas by their id. Raises Conflict, nothing changed, if the core finds one of them in
-    use when all is reckoned.
-
-    The answer has what changed of the models, and in ``later`` each setting that is not in force, with what becomes of
-    it.
+    ``unless_used``: models, or replicas by id. Raises Conflict, nothing changed, if the core finds one of them in use.
+    The answer has what changed of the models, and in ``later`` the settings that are not in force, and why.
     """
+    # 1. What is to be in force: the settings that a running daemon can take, the devices, each model's footprint.
     current = front.current
     config, later = in_force(current.config, read, activated=front.runtime.activated)
-    devices, before = await _renewed(front, back, config), current.engines
-    inventory = devices.inventory() if devices else back.memory.inventory
-    expected = await expect(config, front.runtime, inventory, front.resolver)
-    engines = expected.engines
-    was, repaired = current.config.models, bool(current.broken)
-    known = {**{name: name for name in before}, **_renamed_engines(engines, before)}
-    kept = {name: known[name] for name in engines if name in known}
-    others = [(name, old) for name, old in kept.items() if engines[name] != before[old]]
-    changed = {name for name, old in others if fingerprint(engines[name]) != fingerprint(before[old])}
-    running = {name: back.engines.processes[old] for name, old in kept.items() if old in back.engines.processes}
-    changed |= {name for name, process in running.items() if is_outdated(process, engines[name])}
-    added, removed = sorted(config.models.keys() - was.keys()), sorted(was.keys() - config.models.keys())
+    devices, devices_changed = await _renewed_devices(front, back, config), None
+    inventory = back.memory.inventory
+    if devices:
+        inventory = devices.inventory()
+        devices_changed = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking)
+    expected = await expect(config, front.runtime, inventory, front.resolver, back.dispatcher.scheduler.specs)
+    # 2. What that changes.
+    engines, engines_before, models_before = expected.engines, current.engines, current.config.models
+    # In a thread: with ten thousand models this takes up to half a second, in which streams would stand still.
+    changed = await asyncio.to_thread(_outdated, engines, engines_before, dict(back.engines.processes))
+    was_broken = bool(current.broken)
 
     def answered(answer: commands.Answer) -> None:
-        """The core goes on with it, or not; if so, everybody else does, before any engine is started by it."""
         if answer.refused:
             raise Conflict(answer.refused)
         front.accept(config)
@@ -67,31 +65,59 @@ async def apply_configuration(
             old.close()
             log_devices(back.memory)
 
-    now = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking) if devices else None
+    # 3. The core takes it, and with the core everything else (``answered``); then the core's commands are executed.
     settings = settings_of(config, inventory)
-    back.ask(events.ModelsChanged(expected.specs, frozenset(changed), now, settings, unless_used), answered)
-    there = {*config.models, *engines}
-    if not repaired:
-        for order in front.disabled.orders(there):  # of a model that is new here, or of a file that has been mended
+    back.ask(events.ModelsChanged(expected.specs, frozenset(changed), devices_changed, settings, unless_used), answered)
+    # 4. What operators have disabled: a model may be new here, or its file may have been mended.
+    names = {*config.models, *engines}
+    if not was_broken:
+        for order in front.disabled.orders(names):
             back.post(order)
-        await front.disabled.remove(*({*was, *before} - there))
+        await front.disabled.remove(*({*models_before, *engines_before} - names))
+    # 5. The devices' memory; and with a configuration that could not be used before, the engines that run already.
     if devices:
         await back.readings.look()
-    if repaired:
+    if was_broken:
         await adopt_running(front, back)
-    done = Reloaded(
-        models=len(config.models),
-        added=tuple(added),
-        removed=tuple(removed),
-        changed=tuple(sorted(changed)),
-        later=later,
-        warnings=(*config.warnings, *_unmentioned(expected.problems, config.warnings)),
-    )
-    _say(done, config.warnings)
+    added, removed = sorted(config.models.keys() - models_before), sorted(models_before.keys() - config.models)
+    warnings = (*config.warnings, *_unmentioned(expected.problems, config.warnings))
+    done = Reloaded(len(config.models), tuple(added), tuple(removed), tuple(sorted(changed)), later, warnings)
+    _log(done, config.warnings)
     return done
 
 
-async def _renewed(front: FrontEnd, back: BackEnd, config: Config) -> Devices | None:
+def _unmentioned(problems: Mapping[str, str], warnings: Sequence[str]) -> list[str]:
+    """The problems of models, which are in the log already, that no warning names by its line."""
+    return [why for model, why in problems.items() if not any(f": models.{model}." in each for each in warnings)]
+
+
+def _outdated(
+    engines: Mapping[str, ModelConfig], before: Mapping[str, ModelConfig], processes: Mapping[str, EngineProcess]
+) -> set[str]:
+    """The ids of engines to be replaced: their settings differ, or another version of their program is in use."""
+    # An engine whose model gets replicas, or loses them, goes on by another id.
+    ids, ids_before = _ids_by_model(engines), _ids_by_model(before)
+    pairs = [renamed(ids_before[model], ids[model]) for model in ids if model in ids_before]
+    old_ids = {**{name: name for name in before}, **{pair[1]: pair[0] for pair in pairs if pair}}
+    outdated = set()
+    for name, engine in engines.items():
+        if (old := old_ids.get(name)) is None:
+            continue
+        # Most are the same object (``config.reload.shared``).
+        is_other = engine is not before[old] and fingerprint(engine) != fingerprint(before[old])
+        if is_other or (old in processes and is_outdated(processes[old], engine)):
+            outdated.add(name)
+    return outdated
+
+
+def _ids_by_model(engines: Mapping[str, ModelConfig]) -> dict[str, list[str]]:
+    ids: dict[str, list[str]] = {}
+    for name, engine in engines.items():
+        ids.setdefault(engine.replica_of or name, []).append(name)
+    return ids
+
+
+async def _renewed_devices(front: FrontEnd, back: BackEnd, config: Config) -> Devices | None:
     """The devices as this configuration wants them; None if it wants them as before, or they do not answer now."""
     before = front.current.config
     if (config.devices, config.reserve) == (before.devices, before.reserve):
@@ -99,13 +125,8 @@ async def _renewed(front: FrontEnd, back: BackEnd, config: Config) -> Devices | 
     return await back.devices.renew(opener(config, front.runtime.environment))
 
 
-def _unmentioned(problems: Mapping[str, str], warnings: Sequence[str]) -> list[str]:
-    """The problems of models of which the warnings, which name their line, have none."""
-    return [why for model, why in problems.items() if not any(f": models.{model}." in told for told in warnings)]
-
-
-def _say(done: Reloaded, warnings: Iterable[str]) -> None:
-    """Into the log what ``vllmctl reload`` prints; what can never be loaded is there already."""
+def _log(done: Reloaded, warnings: Iterable[str]) -> None:
+    """Log what ``vllmctl reload`` prints; the problems of models are in the log already."""
     log.info(
         *("configuration reloaded: %d models, added %s, removed %s, changed %s", done.models),
         *(", ".join(names) or "none" for names in (done.added, done.removed, done.changed)),
@@ -114,17 +135,3 @@ def _say(done: Reloaded, warnings: Iterable[str]) -> None:
         log.warning("%s", warning)
     for path, what in done.later.items():
         log.log(logging.WARNING if what == LATER else logging.INFO, "%s %s", path, what)
-
-
-def _renamed_engines(engines: Mapping[str, ModelConfig], before: Mapping[str, ModelConfig]) -> dict[str, str]:
-    """The new and the old id of each engine that goes on by another one, as the core has it."""
-    now, was = _ids(engines), _ids(before)
-    pairs = (renamed(was[name], now[name]) for name in now if name in was)
-    return {pair[1]: pair[0] for pair in pairs if pair}
-
-
-def _ids(engines: Mapping[str, ModelConfig]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, engine in engines.items():
-        found.setdefault(engine.replica_of or name, []).append(name)
-    return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -50,20 +49,22 @@ class RuntimeAdapters:
         ] = {}  # by model: what its engine has and what is offered change together
         self._loading: set[str] = set()  # names of adapters
 
-    async def load(self, asked: ForeignJson, caller: Caller) -> Response:
-        """Have the model's engine load an adapter, and offer it once it has; the answer is the engine's.
+    async def load(self, members: ForeignJson, caller: Caller) -> Response:
+        """Have the model's engine load an adapter, and offer it once the engine has it; the answer is the engine's.
 
-        Raises VllmdError for what the engine is not asked.
+        Raises VllmdError for a request that is not passed on to the engine.
         """
-        name, path = _text(asked, "lora_name"), _text(asked, "lora_path")
-        model = self._model(asked, caller)
+        name, path = _text(members, "lora_name"), _text(members, "lora_path")
+        model = self._model(members, caller)
         if not is_source(path):
             raise Forbidden(f"an adapter from {path!r} is not loaded: {RIGHT}", param="lora_path")
-        body = {key: value for key, value in asked.items() if key not in OURS}
+        body = {key: value for key, value in members.items() if key not in OURS}
         async with self._changing.setdefault(model, asyncio.Lock()):
             offered = self._gate.runtime_adapters(model)
             if name not in offered:
-                self._check_free(name, caller)
+                # Requests for something else of this name would be answered by the adapter.
+                if self._gate.has(name) or name in self._loading or self._means_others(name, caller):
+                    raise Conflict(f"{name!r} is the name of something else that is served here", param="lora_name")
                 if len(offered) >= MOST:
                     raise TooManyRequests(f"{model} has {MOST} such adapters; unload those that are not needed")
             elif body.get("load_inplace") is not True:
@@ -75,7 +76,7 @@ class RuntimeAdapters:
                 self._loading.discard(name)
 
     async def _loaded(self, model: str, name: str, path: str, body: ForeignJson, caller: Caller) -> Response:
-        """What the engine answers once it is awake; if it has the adapter then, it is offered."""
+        """The engine's answer, once it is awake; if it has the adapter then, that is offered."""
         permit = await self._gate.acquire(model, caller.name)
         try:
             answer = await self._asked(permit.upstream, body)
@@ -85,9 +86,9 @@ class RuntimeAdapters:
             permit.release()
         return answer
 
-    async def unload(self, asked: ForeignJson, caller: Caller) -> Response:
+    async def unload(self, members: ForeignJson, caller: Caller) -> Response:
         """Offer an adapter no more, and have the engines that have it drop it. Raises NotFound, Conflict, Forbidden."""
-        name = _text(asked, "lora_name")
+        name = _text(members, "lora_name")
         offer = self._gate.offers.get(name)
         model = offer.model if offer is not None and offer.is_adapter else ""
         if not model or not caller.may_use(model):
@@ -97,24 +98,24 @@ class RuntimeAdapters:
             if name not in adapters:
                 raise Conflict(f"{name!r} is an adapter of the configuration: remove it there, and reload")
             self._gate.offer_adapters(model, {key: path for key, path in adapters.items() if key != name})
-            body = {key: value for key, value in asked.items() if key not in OURS}
+            body = {key: value for key, value in members.items() if key not in OURS}
             for process in await self._processes(model):
                 await _drop(process, name, body)
         return Response(200, f"Success: LoRA adapter '{name}' removed successfully.".encode(), "text/plain")
 
     async def _asked(self, listen: Listen, body: ForeignJson) -> Response:
-        """What the engine answers to the load. What it has by a daemon before us, it loads anew."""
+        """The engine's answer to the load. An adapter that it has by an earlier daemon is loaded anew."""
         from vllmd.engines.adapters import LOAD_LIMIT, LOADED_ALREADY  # no client waits for this import
 
         call = Call("POST", "/v1/load_lora_adapter", dict(body), timeout=LOAD_LIMIT)
-        status, fields, said = await ask(listen, call)
-        if status == 400 and LOADED_ALREADY.encode() in said:
-            status, fields, said = await ask(listen, replace(call, json={**body, "load_inplace": True}))
+        status, fields, answer = await ask(listen, call)
+        if status == 400 and LOADED_ALREADY.encode() in answer:
+            status, fields, answer = await ask(listen, replace(call, json={**body, "load_inplace": True}))
         kind = next((value.decode("latin-1") for key, value in fields if key == b"content-type"), "text/plain")
-        return Response(status, said, kind)
+        return Response(status, answer, kind)
 
     async def _take(self, model: str, replica: str, name: str, path: str) -> None:
-        """The engine has it: offer it, and have every other replica load this one at its next request for it."""
+        """Offer an adapter that the engine has now; every other replica loads it at its next request for it."""
         self._gate.offer_adapters(model, {**self._gate.runtime_adapters(model), name: path})
         for process in await self._processes(model):
             process.adapters.pop(name, None)
@@ -125,10 +126,11 @@ class RuntimeAdapters:
         processes = (await self._back.wait()).engines.processes
         return [process for process in processes.values() if (process.model.replica_of or process.model.name) == model]
 
-    def _model(self, asked: ForeignJson, caller: Caller) -> str:
+    def _model(self, members: ForeignJson, caller: Caller) -> str:
         """The model that an adapter is for: named, or the only one that takes any."""
-        may = [model for model in self._takers() if caller.may_use(model)]
-        name = model_name(asked.get("model"))
+        models = self._current.config.models.items()
+        may = [name for name, model in models if model.runtime_adapters and caller.may_use(name)]
+        name = model_name(members.get("model"))
         if not name:
             if not may:
                 raise Forbidden("no model loads adapters while it runs: runtime_adapters is the setting that lets it")
@@ -142,19 +144,11 @@ class RuntimeAdapters:
             raise Forbidden(f"{target.permit_name!r} loads no adapters while it runs: {what}", param="model")
         return target.model
 
-    def _takers(self) -> Iterator[str]:
-        return (name for name, model in self._current.config.models.items() if model.runtime_adapters)
-
-    def _check_free(self, name: str, caller: Caller) -> None:
-        """Raise Conflict for a name that something else has: requests for that would be answered by the adapter."""
-        if self._gate.has(name) or name in self._loading or self._means_others(name, caller):
-            raise Conflict(f"{name!r} is the name of something else that is served here", param="lora_name")
-
     def _means_others(self, name: str, caller: Caller) -> bool:
-        """Whether clients reach by it what an operator of some models has no say in.
+        """Whether clients reach by this name something that an operator of some models has no say in.
 
-        From habit (``names``), or because a request for it has a repository fetched (``pull.on_request``): then the
-        adapter would answer whoever asks for that.
+        By the guesses of ``api.names``, or because a request for it has a repository fetched (``pull.on_request``):
+        then the adapter would answer requests for that.
         """
         if caller.models is None:
             return False
@@ -166,17 +160,16 @@ class RuntimeAdapters:
             return False
         except VllmdError:  # several things
             return True
-        offer = self._gate.offers.get(called)
-        return not caller.may_use(offer.model if offer is not None else called)
+        return not caller.may_use(self._gate.base_of(called))
 
 
 async def _well() -> str:
-    """What a load that is over has found wrong: nothing."""
+    """The result of a load that is over: nothing went wrong."""
     return ""
 
 
 async def _drop(process: EngineProcess, name: str, body: ForeignJson) -> None:
-    """Have the engine drop an adapter that it has. One that sleeps keeps it, and nobody can ask for it."""
+    """Have the engine drop an adapter that it has. A sleeping engine keeps it, and no client can ask for it."""
     if process.adapters.pop(name, None) is None or process.asleep or process.ending or process.exited.is_set():
         return
     try:
@@ -185,9 +178,9 @@ async def _drop(process: EngineProcess, name: str, body: ForeignJson) -> None:
         log.warning("%s: its adapter %s is not unloaded: %s", process.name, name, error, extra=of(process))
 
 
-def _text(asked: ForeignJson, name: str) -> str:
+def _text(members: ForeignJson, name: str) -> str:
     """A member that must be there. Raises BadRequest."""
-    value = asked.get(name)
+    value = members.get(name)
     if not isinstance(value, str) or not value:
         raise BadRequest(f"{name} is missing: a text", param=name)
     return model_name(value)

@@ -44,28 +44,37 @@ class RuntimeModels:
         self._models: dict[str, ModelConfig] = {}
 
     def added_to(self, config: Config) -> Config:
-        """``config`` with the run-time models, without those that it names itself by now."""
+        """``config`` with the run-time models; those that it names itself by now are dropped."""
         self._models = {name: model for name, model in self._models.items() if name not in config.models}
         return replace(config, models={**config.models, **self._models}) if self._models else config
 
     async def put(self, name: str, settings: Mapping[str, object], *, trusted: bool) -> Known:
-        """Make a model known, unless it is; says what of its settings is not as asked for. Raises BadRequest."""
+        """Add a model, unless it is there. The answer says which of its settings differ from these.
+
+        Raises BadRequest.
+        """
         await self._back.wait()
         async with self._changing:
             config = self._current.config
-            known = self._known(name, config)
+            aliased = (model for model in config.models.values() if name in model.aliases)
+            known = config.models.get(name) or next(aliased, None)
             name = known.name if known else name
             wanted = runtime_model(name, settings, self._without(name), trusted=trusted)
             differs = _differences(self._plain(known), wanted) if known else []
             if known is None or (differs and name in self._models):
-                with contextlib.suppress(Conflict):  # it is in use, and stays as it is
-                    await self._take(wanted)
+                with contextlib.suppress(Conflict):  # the model is in use, and stays as it is
+                    if name not in self._models and len(self._models) >= MOST:
+                        what = f"{MOST} models were put already; DELETE /admin/guests/NAME those that are not needed"
+                        raise TooManyRequests(what)
+                    models = {**self._current.config.models, name: wanted}
+                    await self._apply_configuration(replace(config, models=models), frozenset({name}))
+                    self._models[name] = wanted
                     known, differs = wanted, []
             assert known
             return Known(known.name, known.name not in self._models, tuple(differs), self._listen)
 
     async def drop(self, name: str) -> None:
-        """Forget it. Raises UnknownModel, Conflict."""
+        """Remove a run-time model. Raises UnknownModel, Conflict."""
         await self._back.wait()
         async with self._changing:
             if name in self._models:
@@ -76,29 +85,14 @@ class RuntimeModels:
             else:
                 raise UnknownModel(f"no model {name!r} was put", param="model")
 
-    async def _take(self, model: ModelConfig) -> None:
-        if model.name not in self._models and len(self._models) >= MOST:
-            what = f"{MOST} models were put already; DELETE /admin/guests/NAME those that are not needed"
-            raise TooManyRequests(what)
-        config = self._current.config
-        models = {**config.models, model.name: model}
-        await self._apply_configuration(replace(config, models=models), frozenset({model.name}))
-        self._models[model.name] = model
-
     def _without(self, name: str) -> Config:
-        """The present configuration less one model."""
+        """The configuration in force without one model."""
         config = self._current.config
         return replace(config, models={key: model for key, model in config.models.items() if key != name})
 
-    def _known(self, name: str, config: Config) -> ModelConfig | None:
-        """The model of exactly this name or alias."""
-        if name in config.models:
-            return config.models[name]
-        return next((model for model in config.models.values() if name in model.aliases), None)
-
 
 def addresses(listeners: Iterable[socket.socket]) -> tuple[str, ...]:
-    """``host:port`` of each, as a client on this machine may call it."""
+    """``host:port`` of each listener, as a client on this machine can use it."""
     found = []
     for listener in listeners:
         if listener.family in (socket.AF_INET, socket.AF_INET6):

@@ -1,8 +1,8 @@
-"""What a running engine says of itself: how long its context is, and what it serves.
+"""A running engine's description of itself: the length of its context, and what it serves.
 
-The configuration knows what was asked for, the files what the model could; only the engine knows what became of it:
+The configuration has what was wanted, the files what the model could do; only the engine knows what became of it:
 ``max_model_len: auto`` is decided at its start, and vLLM registers the routes of those tasks that the loaded model has.
-It is asked once per start, when somebody first lists the models, and by questions that change nothing.
+The engine is asked once per start, when a client first lists the models, by requests that change nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CONTEXT = ("max_model_len", "context_length", "context_window", "n_ctx")
 
 @dataclass(frozen=True, slots=True)
 class SelfDescription:
-    """``context`` in tokens, None if it was not told; ``routes``: the paths that it has, empty if that was not told.
+    """``context`` in tokens, None if unknown; ``routes``: the engine's paths, empty if unknown.
 
-    ``tools``: whether its model's chat template takes tools, None if that was not told; so are
+    ``tools``: whether its model's chat template takes tools, None if unknown; likewise
     ``takes_images`` and ``takes_audio``: whether its model takes pictures and sounds.
     """
 
@@ -37,35 +37,28 @@ class SelfDescription:
 
 
 async def describe_itself(process: EngineProcess) -> SelfDescription:
-    """Ask it. What it does not answer, or not in a form that is known, is not told."""
+    """Ask the engine. What it does not answer, or in an unknown form, is unknown."""
     model = process.engine.served_name(process.model)
-    models, schema, props = await _asked(process)
+    questions = ["/v1/models", "/openapi.json", *(["/props"] if process.model.engine == "llama.cpp" else [])]
+    models, schema, props = (*await asyncio.gather(*(_json(process, path) for path in questions)), None)[:3]
     paths = schema.get("paths") if isinstance(schema, dict) else None
     routes = frozenset(paths) if isinstance(paths, dict) else frozenset()
-    told = tools_of(props), modality(props, "vision"), modality(props, "audio")
-    return SelfDescription(context_of(models, model), routes, *told)
-
-
-async def _asked(process: EngineProcess) -> list[object]:
-    questions = ["/v1/models", "/openapi.json"]
-    if process.model.engine == "llama.cpp":
-        questions.append("/props")
-    answers: list[object] = await asyncio.gather(*(_json(process, path) for path in questions))
-    return [*answers, None][:3]
+    abilities = tools_of(props), modality(props, "vision"), modality(props, "audio")
+    return SelfDescription(context_of(models, model), routes, *abilities)
 
 
 def tools_of(props: object) -> bool | None:
     """Whether the chat template takes tools, in an answer to llama.cpp's ``GET /props``."""
     caps = props.get("chat_template_caps") if isinstance(props, dict) else None
-    told = caps.get("supports_tools") if isinstance(caps, dict) else None
-    return told if isinstance(told, bool) else None
+    tools = caps.get("supports_tools") if isinstance(caps, dict) else None
+    return tools if isinstance(tools, bool) else None
 
 
 def modality(props: object, name: str) -> bool | None:
     """Whether the model takes ``vision`` or ``audio``, in an answer to llama.cpp's ``GET /props``."""
-    told = props.get("modalities") if isinstance(props, dict) else None
-    found = told.get(name) if isinstance(told, dict) else None
-    return found if isinstance(found, bool) else None
+    modalities = props.get("modalities") if isinstance(props, dict) else None
+    taken = modalities.get(name) if isinstance(modalities, dict) else None
+    return taken if isinstance(taken, bool) else None
 
 
 def context_of(models: object, name: str) -> int | None:
@@ -75,15 +68,10 @@ def context_of(models: object, name: str) -> int | None:
     named = [card for card in cards if card.get("id") == name] or (cards if len(cards) == 1 else [])
     for card in named:
         meta = card.get("meta") if isinstance(card.get("meta"), dict) else {}
-        for fields in (card, meta or {}):
-            if (found := _count(fields)) is not None:
-                return found
+        for value in (fields.get(name) for fields in (card, meta or {}) for name in CONTEXT):
+            if isinstance(value, int) and value > 0 and value is not True:
+                return value
     return None
-
-
-def _count(fields: Mapping[str, object]) -> int | None:
-    told = (fields.get(name) for name in CONTEXT)
-    return next((value for value in told if isinstance(value, int) and value > 0 and value is not True), None)
 
 
 async def _json(process: EngineProcess, path: str) -> object:
@@ -96,7 +84,7 @@ async def _json(process: EngineProcess, path: str) -> object:
 
 
 def json_of(body: bytes) -> object:
-    """``body`` as JSON, None if it is none."""
+    """``body`` as JSON, None if it is not JSON."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -104,7 +92,10 @@ def json_of(body: bytes) -> object:
 
 
 class Descriptions:
-    """What the engines said, by start. Who asks waits ``patience`` seconds at most; what comes later is kept."""
+    """Engines' descriptions, by start.
+
+    A caller waits ``patience`` seconds at most; a later answer is kept for the next.
+    """
 
     def __init__(self, patience: float = 1.0) -> None:
         self._patience = patience

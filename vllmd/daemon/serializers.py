@@ -1,4 +1,4 @@
-"""How models and devices are shown to clients and operators: answers made of snapshots, nothing else."""
+"""Snapshots of models and devices as the answers that clients and operators get; pure functions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ABILITIES = {
     "/tokenize": "tokenize",
 }
 TOOL_FLAGS = {"vllm": "enable-auto-tool-choice", "sglang": "tool-call-parser"}
-# What of it a model's files allow, by the kind that they are of (vllmd.hub); realtime takes the model's own word.
+# The abilities that a model's files allow, by the kind of model that they are (vllmd.hub).
 BY_KIND = {
     "generate": frozenset({"chat", "completion", "responses", "messages", "tokenize"}),
     "embed": frozenset({"embeddings", "score", "pooling", "tokenize"}),
@@ -49,7 +49,7 @@ BY_KIND = {
 
 
 def state_of(view: ModelView | ReplicaView) -> str:
-    """``sleeping_l1`` says more than ``sleeping``."""
+    """The state as it is called everywhere; a sleeping engine's with its level, ``sleeping_l1``."""
     return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
 
 
@@ -58,23 +58,9 @@ def card(
 ) -> Card:
     """A model for ``/v1/models``.
 
-    ``kind`` as its files in the cache tell, "" if they do not. ``said``: what its running engine says of itself, which
-    is more than what is configured or found in files.
+    ``kind``: the kind of model that its files in the cache are of, "" if unknown. ``said``: its running engine's
+    description of itself, which is surer than configuration and files.
     """
-    able = {ability for route in routes if (ability := ABILITIES.get(route))}
-    served = {ability for route, ability in ABILITIES.items() if said and route in said.routes}
-    if model.capabilities:
-        able = set(model.capabilities)
-    elif served:
-        able &= served
-    elif kind:
-        able &= BY_KIND[kind]
-    if not model.capabilities and said and said.takes_audio is False:
-        able -= {"transcription", "translation"}
-    if not model.capabilities and said and said.takes_images and "chat" in able:
-        able.add("vision")
-    if not model.capabilities and "chat" in able and calls_tools(model, said):
-        able.add("tools")
     return Card(
         id=model.name,
         display_name=model.display_name or model.name,
@@ -85,7 +71,7 @@ def card(
         disabled=view.disabled if view else "",
         engine=model.engine,
         max_model_len=(said.context if said else None) or model.max_model_len,
-        capabilities=tuple(sorted(able)),
+        capabilities=tuple(sorted(model.capabilities or _abilities(model, routes, kind, said))),
         limits=Limits(model.concurrency, model.queue_limit, model.queue_timeout),
         memory=view.memory if view else 0,
         discovered=model.where.startswith("found in "),
@@ -94,10 +80,29 @@ def card(
     )
 
 
-def calls_tools(model: ModelConfig, said: SelfDescription | None) -> bool:
-    """Whether it can call tools by its own choice, as far as that is known; so it is of an engine that cannot be asked.
+def _abilities(model: ModelConfig, routes: Iterable[str], kind: str, said: SelfDescription | None) -> set[str]:
+    """The abilities of a model whose configuration does not name them: by its engine kind's routes, and what is known
+    of the model.
+    """
+    abilities = {ability for route in routes if (ability := ABILITIES.get(route))}
+    served = {ability for route, ability in ABILITIES.items() if said and route in said.routes}
+    if served:
+        abilities &= served
+    elif kind:
+        abilities &= BY_KIND[kind]
+    if said and said.takes_audio is False:
+        abilities -= {"transcription", "translation"}
+    if said and said.takes_images and "chat" in abilities:
+        abilities.add("vision")
+    if "chat" in abilities and calls_tools(model, said):
+        abilities.add("tools")
+    return abilities
 
-    vLLM and SGLang look for calls in an answer only if they are told how the model writes them.
+
+def calls_tools(model: ModelConfig, said: SelfDescription | None) -> bool:
+    """Whether the model can choose to call tools. True where the engine does not tell.
+
+    vLLM and SGLang look for calls in an answer only if a flag names the form in which the model writes them.
     """
     if model.engine in TOOL_FLAGS:
         return bool(argument(model, TOOL_FLAGS[model.engine]))
@@ -117,107 +122,78 @@ def line(
     replica_of: str = "",
     replicas: tuple[ModelLine, ...] = (),
 ) -> ModelLine:
-    """A model, or a replica of one, for ``vllmctl``. ``power``: watts of its share of its devices;
-    ``unused``: the joules of that since its last request.
+    """The status line of a model, or of a replica.
 
-    ``since``: seconds in its state, where the core does not know. ``silent``: seconds for which it has answered none of
-    the requests that wait in it. ``process``: its engine, of a model with
-    ``replicas`` that of the one which is as the model is.
+    ``power``: watts of its share of its devices; ``unused``: joules of that since its last request. ``since``: seconds
+    in its state, where the core does not know. ``silent``: seconds for which it has answered none of the requests that
+    wait in it. ``process``: its engine; of a model with ``replicas`` the engine that stands for it.
     """
     running = process.running if process else None
-    starting = process.phase if process and view.state is State.STARTING else None
+    starting = process if process and view.state is State.STARTING else None
+    phases: Mapping[str, float] = last_start.phases if last_start else {}
+    loader = last_start.loader if last_start else ""
+    if starting:  # where its time has gone so far; unknown if an earlier daemon has seen its beginning
+        phases = starting.phases.spent(time.monotonic()) if starting.phases.whole else {}
+        loader = starting.loader
+    socket = (process.listen.uds or f"{process.listen.host}:{process.listen.port}") if process else ""
     return ModelLine(
-        name=view.name,
-        state=state_of(view),
-        level=view.level,
-        devices=view.devices,
-        memory=view.memory,
-        in_flight=view.in_flight,
-        queued=view.queued,
-        oldest_wait=view.oldest_wait,
-        idle=view.idle,
-        since=view.since if view.since is not None else since,
-        pinned=view.pinned,
-        disabled=view.disabled,
-        leases=view.leases,
-        waiting_for=view.waiting_for,
-        failure=view.failure,
-        never=view.never,
-        silent=silent,
-        standing=view.standing,
-        latency=view.latency,
-        rests_in=view.rests_in,
-        pid=running.pid if running else None,
-        unit=running.unit if running else "",
-        socket=(process.listen.uds or f"{process.listen.host}:{process.listen.port}") if process else "",
-        instance=process.instance if process else "",
-        phase=process.phase_text if process and starting else "",
-        detail=starting.detail if starting else "",
-        last_start_seconds=last_start.seconds if last_start else None,
-        start_phases=_phases(process if starting else None, last_start),
-        loader=_loader(process if starting else None, last_start),
-        version=last_start.version if last_start else "",
-        power=power,
-        unused_energy=unused,
+        # 1. What the core knows.
+        name=view.name, state=state_of(view), level=view.level, devices=view.devices, memory=view.memory,
+        in_flight=view.in_flight, queued=view.queued, oldest_wait=view.oldest_wait, idle=view.idle,
+        since=since if view.since is None else view.since, pinned=view.pinned, disabled=view.disabled,
+        leases=view.leases, waiting_for=view.waiting_for, failure=view.failure, never=view.never, health=view.health,
+        expected=view.expected, latency=view.latency, rests_in=view.rests_in,
+        # 2. The engine: its process, and how it starts or has started.
+        pid=running.pid if running else None, unit=running.unit if running else "", socket=socket,
+        instance=process.instance if process else "", phase=starting.phase_text if starting else "",
+        detail=starting.phase.detail if starting else "", start_phases=phases, loader=loader,
+        last_start_seconds=last_start.seconds if last_start else None, version=last_start.version if last_start else "",
         started_at=time.time() - (time.monotonic() - process.started) if process else None,
-        config=config,
-        replica_of=replica_of,
-        replicas=replicas,
+        silent=silent, power=power, unused_energy=unused,
+        # 3. The configuration, and the replicas.
+        config=config, replica_of=replica_of, replicas=replicas,
         serving=view.serving if replicas and isinstance(view, ModelView) else int(view.state is State.READY),
         degraded=isinstance(view, ModelView) and view.balanced and view.degraded,
-    )
-
-
-def _phases(starting: EngineProcess | None, last_start: Start | None) -> Mapping[str, float]:
-    """Where the time of the start under way goes, else where that of the last one went."""
-    if starting:
-        return starting.phases.spent(time.monotonic()) if starting.phases.whole else {}
-    return last_start.phases if last_start else {}
-
-
-def _loader(starting: EngineProcess | None, last_start: Start | None) -> str:
-    """What reads its weights in the start under way, else what did so in the last one."""
-    if starting:
-        return starting.loader
-    return last_start.loader if last_start else ""
+    )  # fmt: skip
 
 
 def about(model: ModelConfig | None) -> ModelSettings:
-    """What of a model's settings is shown beside its state."""
+    """The settings of a model that are shown beside its state."""
     return ModelSettings(model.engine, model.source, model.aliases) if model else NO_SETTINGS
 
 
 def health(
     views: Iterable[ModelView], devices: Iterable[DeviceView], broken: str, trouble: str, *, ready: bool
 ) -> Health:
-    """Whether we are well, with devices and models. ``trouble``: why devices do not answer."""
-    views = list(views)
+    """The daemon's health, with devices and models. ``broken``: why the configuration cannot be used; ``trouble``: why
+    devices do not answer.
+    """
+    views, status = list(views), "ok"
+    if broken:
+        status = f"the configuration is invalid: {broken}"
+    elif trouble:
+        status = f"the devices do not answer, models without devices are served: {trouble}"
     return Health(
-        status=_status(broken, trouble),
+        status=status,
         ready=ready and not broken,
-        gpu=tuple(_device(device) for device in devices),
+        gpu=tuple(
+            DeviceFree(**asdict(view), free=max(0, view.memory - view.reserve - view.promised - view.external))
+            for view in devices
+        ),
         loaded_models=tuple(view.name for view in views if view.state not in UNLOADED),
         model_status={view.name: state_of(view) for view in views},
     )
 
 
-def _status(broken: str, trouble: str) -> str:
-    if broken:
-        return f"the configuration is invalid: {broken}"
-    return f"the devices do not answer, models without devices are served: {trouble}" if trouble else "ok"
-
-
 def device(view: DeviceView) -> Device:
-    """What a device has, and what of it is promised."""
+    """A device's memory, and how much of it is promised."""
     return Device(**asdict(view))
 
 
-def _device(view: DeviceView) -> DeviceFree:
-    free = max(0, view.memory - view.reserve - view.promised - view.external)
-    return DeviceFree(**asdict(view), free=free)
-
-
 def decision(made: core.Decision, now: float) -> Decision:
-    """A decision with Unix time instead of the core's clock, which shows ``now``; about a replica where it is."""
+    """A decision with Unix time instead of the core's clock, which shows ``now``.
+
+    Its subject is the replica, if any.
+    """
     at = time.time() - now + made.at
     return Decision(at, made.what, made.replica or made.model, made.why, dict(made.numbers))

@@ -1,4 +1,4 @@
-"""Putting engines to sleep and waking them, by their own ordered calls, with the memory looked at before and after."""
+"""Puts engines to sleep and wakes them, by their kinds' ordered calls, and checks that the memory came back."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sleeps:
             return events.EngineSleepFailed(process.name, failure)
         after = await self._memory.settled(process, before)
         freed = {index: before[index] - after[index] for index in before if index in after}
-        if process.self_managed:  # what it had is not what it may take, so what came back tells nothing
+        if process.self_managed:  # what it had is not what it may take, so what came back means nothing
             freed = {}
         if freed and max(before.values()) > TOLERANCE > max(freed.values()):
             held = ", ".join(f"{size >> 20} MiB on device {index}" for index, size in after.items())
@@ -62,8 +62,7 @@ class Sleeps:
         return events.EngineAwake(process.name)
 
     def _limited(self, process: EngineProcess, level: int, what: str, steps: Iterable[Call]) -> list[Call]:
-        """The steps; where it is known how long they take, one that hangs holds the device up no longer than is needed
-        to be sure of it."""
+        """The calls, with a limit where it is known how long they usually take: one that hangs holds up its device."""
         usual = self._usual(process.name, f"{what}{level}")
         limit = max(SHORTEST_LIMIT, MANY_TIMES * usual) if usual else math.inf
         return [replace(step, timeout=min(step.timeout, limit)) for step in steps]
@@ -89,9 +88,9 @@ class Sleeps:
 
 
 async def finish_work(process: EngineProcess) -> None:
-    """Let it finish what no open request shows, such as a queue of its own; at most for the drain limit."""
+    """Wait until the engine has finished work that no open request shows, at most for the model's drain limit."""
     probe, limit = process.engine.busy(), process.model.drain_limit
     until = None if limit is None else time.monotonic() + limit
-    # Its queue is its own: no event of ours could tell when it is empty.
+    # The queue is the engine's own, so no event tells when it is empty.
     while probe and await is_busy(process, probe) and (until is None or time.monotonic() < until):  # noqa: ASYNC110
         await asyncio.sleep(BUSY_POLL)

@@ -55,7 +55,7 @@ class Spans:
     """Begins traces, and sends what has ended from a thread that sleeps while nothing ends."""
 
     def __init__(self, endpoint: str, share: float) -> None:
-        """``share``: of the requests whose client says nothing of tracing, 0.0 to 1.0."""
+        """``share``: of the requests whose client does not trace, 0.0 to 1.0."""
         self.endpoint, self.share = endpoint, share
         self.sent = self.dropped = 0  # requests
         self._waiting: queue.SimpleQueue[tuple[Entry, Trace] | None] = queue.SimpleQueue()
@@ -63,9 +63,10 @@ class Spans:
         self._trouble = Repeated(log)
 
     def begin(self, request: Request) -> Trace | None:
-        """The trace of a request that has just arrived; None if it is not to be recorded.
+        """The trace of a request that has just arrived; None if its spans are not to be sent.
 
-        A client that sends a ``traceparent`` has decided that already (its flag ``sampled``); of others it is chance.
+        A client that sends a ``traceparent`` has decided that already (its flag ``sampled``); for others chance
+        decides.
         """
         named = parent_of(request.headers.get("traceparent"))
         if named is not None:
@@ -84,7 +85,7 @@ class Spans:
         self._waiting.put((entry, trace))
 
     def close(self) -> None:
-        """Send what waits, within ``LEAVE`` seconds; a collector that does not answer keeps nobody."""
+        """Send what waits, within ``LEAVE`` seconds: a collector that does not answer holds nothing up."""
         if self._thread is not None:
             self._waiting.put(None)
             self._thread.join(LEAVE)
@@ -95,7 +96,7 @@ class Spans:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import SpanExportResult
 
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it tells each failure; we do it once
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # each failure would be logged twice
         url = self.endpoint.rstrip("/")
         exporter = OTLPSpanExporter(url if url.endswith(PATH) else url + PATH, timeout=EXPORT)
         resource = _resource()
@@ -114,7 +115,7 @@ class Spans:
         exporter.shutdown()  # type: ignore[no-untyped-call]
 
     def _batches(self) -> Iterator[list[tuple[Entry, Trace]]]:
-        """What has ended, as it gathers, until ``close``."""
+        """The requests that have ended, in batches, until ``close``."""
         over = False
         while not over:
             batch: list[tuple[Entry, Trace]] = []
@@ -135,12 +136,12 @@ class Spans:
 
 def parent_of(field: str) -> tuple[str, str, bool] | None:
     """Trace, span and whether it is recorded, of a ``traceparent`` (W3C Trace Context); None if it is not one."""
-    found = TRACEPARENT.fullmatch(field.strip())
-    if found is None or found[1] == "ff" or (found[1] == "00" and found[5]):
+    match = TRACEPARENT.fullmatch(field.strip())
+    if match is None or match[1] == "ff" or (match[1] == "00" and match[5]):
         return None
-    if found[2] == "0" * 32 or found[3] == "0" * 16:
+    if match[2] == "0" * 32 or match[3] == "0" * 16:
         return None
-    return found[2], found[3], bool(int(found[4], 16) & 1)
+    return match[2], match[3], bool(int(match[4], 16) & 1)
 
 
 def new_id(size: int) -> str:
@@ -157,7 +158,7 @@ class Part(NamedTuple):
 
 
 def parts_of(entry: Entry) -> Iterator[Part]:
-    """What a request spent its time with, as far as it came."""
+    """The phases of a request, as far as it came."""
     admitted = entry.seconds if entry.waited is None else entry.waited
     load = min(entry.loading, admitted)
     yield Part("queue", 0.0, admitted - load)
@@ -165,7 +166,7 @@ def parts_of(entry: Entry) -> Iterator[Part]:
         yield Part("load", admitted - load, admitted)
     if entry.waited is None:
         return
-    # Comments that keep a client from giving up may come before an engine is there: they are no first byte.
+    # Comments that keep a client from giving up may be sent before an engine is there: they are no first byte.
     first = entry.seconds if entry.first_byte is None else max(entry.first_byte, admitted)
     yield Part("first byte", admitted, first)
     if entry.first_byte is not None:

@@ -33,33 +33,32 @@ def model_spec(model: ModelConfig, replicas: Sequence[ReplicaSpec]) -> ModelSpec
     )
 
 
-def replica_spec(model: ModelConfig, engine: Engine, told: Estimate, cpu: Device | None = None) -> ReplicaSpec:
+def replica_spec(model: ModelConfig, engine: Engine, estimate: Estimate, cpu: Device | None = None) -> ReplicaSpec:
     """The core's view of an engine. Its sizes are as configured or estimated; the core learns the real ones.
 
     ``cpu``: the device, where there is no other.
     """
-    spec = _spec(model, engine, told)
+    spec = _spec(model, engine, estimate)
     return on_cpu(spec, cpu) if cpu else spec
 
 
 def on_cpu(spec: ReplicaSpec, cpu: Device) -> ReplicaSpec:
-    """The same on the CPU, where an engine's memory is the host's, however many parts it has.
+    """The spec of an engine on the CPU, where its memory is the host's, however many parts it has.
 
-    One that is larger than all of it has it to itself: a file that is mapped may be, and is read again and again.
+    A model larger than all of that gets all: a mapped file may be larger than memory, and is read again and again.
     """
-    told = spec.footprint
-    size = min(max(told.awake, spec.host_running), cpu.memory - cpu.reserve)
+    size = min(max(spec.footprint.awake, spec.host_running), cpu.memory - cpu.reserve)
     if not spec.device_count and not size:
-        return spec  # it runs elsewhere
-    footprint = replace(told, starting=size, awake=size, asleep=min(told.asleep, size))
+        return spec  # a remote engine
+    footprint = replace(spec.footprint, starting=size, awake=size, asleep=min(spec.footprint.asleep, size))
     return replace(spec, footprint=footprint, device_count=1, devices=(), host_running=0)
 
 
-def _spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaSpec:
+def _spec(model: ModelConfig, engine: Engine, estimate: Estimate) -> ReplicaSpec:
     return ReplicaSpec(
         id=model.name,
-        footprint=told.footprint,
-        weights=told.weights,
+        footprint=estimate.footprint,
+        weights=estimate.weights,
         settings=fingerprint(model),
         device_count=engine.device_count(model),
         devices=model.devices,
@@ -70,15 +69,15 @@ def _spec(model: ModelConfig, engine: Engine, told: Estimate) -> ReplicaSpec:
         concurrency=model.concurrency,
         drain_limit=model.drain_limit,
         preempt=model.preempt,
-        host_running=told.host_running,
+        host_running=estimate.host_running,
         when_free=model.when_free,
         max_restarts=model.max_restarts,
         restart_backoff=model.restart_backoff,
         engine=engine.kind,
-        start_time=start_time(model, engine.kind, told.weights),
+        start_time=start_time(model, engine.kind, estimate.weights),
     )
 
 
-def _rules(told: ReplicaConfig) -> ReplicaRules:
-    balancing = {each.name: getattr(told, each.name) for each in fields(Balancing)}
-    return ReplicaRules(**balancing, least=told.min or len(told.of), probe=told.probe is not None)
+def _rules(config: ReplicaConfig) -> ReplicaRules:
+    balancing = {each.name: getattr(config, each.name) for each in fields(Balancing)}
+    return ReplicaRules(**balancing, least=config.min or len(config.of), probe=config.probe is not None)

@@ -1,28 +1,30 @@
-"""Standbys: kept while there is memory for them, and given away to the starts that they fit.
+"""Standbys: processes with an engine's imports done, begun while the machine is calm, and given to the starts they fit.
 
-One is begun when the machine is calm, for what was started last (``engines.standby``: what must be equal), as long as
-a model that it could become is not loaded. It is given away once; whatever goes wrong with it costs that start the
-seconds that it would have saved (``launcher.handover``), and what is known to go wrong is not tried again. It ends
-with the daemon's connection to the launcher, whoever ends that; an idle exit does not wait for it.
+When. A standby is begun ``CALM`` seconds after the last start or waiting request, of the kind that was started last
+(``engines.standby`` says what must be equal), as long as a model that could use it is not loaded. It is given to one
+start (``claim``). Whatever goes wrong with it costs that start the seconds that it would have saved
+(``launcher.handover``); a kind that has failed ``TRIES`` times in a row is not tried again until a reload.
 
-Its memory is the host's. It is booked (``held``, the core's ledger) but promised to nobody: it is given up when the
-machine runs short, when an engine that is about to start needs it, and when level-1 sleepers do.
+Memory. A standby holds host memory. That is booked with the core (``held``) but promised to no model: a standby is
+ended when the machine runs short, when an engine that is about to start needs the memory, and when level-1 sleepers do.
+
+Life. A standby ends with the daemon's connection to the launcher, whichever side ends that; an idle exit does not wait
+for it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
+from vllmd.daemon.tasks import Tasks
 from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
@@ -34,9 +36,9 @@ log = logging.getLogger("vllmd.standby")
 CALM = 5.0  # seconds without a start or a waiting request before one is begun
 LOOK = 2.0  # seconds between looks
 IMPORT_LIMIT = 300.0  # seconds for its imports; a busy machine's disk may be slow
-EXPECTED = GiB  # bytes that one is expected to hold until it says
-SMALLEST_MACHINE = 16 * GiB  # on which `auto` keeps one
-SPARE, SPARE_AUTO = GiB, 4 * GiB  # bytes that stay available when one is begun; with half of that it is given up
+EXPECTED = GiB  # bytes that a standby is expected to hold until the launcher tells
+SMALLEST_MACHINE = 16 * GiB  # bytes of memory of a machine on which ``auto`` keeps a standby
+SPARE, SPARE_AUTO = GiB, 4 * GiB  # bytes that must stay available to begin a standby; below half of it one is ended
 TRIES = 2  # failures in a row after which one is not tried again until the configuration is read anew
 SEEK = 30.0  # seconds between looks through the models while nothing starts or ends; `engine use` may change them
 MODELS = 32  # that are looked through at a time
@@ -46,7 +48,7 @@ Find = Callable[[ModelConfig], Standby | None]
 
 
 def available(root: Path = Path("/")) -> int:
-    """Bytes that the kernel could give away without harm to anybody; 0 if it does not say."""
+    """Bytes of memory that the kernel says are available; 0 if it does not say."""
     return memory_of_machine(root)[1] or 0
 
 
@@ -62,7 +64,7 @@ class StandbyProcess:
 
 
 class Standbys:
-    """Owns them. Nothing here waits: the work is in tasks of ``spawn``."""
+    """Owns them. Nothing here waits: the work is in side tasks."""
 
     def __init__(
         self,
@@ -72,17 +74,17 @@ class Standbys:
         spare: Callable[[], int] = available,
         machine: Callable[[], int] = host_memory,
     ) -> None:
-        """``find``: what a standby has to be for a model now. ``held`` is told of the bytes of all, when they change.
+        """``find`` gives the kind of standby that fits a model now. ``held`` is called with the bytes of all.
 
         ``spare``: bytes available now. ``machine``: bytes that engines may have in all.
         """
         self._launcher, self._find, self._on_held = launcher, find, held
         self._spare, self._machine = spare, machine
         self.kept: dict[str, StandbyProcess] = {}
-        self._count: int | None = 0
+        self.count: int | None = 0
         self._models: Iterable[ModelConfig] = ()
         self._recent = OrderedDict[Standby, int]()  # what was started, the last one last, and its failures in a row
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._busy_until = self._reviewed_at = 0.0
         self._running_then: frozenset[str] | None = None  # replicas with an engine, when the models were looked through
         self._searched_at = 0.0  # when that was
@@ -91,13 +93,13 @@ class Standbys:
 
     def configure(self, count: int | None, models: Iterable[ModelConfig]) -> None:
         """Keep so many from now on (None: as many as the machine's size allows), for these models' engines."""
-        self._count, self._models, self._running_then = count, models, None
+        self.count, self._models, self._running_then = count, models, None
         for standby in self._recent:
             self._recent[standby] = 0
 
     @property
     def held(self) -> int:
-        """Bytes of host memory that they hold together."""
+        """Bytes of host memory that all standbys hold."""
         return sum(one.memory for one in self.kept.values())
 
     @property
@@ -108,34 +110,34 @@ class Standbys:
     # -- starts
 
     def claim(self, standby: Standby | None, needs: int = 0) -> str:
-        """The instance of one that fits, which is nobody else's from now on; "" if there is none.
+        """The instance of a standby that fits, reserved for the caller; "" if there is none.
 
-        ``needs``: bytes of host memory that the start will take: others are given up for it.
+        ``needs``: bytes of host memory that the start will take; for that standbys may be ended.
         """
         self._busy_until = time.monotonic() + CALM
-        if standby is None or self._launcher is None or self._count == 0:
-            found = None
+        if standby is None or self._launcher is None or self.count == 0:
+            chosen = None
         else:
             self._recent.setdefault(standby, 0)
             self._recent.move_to_end(standby)
             self._running_then = None
             while len(self._recent) > REMEMBERED:
                 self._recent.popitem(last=False)
-            found = next((one for one in self.kept.values() if one.ready and one.standby == standby), None)
-        if found:
-            del self.kept[found.instance]
+            chosen = next((one for one in self.kept.values() if one.ready and one.standby == standby), None)
+        if chosen:
+            del self.kept[chosen.instance]
             self._report_held()
         if needs:
             self.make_room(needs + SPARE // 2)
-        return found.instance if found else ""
+        return chosen.instance if chosen else ""
 
     def not_used(self, instance: str) -> None:
-        """One that was given away is not made an engine after all: it ends."""
+        """End a standby that was claimed and does not become an engine after all."""
         if self._launcher:
-            self._spawn(self._kill(instance))
+            self._tasks.spawn(self._kill(instance))
 
     def make_room(self, wanted: int) -> None:
-        """Give up as many as it takes until ``wanted`` bytes are available."""
+        """End as many standbys as it takes until ``wanted`` bytes are available."""
         short = wanted - self._spare() if self.kept else 0
         while short > 0 and self.kept:
             one = next(iter(self.kept.values()))
@@ -156,7 +158,7 @@ class Standbys:
     # -- what the launcher tells
 
     def mark_ready(self, instance: str, memory: int) -> None:
-        """A standby has imported everything: from now on a start may claim it."""
+        """Note that a standby has imported everything: from now on a start may claim it."""
         if one := self.kept.get(instance):
             one.ready, one.memory = True, memory or EXPECTED
             seconds = time.monotonic() - one.since
@@ -168,19 +170,19 @@ class Standbys:
         one = self.kept.pop(report.instance, None)
         if one is None:
             return False
-        if report.status is None and report.signal is None:  # the launcher is gone, and they with it
+        if report.status is None and report.signal is None:  # the launcher has ended, and its standbys with it
             self._report_held()
             return True
-        why = report.log_tail[-1] if report.log_tail else "it said nothing"
+        why = report.log_tail[-1] if report.log_tail else "its log is empty"
         self._failed(one, f"the process ended by itself: {why}")
         return True
 
     # -- chores
 
     def review(self, *, busy: bool, running: Iterable[str] = (), over: int = 0) -> None:
-        """Begin or end some, if it is time for that. ``busy``: something starts, or is waited for.
+        """Begin or end standbys, if it is time for that. ``busy``: an engine starts, or a request waits for one.
 
-        ``running``: the replicas that have an engine. ``over``: bytes of theirs that others have been promised.
+        ``running``: the replicas that have an engine. ``over``: bytes of the standbys that models have been promised.
         """
         now = time.monotonic()
         if busy:
@@ -206,11 +208,11 @@ class Standbys:
             self._begin(wanted[0])
 
     def _reserve(self) -> int:
-        return SPARE_AUTO if self._count is None else SPARE
+        return SPARE_AUTO if self.count is None else SPARE
 
     def _wanted(self, running: frozenset[str], now: float) -> list[Standby]:
         """The standbys that there should be now; several of one kind where there are fewer kinds than places."""
-        count = self._count
+        count = self.count
         if count is None:
             count = 1 if self._machine() >= SMALLEST_MACHINE else 0
         if not count or self._launcher is None:
@@ -224,14 +226,14 @@ class Standbys:
         """The kinds of standbys that models without an engine could be started from; only the first ``MODELS`` are
         looked at.
         """
-        lately, found = list(reversed(self._recent)), set[Standby]()
+        lately, useful = list(reversed(self._recent)), set[Standby]()
         for model in itertools.islice((one for one in self._models if one.name not in running), MODELS):
             standby = self._find(model)
             if standby is not None and standby in self._recent:
-                found.add(standby)
-            if lately[:count] == [each for each in lately if each in found][:count]:
+                useful.add(standby)
+            if lately[:count] == [each for each in lately if each in useful][:count]:
                 break
-        return [standby for standby in lately if standby in found]
+        return [standby for standby in lately if standby in useful]
 
     def _begin(self, standby: Standby) -> None:
         one = StandbyProcess(instance_name(f"standby-{Path(standby.program).name}"), standby)
@@ -241,11 +243,11 @@ class Standbys:
             one.instance,
             standby.argv(),
             standby.variables(),
-            limits={"cpu_weight": 1},  # whatever is asked for meanwhile goes before it
+            limits={"cpu_weight": 1},  # engines and requests go first
             metadata={"standby": "yes"},
             waits=True,
         )
-        self._spawn(self._start(one, order))
+        self._tasks.spawn(self._start(one, order))
 
     async def _start(self, one: StandbyProcess, order: StartOrder) -> None:
         assert self._launcher
@@ -265,7 +267,7 @@ class Standbys:
         del self.kept[one.instance]
         log.info("the standby %s is ended: %s", one.instance, why)
         self._report_held()
-        self._spawn(self._kill(one.instance))
+        self._tasks.spawn(self._kill(one.instance))
 
     async def _kill(self, instance: str) -> None:
         assert self._launcher
@@ -279,8 +281,3 @@ class Standbys:
         if (held := self.held) != self._reported:
             self._reported = held
             self._on_held(held)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

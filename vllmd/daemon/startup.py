@@ -125,7 +125,7 @@ async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
 
 
 def log_devices(memory: Memory) -> None:
-    """Into the log: an error where they do not answer."""
+    """Log which devices there are; an error where they do not answer."""
     if memory.devices.trouble:
         log.error("the devices do not answer (models without devices are served): %s", memory.trouble)
     else:
@@ -133,12 +133,12 @@ def log_devices(memory: Memory) -> None:
 
 
 async def apply_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> None:
-    """Go on with what is known of the devices now: sizes are reckoned anew, and whoever waited for one is told."""
+    """Take devices that answer now, or no longer: footprints are estimated anew, and the core decides what follows."""
     if devices is back.memory.devices:
         await back.readings.look()
         return
     async with front.changing:  # a reload reckons with the devices, too
-        if devices is not back.devices.current:  # it has taken others meanwhile
+        if devices is not back.devices.current:  # a reload has taken others meanwhile
             return
         config = front.current.config
         back.memory.use_devices(devices, files_of(config))
@@ -187,7 +187,7 @@ async def connect(launcher: LauncherClient, address: str) -> str:
 
 
 async def answered(ask: Callable[[], Awaitable[T]]) -> T:
-    """The launcher's answer, however long it takes: nothing can be decided without it, and requests wait meanwhile."""
+    """The launcher's answer, however long it takes: nothing can be decided without it, so requests wait meanwhile."""
     trouble = Repeated(log)
     while True:
         try:

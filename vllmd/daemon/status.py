@@ -1,4 +1,4 @@
-"""What clients and operators are shown: pure functions of a ``StatusInput``, which is one moment of the daemon."""
+"""The answers to what clients and operators ask: pure functions of a ``StatusInput``, one moment of the daemon."""
 
 from __future__ import annotations
 
@@ -38,14 +38,18 @@ if TYPE_CHECKING:
     from vllmd.daemon.last_starts import Start
     from vllmd.daemon.standbys import StandbyProcess
 
-AT_A_TIME = 100  # models that are told of in one turn of the loop
-SCRAPE_LIMIT = 5.0  # seconds for an engine to tell its metrics
-SCRAPE_SAMPLE = 0.5  # seconds for the devices to be read; without an answer the last reading is shown
+AT_A_TIME = 100  # models of a list for which one turn of the event loop is used
+SCRAPE_LIMIT = 5.0  # seconds for an engine's metrics
+SCRAPE_SAMPLE = 0.5  # seconds for a reading of the devices; after that the last reading is shown
 
 
 @dataclass(frozen=True)
 class StatusInput:
-    """How everything stands at one moment. ``snapshot`` and ``back`` are None until devices and engines are found."""
+    """The daemon's state at one moment. ``snapshot`` and ``back`` are None until devices and engines are found.
+
+    ``broken``: why the configuration cannot be used; ``refused``: why the last reload was; ``unwritten``: why use
+    cannot be recorded; "" where there is no reason.
+    """
 
     config: Config
     engines: Mapping[str, ModelConfig]  # by id
@@ -61,7 +65,7 @@ class StatusInput:
 
 
 def status(seen: StatusInput, started: float, models: tuple[ModelLine, ...]) -> answers.Status:
-    """Everything that ``vllmctl`` shows. ``started``: by ``time.monotonic``. ``models``: of each its ``model_line``."""
+    """The whole status. ``started``: by ``time.monotonic``. ``models``: each one's ``model_line``."""
     shown = answers.Status(
         version=vllmd.__version__,
         pid=os.getpid(),
@@ -90,7 +94,7 @@ def status(seen: StatusInput, started: float, models: tuple[ModelLine, ...]) -> 
 
 
 def host(root: Path = Path("/")) -> answers.Host:
-    """The machine as a whole, whatever of it engines may use."""
+    """The machine as a whole, of which engines may be allowed a part."""
     machine = os.uname()
     total, available = memory_of_machine(root)
     load = None
@@ -100,14 +104,17 @@ def host(root: Path = Path("/")) -> answers.Host:
     return answers.Host(system, os.cpu_count() or 0, load, total, available)
 
 
-def standby_line(one: StandbyProcess) -> answers.StandbyLine:
-    """A standby as operators are shown it."""
-    state = "waiting" if one.ready else "importing"
-    return answers.StandbyLine(one.instance, one.standby.program, state, one.memory)
+def standby_line(process: StandbyProcess) -> answers.StandbyLine:
+    """The status line of a standby."""
+    state = "waiting" if process.ready else "importing"
+    return answers.StandbyLine(process.instance, process.standby.program, state, process.memory)
 
 
 def model_line(seen: StatusInput, view: ModelView) -> ModelLine:
-    """A model's line, with those of its replicas in it."""
+    """The status line of a model, with the lines of its replicas in it.
+
+    Of several replicas the model's line shows the engine of the first one that is in the model's state.
+    """
     if not view.balanced:
         return _line(seen, view, view.replicas[0].id)
     lines = tuple(_line(seen, each, each.id, replica_of=view.name) for each in view.replicas)
@@ -122,14 +129,14 @@ def _line(
     replica_of: str = "",
     replicas: tuple[ModelLine, ...] = (),
 ) -> ModelLine:
-    """The line of a model or of a replica, with what is known of that engine."""
+    """The status line of a model or of a replica, with what is known of its engine."""
     config = about(seen.config.models.get(view.name) if replicas else seen.engines.get(engine))
     if seen.back is None:
         return line(view, config, replica_of=replica_of, replicas=replicas)
     engines, since = seen.back.engines, None
-    if view.since is None and (runs := seen.back.learnt.runs.get(engine)):  # an earlier daemon's engine
+    if view.since is None and (runs := seen.back.learnt.runs.get(engine)):  # its last engine was an earlier daemon's
         ago = time.time() - runs[-1][1]
-        since = ago if ago >= 0 else None  # the clock has been set back since: nobody knows
+        since = ago if ago >= 0 else None  # negative: the clock has been set back
     return line(
         view,
         config,
@@ -167,23 +174,23 @@ def line_of(seen: StatusInput, model: str) -> ModelLine:
 
 
 def of_caller(status: answers.Status, caller: Caller) -> answers.Status:
-    """The status as one sees it who may use some models only: without the others, and what is said of them."""
+    """The status without models that the caller may not use, and without what tells of them."""
     if caller.models is None:
         return status
     lines = [line for line in status.models if caller.may_use(line.name)]
-    own = tuple(replace(line, waiting_for="room") if line.waiting_for else line for line in lines)  # it names holders
+    own = tuple(replace(line, waiting_for="room") if line.waiting_for else line for line in lines)  # it names others
     error = status.configuration.error and "invalid"
     return replace(status, standbys=None, models=own, configuration=replace(status.configuration, error=error))
 
 
 def concerns(decision: core.Decision, names: Set[str]) -> bool:
-    """Whether it is about one of them, or makes it leave."""
+    """Whether a decision is about one of these models or replicas, or evicts it."""
     victims = str(decision.numbers.get("victims", "")).split(",")
     return (decision.replica or decision.model) in names or any(v.rpartition(":")[0] in names for v in victims)
 
 
 class Status:
-    """Implements ``vllmd.admin.control.Status``: gathers a ``StatusInput``, and answers from it. Changes nothing."""
+    """Implements ``vllmd.admin.control.Status``: gathers a ``StatusInput`` and answers from it; changes nothing."""
 
     def __init__(
         self,
@@ -210,7 +217,7 @@ class Status:
         self._unanswered = unanswered
         self._started = time.monotonic()
         self._descriptions = Descriptions()
-        self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once asked for
+        self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once it was needed
 
     def status_input(self, model: str = "") -> StatusInput:
         """The core's snapshot, counts and the configuration, all of the same moment.
@@ -218,28 +225,28 @@ class Status:
         ``model``: the snapshot is of that model, or the model of that replica, alone.
         """
         current, back = self._current, self._back.now
-        snapshot = back.snapshot(model) if back else None
-        connections, requests = self._connections(), self._gate.requests
-        loop, counts = name_of(asyncio.get_running_loop()), (requests, connections)
-        known = current.config, current.engines, current.broken, current.refused
-        return StatusInput(*known, *counts, back, snapshot, loop, self._unwritten(), self._unanswered())
+        return StatusInput(
+            current.config, current.engines, current.broken, current.refused, self._gate.requests, self._connections(),
+            back, back.snapshot(model) if back else None, name_of(asyncio.get_running_loop()), self._unwritten(),
+            self._unanswered(),
+        )  # fmt: skip
 
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
         await self._back.wait()
 
     async def status(self, caller: Caller = ANYBODY) -> answers.Status:
-        """Everything that ``vllmctl`` shows, of the models that the caller may use."""
+        """The whole status, of the models that the caller may use."""
         seen, lines = self.status_input(), list[ModelLine]()
         for number, view in enumerate(seen.snapshot.models if seen.snapshot else (), 1):
-            if number % AT_A_TIME == 0:
+            if number % AT_A_TIME == 0:  # with 10,000 models the list takes time that streams need
                 await asyncio.sleep(0)
             lines.append(model_line(seen, view))
         shown = replace(of_caller(status(seen, self._started, tuple(lines)), caller), host=host())
         return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
     def health(self) -> answers.Health:
-        """Whether we are well, with devices and models."""
+        """Whether the daemon is healthy, with devices and models."""
         seen = self.status_input()
         views, devices = (seen.snapshot.models, seen.snapshot.devices) if seen.snapshot else ((), ())
         trouble = seen.back.memory.trouble if seen.back else ""
@@ -252,29 +259,28 @@ class Status:
 
     def settings(self, model: str) -> Iterator[str]:
         """The configuration in force, or one model's part, as lines of YAML with each setting's origin; no secrets."""
-        from vllmd.config.present import of_config  # few look at it
+        from vllmd.config.present import of_config  # seldom needed
 
         return of_config(self._current.config, model)
 
     def decisions(self, model: str) -> Decisions:
-        """The last decisions, oldest first, those that are remembered of earlier daemons included."""
+        """The last decisions, oldest first, including those of earlier daemons."""
         back, names = self._back.now, {model, *self._current.engines_of(model)}
-        kept = [each for name, told in self._learnt.earlier.items() if not model or name in names for each in told]
-        before = tuple(sorted(kept, key=lambda each: each.at))
+        earlier = [each for name, last in self._learnt.earlier.items() if not model or name in names for each in last]
+        earlier.sort(key=lambda each: each.at)
         if back is None:
-            return Decisions(before)
+            return Decisions(tuple(earlier))
         now, made = back.dispatcher.now(), back.snapshot().decisions
-        return Decisions((*before, *(decision(each, now) for each in made if not model or concerns(each, names))))
+        return Decisions((*earlier, *(decision(each, now) for each in made if not model or concerns(each, names))))
 
     async def models(self) -> list[Card]:
-        """Every model for ``/v1/models``. Raises Unavailable where none is served, as every request hears."""
+        """Every model for ``/v1/models``. Raises the gate's refusal while there is one, as every request does."""
         return await self._cards(self._current.config.models)
 
     async def model(self, name: str) -> Card | None:
-        """The card of one model, adapter, variant or pool; None if none is called so. Raises Unavailable."""
-        offers = self._gate.offers
-        of = [offer.model if (offer := offers.get(each)) else each for each in offers.pool(name) or (name,)]
-        return next((card for card in await self._cards(dict.fromkeys(of)) if card.id == name), None)
+        """The card of one model, adapter, variant or pool; None if there is none of that name. Raises as ``models``."""
+        bases = [self._gate.base_of(each) for each in self._gate.offers.pool(name) or (name,)]
+        return next((card for card in await self._cards(dict.fromkeys(bases)) if card.id == name), None)
 
     async def _cards(self, names: Collection[str]) -> list[Card]:
         """The cards of these models, and of what else is offered of them."""
@@ -283,10 +289,10 @@ class Status:
         config = self._current.config
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
-        files = self._kinds[1]
+        kinds = self._kinds[1]
         seen = self.status_input(next(iter(names)) if len(names) == 1 else "")
         views = {view.name: view for view in seen.snapshot.models} if seen.snapshot else {}
-        said = await self._descriptions.of(_serving(seen))
+        descriptions = await self._descriptions.of(_serving(seen))
         cards = []
         for number, name in enumerate(names, 1):
             if number % AT_A_TIME == 0:
@@ -295,19 +301,19 @@ class Status:
                 continue
             engines = self._current.engines_of(name)
             first = seen.engines[engines[0]]
-            own = next((said[engine] for engine in engines if engine in said), None)
-            routes, files_kind = self._resolver(first).routes(first), files.get(model.source, "")
-            cards.append(card(model, routes, views.get(model.name), files_kind, own))
+            description = next((descriptions[engine] for engine in engines if engine in descriptions), None)
+            routes, kind = self._resolver(first).routes(first), kinds.get(model.source, "")
+            cards.append(card(model, routes, views.get(model.name), kind, description))
         return [*cards, *self._gate.offers.cards(cards)]
 
     def cache(self) -> Path:
         """The engines' Hugging Face cache."""
-        from vllmd.hub import cache_of  # not before the first client
+        from vllmd.hub import cache_of  # no client's first request waits for this import
 
         return cache_of(self._runtime.environment, self._current.config.engines.home or self._runtime.home)
 
     async def gauges(self) -> Gauges:
-        """How things stand; the devices are read for it, if they answer soon."""
+        """The values for ``/metrics``; the devices are read for it, if they answer soon."""
         back = self._back.now
         if back is not None and not back.memory.hangs:
             with contextlib.suppress(TimeoutError):
@@ -320,7 +326,7 @@ class Status:
         devices = memory.last.devices if memory.last and memory.readable else {}
         for engine, start in back.learnt.starts.items():
             model = self._current.model_of(engine)
-            if model not in starts or start.seconds > starts[model].seconds:  # of several replicas the slowest one's
+            if model not in starts or start.seconds > starts[model].seconds:  # of several replicas the slowest start
                 starts[model] = start
         return Gauges(
             seen.snapshot,
@@ -354,36 +360,36 @@ class Status:
         return await gpus((await self._back.wait()).memory)
 
     async def scrape(self, model: str) -> bytes:
-        """The metrics that the model's own engine tells. Raises Conflict where none serves."""
+        """The metrics of the model's own engine. Raises Conflict where none serves, BadRequest, UpstreamFailed."""
         process = self._opened().engines.processes.get(self.only(model))
         if process is None or process.ready_after is None:
-            raise Conflict(f"{model} has no engine now that could tell its metrics")
-        answered, _, body = await request(process.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
-        if answered != 200:
-            raise UpstreamFailed(f"the engine of {model} answered /metrics with {answered}")
+            raise Conflict(f"{model} has no engine now, so there are no metrics of one")
+        status, _, body = await request(process.listen, "GET", "/metrics", timeout=SCRAPE_LIMIT)
+        if status != 200:
+            raise UpstreamFailed(f"the engine of {model} answered GET /metrics with {status}")
         return body
 
     def resolve(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of a model, or the id of a replica. Raises UnknownModel, Forbidden."""
-        found = self._gate.resolve_engine(name, caller)
-        caller.check(self._current.model_of(found), name)
-        return found
+        configured = self._gate.resolve_engine(name, caller)
+        caller.check(self._current.model_of(configured), name)
+        return configured
 
     def called(self, name: str, caller: Caller = ANYBODY) -> str:
         """The configured name of a model, an adapter, a variant or a pool. Raises UnknownModel, Forbidden."""
-        found = self._gate.called(name, caller)
-        caller.check(found, name)
-        return found
+        configured = self._gate.called(name, caller)
+        caller.check(configured, name)
+        return configured
 
     def only(self, model: str) -> str:
-        """The one engine that is meant. Raises BadRequest if there are several."""
+        """The id of the model's one engine. Raises BadRequest if it has several."""
         engines = self._current.engines_of(model)
         if len(engines) > 1:
             raise BadRequest(f"{model} has several engines, name one: {', '.join(engines)}", param="model")
         return engines[0]
 
     def types(self) -> list[str]:
-        """The kinds of engines that there are."""
+        """The names of the engine kinds that there are."""
         from vllmd.engines import engine_names
 
         return engine_names()
@@ -396,7 +402,7 @@ class Status:
 
 
 def _serving(seen: StatusInput) -> list[EngineProcess]:
-    """The engines that can be asked now without waking or delaying anything."""
+    """The engines that serve now, so that a question wakes and delays nothing."""
     if seen.back is None or seen.snapshot is None:
         return []
     ready = {view.name for view in seen.snapshot.models if view.state is State.READY}
@@ -408,4 +414,4 @@ def _kinds(cache: Path) -> dict[str, str]:
     """The engine kind of each repository in the cache, read from its files."""
     from vllmd.hub import discover
 
-    return {found.name: found.kind for found in discover(cache)}
+    return {repository.name: repository.kind for repository in discover(cache)}

@@ -7,7 +7,7 @@ administrator would have to doubt. It says no more than what model it is, of whi
 names, so whoever may add models cannot have a program of his choice run by it; that is written by root, by hand. What
 model it is can be a file of this machine or a repository: engines take addresses, too, which are root's to say.
 
-Nothing of ``downloads`` is imported before it is wanted: most daemons fetch nothing.
+``downloads`` is imported only when it is needed: most daemons fetch nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vllmd.config.names import readable
 from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.current import Current, Later, RuntimeEnvironment
+from vllmd.daemon.state_files import write_whole
 from vllmd.errors import BadRequest, ConfigError, Conflict, Forbidden, NotFound, UnknownModel, Unsupported, VllmdError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class ModelStore:
     # -- fetching
 
     async def pull(self, name: str, *, add: bool, detached: bool) -> AsyncGenerator[Pulled, None]:
-        """Have a model's files here, and with ``add`` the model served. How far it is, line by line.
+        """Fetch a model's files and, with ``add``, serve the model. Yields the progress, line by line.
 
         The last line has ``done``, or ``error``. Raises BadRequest before the first one for what is no model's name.
         """
@@ -117,20 +118,20 @@ class ModelStore:
             yield Pulled(wanted.name, "failed", done=True, error=failure(error))
 
     async def _check_room(self, config: Config) -> None:
-        """Raises Forbidden where requests have added as many models as they may."""
+        """Check that requests have not added as many models as they may. Raises Forbidden."""
         if config.added is not None and await asyncio.to_thread(_requested, config.added) >= MOST_REQUESTED:
             what = f"requests have added {MOST_REQUESTED} models, and no more are; vllmctl rm takes one out"
             raise Forbidden(f"{what}, vllmctl pull fetches others", param="model")
 
     async def _end(self, download: Download, wanted: Wanted, *, add: bool, requested: bool = False) -> Pulled:
         """The last line of a pull."""
-        found = await self._downloads.finished(download)
-        if requested and found.get("called") != wanted.name:  # it may have followed an operator's download
+        result = await self._downloads.finished(download)
+        if requested and result.get("called") != wanted.name:  # the download may be one that an operator has begun
             raise Forbidden(f"a request has {wanted.name} fetched only by its own name", param="model")
-        settings = settings_of(found, wanted)
+        settings = settings_of(result, wanted)
         line = download.line()
         if add:
-            with contextlib.suppress(_AlreadyServed):  # by another one who waited for it
+            with contextlib.suppress(_AlreadyServed):  # by another caller who waited for the same download
                 await self.add(wanted.name, settings, ours=True, requested=requested)
         return replace(_pulled(line), model=wanted.name, done=True, added=add, settings=settings, seconds=line.elapsed)
 
@@ -153,7 +154,7 @@ class ModelStore:
     # -- fetching on request
 
     def may_fetch(self, name: str) -> bool:
-        """Whether a request for what is called so may have it fetched: its owner is one of ``pull.owners``.
+        """Whether a request for this name may have the model fetched: its owner is one of ``pull.owners``.
 
         Only ORG/NAME and ORG/NAME:QUANT are: each other name of the same would add one more model.
         """
@@ -171,15 +172,15 @@ class ModelStore:
         return plain and bool(owners) and owners <= set(pull.owners)
 
     async def fetch(self, name: str) -> None:
-        """Have it fetched and served, for all who ask for it at once. Raises why it failed, to all of them.
+        """Fetch and serve a model, once for all concurrent callers. Raises why that failed, to each of them.
 
-        For a while after that whoever asks again is told the same: each try is a process, and a question to the hub.
+        For ``AGAIN`` seconds the same failure is raised again: each try is a process, and a question to the hub.
         """
         at, error = self._refused.get(name, (0.0, None))
         if error is not None and time.monotonic() - at < AGAIN:
             raise error
         wanted = await self.meant(name)
-        owners = _owners(wanted)  # with a device other ones than may_fetch has seen
+        owners = _owners(wanted)  # others than in ``may_fetch``, if a device makes the name mean other files
         if not owners or not owners <= set(self._current.config.pull.owners):
             what = f"{name} would be fetched from {', '.join(sorted(owners)) or 'no hub'}"
             raise Forbidden(f"{what}, of which a request may have nothing fetched", param="model")
@@ -190,7 +191,7 @@ class ModelStore:
         try:
             await self._end(download, wanted, add=True, requested=True)
         except VllmdError as failed:
-            if not isinstance(failed, Conflict):  # which is that everybody left, and nobody is told of
+            if not isinstance(failed, Conflict):  # which means that all callers have left
                 self._refused = {
                     key: value for key, value in self._refused.items() if time.monotonic() - value[0] < AGAIN
                 }
@@ -198,7 +199,7 @@ class ModelStore:
             raise
 
     def how_far(self, name: str) -> str:
-        """What those who wait for it are told: ``fetching 35 %``."""
+        """The progress that waiting clients are told: ``fetching 35 %``."""
         download = self._made.running(name) if self._made else None
         if download is None:
             return ""
@@ -244,7 +245,7 @@ class ModelStore:
         return await self.add(name, {"engine": known.engine, "model": known.source})
 
     async def remove(self, model: str, *, files: bool, dry: bool = False) -> Removed:
-        """Serve a model no more, and with ``files`` remove what it was loaded from, if nothing else needs it.
+        """Serve a model no more, and with ``files`` remove its files, if no other model needs them.
 
         ``dry``: only say what would be removed. Raises UnknownModel, Conflict.
         """
@@ -256,23 +257,23 @@ class ModelStore:
                 raise UnknownModel(f"no model {name!r} is configured, or in the cache", param="model")
             file = _added(config, known) if known is not None and not known.where.startswith("found in ") else None
             removed, size = tuple(map(str, paths)), await asyncio.to_thread(_sizes, paths)
-            told = Removed(name, str(file or ""), removed, kept, size)
+            removal = Removed(name, str(file or ""), removed, kept, size)
             if dry:
-                return told
+                return removal
             if file is not None:
                 await asyncio.to_thread(file.unlink)
                 await self._reload()
                 log.info("%s was removed: %s", name, file)
             if paths:
-                told = replace(told, freed=await self._downloads.remove(name, list(paths)))
+                removal = replace(removal, freed=await self._downloads.remove(name, list(paths)))
                 if config.discover:
                     await self._reload()
-            return told
+            return removal
 
     async def contents(self) -> Cached:
-        """What the engines' caches hold, and which models are loaded from it."""
-        found = await asyncio.to_thread(self._contents)
-        return Cached(tuple(found), self._current.config.pull.endpoint or "")
+        """The contents of the engines' caches, with the models that are loaded from them."""
+        contents = await asyncio.to_thread(self._contents)
+        return Cached(tuple(contents), self._current.config.pull.endpoint or "")
 
     # -- on the way there
 
@@ -303,17 +304,17 @@ class ModelStore:
 
         hub = self._hub()
         users = _users(self._current.config)
-        found = []
+        contents = []
         for one in discover(hub):
             tags = tuple(sorted(ggufs_of(one.path))) if one.engine else ()
             names = tuple(name for source, name in users if source.partition(":")[0] == one.name)
-            found.append(CachedModel(one.name, str(one.path), one.size, one.kind, one.engine, tags, names))
+            contents.append(CachedModel(one.name, str(one.path), one.size, one.kind, one.engine, tags, names))
         with contextlib.suppress(OSError):
             for path in sorted(files_of(hub).glob("*/*.gguf")):
                 names = tuple(name for source, name in users if source == str(path))
                 size = path.stat().st_size
-                found.append(CachedModel(path.name, str(path), size, "generate", GGUF_KIND, (), names))
-        return found
+                contents.append(CachedModel(path.name, str(path), size, "generate", GGUF_KIND, (), names))
+        return contents
 
     def _files(self, config: Config, name: str, model: ModelConfig | None) -> tuple[tuple[Path, ...], str]:
         """What is removed with a model (or a repository of the cache), and why the rest stays."""
@@ -348,25 +349,25 @@ def _requested(folder: Path) -> int:
 
 
 def _owners(wanted: Wanted) -> set[str]:
-    """Whose repositories it would be fetched from."""
+    """The owners of the repositories that it would be fetched from."""
     from vllmd.store.names import Hub
 
     return {source.owner for source in wanted.sources if isinstance(source, Hub)}
 
 
 def _pulled(line: DownloadLine) -> Pulled:
-    """The line of a download as one of the answer to who has it fetched."""
+    """A download's line, in the form of the answer to a pull."""
     return Pulled(line.model, line.phase, line.source, line.completed, line.total, line.rate, line.elapsed, line.behind)
 
 
-def settings_of(found: Mapping[str, object], wanted: Wanted) -> dict[str, object]:
-    """How a model is configured whose files have come."""
+def settings_of(result: Mapping[str, object], wanted: Wanted) -> dict[str, object]:
+    """The settings of a model whose files have come."""
     settings = dict(wanted.settings)
-    if found.get("path"):
-        return {**settings, "engine": GGUF_KIND, "model": str(found["path"])}
-    repository, tag, file = (str(found.get(name) or "") for name in ("repository", "quantization", "file"))
+    if result.get("path"):
+        return {**settings, "engine": GGUF_KIND, "model": str(result["path"])}
+    repository, tag, file = (str(result.get(name) or "") for name in ("repository", "quantization", "file"))
     if file:
-        return {**settings, "engine": GGUF_KIND, "model": f"{found['snapshot']}/{file}"}
+        return {**settings, "engine": GGUF_KIND, "model": f"{result['snapshot']}/{file}"}
     if tag:
         return {**settings, "engine": GGUF_KIND, "model": f"{repository}:{tag}"}
     return {**settings, **({"model": repository} if repository != wanted.name else {})}
@@ -388,7 +389,7 @@ def _check(model: str, settings: Mapping[str, object]) -> None:
         raise BadRequest(
             f"engine {settings['engine']!r} cannot be added; right are {', '.join(MAY_BE)}", param="engine"
         )
-    source = settings.get("model") or model  # what it is loaded from
+    source = settings.get("model") or model
     if isinstance(source, str) and not is_source(source):
         what = "right are an absolute path without ~, and a repository as ORG/NAME or ORG/NAME:TAG"
         raise Forbidden(
@@ -397,14 +398,14 @@ def _check(model: str, settings: Mapping[str, object]) -> None:
 
 
 def is_source(text: str) -> bool:
-    """Whether it is a path of this machine or a repository, and to no engine an address or somebody's home."""
+    """Whether ``text`` is a path of this machine or a repository; no engine takes it for an address or a home."""
     if text.startswith("/"):
         return "~" not in text and "://" not in text
     return _REPOSITORY.fullmatch(text) is not None
 
 
 def _added(config: Config, model: ModelConfig) -> Path:
-    """The file that was written for it. Raises Conflict where somebody else wrote it."""
+    """The file that vllmd has written for the model. Raises Conflict where another one configures it."""
     from vllmd.config.edit import models_of
 
     source, _, line = model.where.rpartition(":")
@@ -419,12 +420,12 @@ def _added(config: Config, model: ModelConfig) -> Path:
 
 def _users(config: Config) -> list[tuple[str, str]]:
     """What is loaded, and by which model."""
-    found = []
+    users = []
     for model in config.models.values():
         for each in (model, *(model.replicas.of if model.replicas else ())):
-            if (each.source, model.name) not in found:
-                found.append((each.source, model.name))
-    return found
+            if (each.source, model.name) not in users:
+                users.append((each.source, model.name))
+    return users
 
 
 def _sizes(paths: tuple[Path, ...]) -> int:
@@ -438,18 +439,8 @@ def _sizes(paths: tuple[Path, ...]) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step, for everybody to read. Raises Conflict, in words, where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.new")
+    """Write the file in one step, readable by everybody. Raises Conflict where it cannot be written."""
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(descriptor, 0o644)
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
+        write_whole(path, text, public=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise Conflict(f"{path} cannot be written: {error.strerror}") from None

@@ -1,12 +1,12 @@
-"""Before the machine sleeps engines leave the GPUs, and afterwards those that are to be there come back.
+"""Suspension of the machine: engines leave the GPUs before it, and pinned and leased models are loaded again after it.
 
-A GPU loses its memory in a suspension, unless its driver is told to keep all of it on disk: an engine that slept
-through one wakes to answers that are wrong, or hangs. So what is on a device leaves: requests get a moment to end, then
-they are cut; and nothing comes until the machine is awake. ``vllmd-sleep.service`` calls this, as ``vllmctl suspend``
-and ``resume``.
+A GPU loses its memory in a suspension, unless its driver is told to keep all of it on disk: an engine that lived
+through one answers wrongly afterwards, or hangs. So every engine on a device leaves it: requests get ``GRACE`` seconds
+to end, then they are cut; and no engine is put there until the machine is awake. ``vllmd-sleep.service`` calls this, by
+``vllmctl suspend`` and ``resume``.
 
-The daemon's own clock stands still meanwhile (``boot_clock.py``): what it waits for or measures is not late. What was
-promised until a time of day, and how long models were unused, counts on: ``SleptTime`` finds out by how much.
+The monotonic clock stands still meanwhile (``boot_clock.py``), so what the daemon waits for or measures is not late.
+But leases and idle times count on: ``SleptTime`` finds out by how much.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST = 1.0  # seconds of sleep that are worth a word: clocks are read one after
 
 
 class Suspension:
-    """Remembers which devices it took out of use, and what was on them that nobody's request brought."""
+    """Remembers which devices it drained, and which models it loads again because no request would."""
 
     def __init__(self) -> None:
         self._devices: set[int] = set()
@@ -77,7 +77,7 @@ class Suspension:
 
 
 class SleptTime:
-    """How long the machine slept since it was asked last: CLOCK_BOOTTIME goes on then, CLOCK_MONOTONIC does not."""
+    """How long the machine was suspended: CLOCK_BOOTTIME goes on then, CLOCK_MONOTONIC does not."""
 
     def __init__(self, clock: Callable[[int], float] = time.clock_gettime) -> None:
         self._clock = clock
@@ -87,7 +87,7 @@ class SleptTime:
         return self._clock(time.CLOCK_BOOTTIME) - self._clock(time.CLOCK_MONOTONIC)
 
     def passed(self) -> float:
-        """Seconds; 0.0 where it was awake."""
+        """Seconds of suspension since the last call; 0.0 for none."""
         ahead = self._boottime_offset()
         slept, self._before = ahead - self._before, ahead
         return slept if slept >= LEAST else 0.0

@@ -66,7 +66,7 @@ def engine_kind(name: str) -> Engine | Bindable:
     """The engine kind of that name, built in or a plug-in. Raises ConfigError naming close matches."""
     if name in BUILT_IN:
         return _built_in(BUILT_IN[name])
-    from importlib import metadata  # and what it brings, mail and archives, only where a kind is not built in
+    from importlib import metadata  # imports mail and archives, so only where a kind is not built in
 
     for entry in metadata.entry_points(group=GROUP):
         if entry.name == name:
@@ -89,8 +89,8 @@ def _built_in(path: str) -> Engine | Bindable:
 
 def _plug_in(entry: metadata.EntryPoint) -> Engine | Bindable:
     try:
-        found = entry.load()
-        kind = _made(entry, found)
+        thing = entry.load()
+        kind = _made(entry, thing)
     except (Exception, SystemExit) as error:
         log.exception("engine plug-in %s (%s) cannot be loaded", entry.name, entry.value)
         what = f"{type(error).__name__}: {error}"
@@ -103,13 +103,13 @@ def _plug_in(entry: metadata.EntryPoint) -> Engine | Bindable:
     return Guarded(entry.name, kind)
 
 
-def _made(entry: metadata.EntryPoint, found: Any) -> Any:
+def _made(entry: metadata.EntryPoint, thing: Any) -> Any:
     """The kind that an entry point's class, runner or object is."""
-    if not isinstance(found, type):
-        return found
+    if not isinstance(thing, type):
+        return thing
     from vllmd.engines import runner  # few have one
 
-    return runner.RunnerKind(entry.name, entry.value, found) if runner.is_runner(found) else found()
+    return runner.RunnerKind(entry.name, entry.value, thing) if runner.is_runner(thing) else thing()
 
 
 def _unknown(name: str) -> str:

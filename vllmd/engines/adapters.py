@@ -1,4 +1,4 @@
-"""LoRA adapters: what their files say, what they take of memory, and vLLM's flags for them.
+"""LoRA adapters: what their files say, their memory, and the flags for them.
 
 Facts about vLLM 0.32 that shape this file (run on a CPU, and read):
 
@@ -31,8 +31,8 @@ from vllmd.foreign import Folder, Unreadable, about, shown, within
 from vllmd.hub import locate, read_json
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has
-UNKNOWN_RANK = 64  # of an adapter whose files are not at hand
-MOST_AT_A_TIME = 4  # adapters in one batch, where nobody says otherwise
+UNKNOWN_RANK = 64  # assumed where an adapter's files are not at hand
+MOST_AT_A_TIME = 4  # adapters in one batch, where the configuration does not say
 LOAD_LIMIT = 300.0  # seconds: it may be downloaded first
 LOOK = 3.0  # seconds for the files of a model's adapters
 RUNTIME = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
@@ -42,7 +42,7 @@ LOADED_ALREADY = "already been loaded"  # in vLLM's refusal
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What the files of an adapter say. ``rank`` 0: nothing; ``size``: bytes of its weights. ``wrong``: why not."""
+    """What an adapter's files say. ``rank`` 0: unknown; ``size``: bytes of its weights. ``wrong``: why unreadable."""
 
     rank: int = 0
     size: int = 0
@@ -76,28 +76,28 @@ def _read(path: str, hub: Path) -> Files:
 def _rank(config: Mapping[str, Any]) -> int:
     """The highest rank that adapter_config.json tells."""
     pattern = config.get("rank_pattern")
-    told = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
-    return max((rank for rank in told if isinstance(rank, int) and 0 < rank <= 1 << 16), default=0)
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    return max((rank for rank in ranks if isinstance(rank, int) and 0 < rank <= 1 << 16), default=0)
 
 
 def vllm_adapters(model: ModelConfig) -> dict[str, Adapter]:
     """The adapters of a model that vLLM serves, by name."""
-    found = {}
+    adapters = {}
     late = loads_late(model)
     for name, path in adapters_of(model).items():
         call = load_call(name, str(Path(path).expanduser()) if path.startswith("~") else path)
-        found[name] = Adapter(name, path, name, load=call if late and name in model.adapters else None)
-    return found
+        adapters[name] = Adapter(name, path, name, load=call if late and name in model.adapters else None)
+    return adapters
 
 
 def load_call(name: str, path: str, *, inplace: bool = False) -> Call:
-    """What has vLLM load an adapter; ``inplace``: also where it has another one of the name."""
+    """The call by which vLLM loads an adapter; ``inplace``: in place of another one of that name."""
     body = {"lora_name": name, "lora_path": path, **({"load_inplace": True} if inplace else {})}
     return Call("POST", "/v1/load_lora_adapter", body, timeout=LOAD_LIMIT)
 
 
 def takes_adapters(model: ModelConfig) -> bool:
-    """Whether its engine is started so that it takes any: of the configuration, or loaded while it runs."""
+    """Whether the engine is started so that it takes adapters: of the configuration, or loaded while it runs."""
     return bool(model.adapters) or model.runtime_adapters
 
 
@@ -110,7 +110,7 @@ def loads_late(model: ModelConfig) -> bool:
 
 
 def vllm_flags(model: ModelConfig, hub: Path | None) -> list[str]:
-    """What vLLM is started with for the sake of the model's adapters; what its own arguments say is left out."""
+    """The flags of vLLM for the model's adapters, but those that its own arguments have."""
     if not takes_adapters(model):
         return []
     flags = [] if argument(model, "enable-lora") else ["--enable-lora"]
@@ -119,7 +119,7 @@ def vllm_flags(model: ModelConfig, hub: Path | None) -> list[str]:
         if not argument(model, flag.lstrip("-")):
             flags += [flag, str(value)]
     if model.adapters and not loads_late(model):
-        # A flag given twice counts once, so those of the model's own arguments are said again; they come before ours.
+        # Of a flag given twice the last one counts, so the modules of the model's own arguments are repeated here.
         modules = adapters_of(model).items()
         flags += ["--lora-modules", *(json.dumps({"name": name, "path": path}) for name, path in modules)]
     return flags
@@ -127,8 +127,8 @@ def vllm_flags(model: ModelConfig, hub: Path | None) -> list[str]:
 
 def slots(model: ModelConfig) -> int:
     """Adapters that vLLM has room for on the device."""
-    if told := whole(argument(model, "max-loras")):
-        return told
+    if given := whole(argument(model, "max-loras")):
+        return given
     most = whole(argument(model, "max-cpu-loras")) or MOST_AT_A_TIME  # vLLM refuses to have room for more than it keeps
     if not model.runtime_adapters:
         most = min(most, len(adapters_of(model)))
@@ -141,9 +141,9 @@ def _kept(model: ModelConfig) -> int:
 
 def max_rank(model: ModelConfig, hub: Path | None) -> int:
     """The rank that vLLM is to have room for."""
-    told = whole(argument(model, "max-lora-rank"))
-    if told:
-        return told
+    given = whole(argument(model, "max-lora-rank"))
+    if given:
+        return given
     ranks = [files_of(path, hub).rank or UNKNOWN_RANK for path in adapters_of(model).values()]
     if model.runtime_adapters:
         ranks.append(UNKNOWN_RANK)
@@ -162,7 +162,7 @@ def vllm_memory(model: ModelConfig, hub: Path | None, weights: int) -> int:
 
 
 def _sides(model: ModelConfig, hub: Path | None) -> int:
-    """Inputs and outputs of all linear layers of the usual decoder; 0 where its files do not tell."""
+    """Inputs and outputs of all linear layers of the usual decoder; 0 where the model's files do not tell."""
     try:
         return within(LOOK, lambda: _read_sides(model, hub or Path("/nonexistent")))
     except (OSError, Unreadable):
@@ -175,10 +175,10 @@ def _read_sides(model: ModelConfig, hub: Path) -> int:
         return 0
     config = read_json(located.path / "config.json", located.root)
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    told = [config.get(name) for name in names]
-    if not all(isinstance(value, int) and 0 < value < 10**7 for value in told):
+    sizes = [config.get(name) for name in names]
+    if not all(isinstance(value, int) and 0 < value < 10**7 for value in sizes):
         return 0
-    layers, hidden, inner, heads = (int(value) for value in told if value is not None)
+    layers, hidden, inner, heads = (int(value) for value in sizes if value is not None)
     head = config.get("head_dim") if isinstance(config.get("head_dim"), int) else hidden // heads
     keys = config.get("num_key_value_heads") if isinstance(config.get("num_key_value_heads"), int) else heads
     queries, values = heads * int(head or 0), int(keys or 0) * int(head or 0)
@@ -187,12 +187,12 @@ def _read_sides(model: ModelConfig, hub: Path) -> int:
 
 def notes_of(model: ModelConfig, hub: Path | None) -> tuple[str, ...]:
     """What is wrong with the files of a model's adapters; a repository that is not here yet is not wrong."""
-    found = []
+    notes = []
     for name, adapter in model.adapters.items():
         wrong = files_of(adapter.path, hub).wrong
         if wrong and "is not in the cache" not in wrong and not wrong.endswith("No such file or directory"):
-            found.append(f"its adapter {name}: {wrong}")
-    return tuple(found)
+            notes.append(f"its adapter {name}: {wrong}")
+    return tuple(notes)
 
 
 def llama_adapters(model: ModelConfig, served_name: str) -> dict[str, Adapter]:
@@ -210,10 +210,10 @@ def llama_adapters(model: ModelConfig, served_name: str) -> dict[str, Adapter]:
         own = [float(number == chosen) for number in range(len(model.adapters))]
         return {"lora": [{"id": number, "scale": scale} for number, scale in enumerate((*scales, *own))]}
 
-    found = {"": Adapter("", "", served_name, members(-1))}
+    adapters = {"": Adapter("", "", served_name, members(-1))}
     for number, (name, adapter) in enumerate(model.adapters.items()):
-        found[name] = Adapter(name, adapter.path, served_name, members(number))
-    return found
+        adapters[name] = Adapter(name, adapter.path, served_name, members(number))
+    return adapters
 
 
 def llama_flags(model: ModelConfig) -> list[str]:

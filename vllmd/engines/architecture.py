@@ -1,4 +1,4 @@
-"""What a model's ``config.json`` says of its key-value cache: layers, heads, windows, latents.
+"""The key-value cache of a model by its ``config.json``: layers, heads, windows, latents.
 
 KV bytes of a token in a layer: 2 · kv_heads · head_dim · width, or for
 multi-head latent attention (DeepSeek) (kv_lora_rank + qk_rope_head_dim) · width.
@@ -59,7 +59,7 @@ class Architecture:
         return self.latent * width if self.latent else 2 * -(-self.heads // ranks) * self.head_dim * width
 
     def note(self) -> str:
-        """What is special about its cache; "" if nothing."""
+        """What is special about the cache; "" if nothing."""
         if self.windowed:
             return f"{self.windowed} of {self.windowed + self.growing} attention layers keep only {self.window} tokens"
         return ""
@@ -73,16 +73,16 @@ def architecture(config: Raw) -> Architecture:
     if layers is None:
         raise UnknownArchitecture("config.json does not tell the number of layers")
     growing, windowed, window = _split(text, kind, layers)
-    found = Architecture(
+    cache = Architecture(
         growing, windowed, window, length=_length(text), dtype=_dtype(config, text), quantised=_method(config, text)
     )
     if growing + windowed == 0 or _is_encoder(config, kind):
-        return replace(found, growing=0, windowed=0)
+        return replace(cache, growing=0, windowed=0)
     rank = _number(text, "kv_lora_rank")
     if rank is not None:
-        return replace(found, latent=rank + (_number(text, "qk_rope_head_dim") or 0))
+        return replace(cache, latent=rank + (_number(text, "qk_rope_head_dim") or 0))
     heads, head_dim = _heads(text)
-    return replace(found, heads=heads, head_dim=head_dim)
+    return replace(cache, heads=heads, head_dim=head_dim)
 
 
 def _text_part(config: Raw) -> Raw:
@@ -125,7 +125,7 @@ def _split(text: Raw, kind: str, layers: int) -> tuple[int, int, int]:
 
 
 def _attention_layers(text: Raw, kind: str, layers: int) -> int:
-    """Layers with attention at all: hybrids have others, whose state does not grow with the tokens."""
+    """Layers with attention: hybrids have others, too, whose state does not grow with the tokens."""
     if kind in _NO_ATTENTION:
         return 0
     pattern = text.get("hybrid_override_pattern")
@@ -187,8 +187,8 @@ def _method(config: Raw, text: Raw) -> str:
     for part in (config, text):
         value = part.get("quantization_config") or part.get("compression_config")
         if isinstance(value, dict):
-            told = value.get("quant_method") or value.get("quant_algo")
-            return told if isinstance(told, str) and re.fullmatch(r"[\w.-]{1,40}", told) else "quantised"
+            method = value.get("quant_method") or value.get("quant_algo")
+            return method if isinstance(method, str) and re.fullmatch(r"[\w.-]{1,40}", method) else "quantised"
     return ""
 
 

@@ -1,6 +1,6 @@
 """What an engine kind is: a spec becomes argv, environment, probes, sleep calls.
 
-An engine never does anything itself: it says what to run and which HTTP calls
+An engine kind does nothing itself: it says what to run and which HTTP calls
 mean what, the daemon carries it out. Third parties register theirs in the
 entry-point group ``vllmd.engines``; of the contract they may leave out
 ``adapters``, ``alive``, ``busy``, ``device_count``, ``headers`` and ``own_api``, for which ``Plain`` has the defaults.
@@ -20,11 +20,11 @@ from vllmd.core.types import Footprint
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Where an engine listens: a Unix socket path, or a host and port (loopback, unless it is remote).
+    """An engine's address: a Unix socket path, or a host and port (loopback, unless it is remote).
 
     ``tls``: "" for plain HTTP, else ``system`` or the path of a file with the certificates to trust.
-    ``prefix``: what stands before every path, such as ``/openai``. ``key``: the bearer token that it was told to ask
-    for (``Place.key``), "" if none. ``owner``: the user id that must be found listening there; the daemon fills it in.
+    ``prefix``: what stands before every path, such as ``/openai``. ``key``: the bearer token that the engine asks for
+    (``Place.key``), "" if none. ``owner``: the user id that must own the listening socket; the daemon fills it in.
     """
 
     uds: str = ""
@@ -51,9 +51,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One LoRA adapter of an engine. ``path``: as configured. ``served_name``: what the engine knows it by.
+    """One LoRA adapter of an engine. ``path``: as configured. ``served_name``: the engine's name for it.
 
-    ``members``: what a JSON request for it has, whatever the client says. ``load``: the call that loads it; None: it is
+    ``members``: what every JSON request for it gets, over the client's. ``load``: the call that loads it; None: it is
     there from the engine's start on.
     """
 
@@ -68,11 +68,11 @@ class Adapter:
 class Launch:
     """What to start. ``env`` is added to the launcher's clean base environment.
 
-    An empty ``argv`` starts nothing: the server is somebody else's, reached at ``listen``.
-    ``stop``: a command that ends it (``podman stop``), instead of a signal.
-    ``stop_signal``: on which it finishes what runs and exits.
-    ``watch``: seconds between looks at a server that is somebody else's.
-    ``self_managed``: it loads and frees memory as it pleases, so what it holds at one moment is not what it takes.
+    An empty ``argv`` starts nothing: the server runs elsewhere, and is reached at ``listen``.
+    ``stop``: a command that ends the engine (``podman stop``), instead of a signal.
+    ``stop_signal``: the signal on which the engine finishes its requests and exits.
+    ``watch``: seconds between liveness checks of a server that runs elsewhere.
+    ``self_managed``: it loads and frees memory as it pleases, so what it holds at one moment is not its footprint.
     """
 
     argv: tuple[str, ...]
@@ -89,7 +89,7 @@ class Launch:
 class Progress:
     """A phase of a start, read from a log line: ``weights``, ``compile``, ``graphs``, ``download``, ...
 
-    ``once``: what the phase makes is kept, so that later starts are spared it.
+    ``once``: its result is kept, so that later starts do not have the phase.
     """
 
     phase: str
@@ -99,7 +99,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a failed start's log lines say. ``needed``: bytes per device it wanted, where it said so.
+    """What a failed start's log lines say. ``needed``: the bytes per device that it asked for, where it said so.
 
     ``hint``: what would help, such as the command that installs what is missing.
     """
@@ -113,21 +113,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an engine is put: its private run directory, its devices (ids) and memory."""
+    """An engine's place: its private run directory, its devices (ids) and its memory."""
 
     run_dir: Path
     device_ids: tuple[str, ...] = ()
     memory: int = 0  # bytes per device promised to it; 0: not limited
     device_memory: int = 0  # bytes the smallest of its devices has in all
     port: int = 0  # reserved for engines without Unix sockets
-    device_files: tuple[str, ...] = ()  # of declared devices: where stand-ins keep who holds how much
+    device_files: tuple[str, ...] = ()  # of declared devices: where stand-ins write how much they hold
     key: str = field(default="", repr=False)  # of this start alone: for an engine that can ask clients for one
-    kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: it works that out itself
-    visible: Mapping[str, str] = field(default_factory=dict)  # variables by which it sees these devices alone
+    kv_cache: int = 0  # bytes per device for its key-value cache (Estimate.kv_cache); 0: its own choice
+    visible: Mapping[str, str] = field(default_factory=dict)  # the variables by which it sees these devices alone
     context: int = 0  # tokens, where the model's own longest context does not fit (Estimate.context); 0: its own
     hub: Path | None = None  # where the engine's cache of models is, see ``vllmd.hub``
     cpus: int = 0  # CPUs that it may use at a time, where the machine has more; 0: all
-    quota: bool = False  # a quota leaves so few: it may run on more of them, and finds those
+    quota: bool = False  # ``cpus`` comes from a quota, so the engine would find more of them
 
 
 class Engine(Protocol):
@@ -136,63 +136,63 @@ class Engine(Protocol):
     kind: str
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        """The sleep levels (of 1 and 2) that it supports on this platform with these settings."""
+        """The sleep levels (of 1 and 2) that the engine supports on this platform with these settings."""
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """argv, environment and listen address. Raises ConfigError if the settings cannot work."""
 
     def ready(self, model: ModelConfig) -> Call:
-        """The probe whose success means that requests are served."""
+        """The probe that succeeds when requests are served."""
 
     def alive(self, model: ModelConfig) -> Call:
-        """The probe that tells whether it lives and touches nothing: it may be sent to a sleeper."""
+        """The probe that succeeds while the engine lives. It must not wake a sleeper."""
 
     def busy(self) -> Call | None:
         """The probe that tells of work which no open request shows: JSON with a list that is not empty."""
 
     def device_count(self, model: ModelConfig) -> int:
-        """How many devices of this machine it takes; 0 for one that needs none."""
+        """The number of this machine's devices that an engine takes; 0 for one that needs none."""
 
     def headers(self) -> Sequence[tuple[str, str]]:
-        """Fields that every request to it needs: a remote's key."""
+        """Fields that every request to the engine needs: a remote's key."""
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        """The ordered calls that put it to sleep; ``freeze`` keeps running requests."""
+        """The ordered calls that put the engine to sleep; ``freeze`` keeps running requests."""
 
     def wake(self, level: int) -> Sequence[Call]:
-        """The ordered calls that wake it from ``level``."""
+        """The ordered calls that wake the engine from ``level``."""
 
     def asleep(self) -> Call | None:
-        """The probe that tells (JSON ``is_sleeping``) whether it sleeps; None where it cannot be asked."""
+        """The probe whose JSON ``is_sleeping`` tells whether the engine sleeps; None where it cannot be asked."""
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
-        """The public paths it serves, such as ``/v1/chat/completions``."""
+        """The public paths that the engine serves, such as ``/v1/chat/completions``."""
 
     def own_api(self, model: ModelConfig) -> frozenset[str]:
-        """What of its API is passed on under ``/upstream``: rules such as ``GET /metrics`` (``proxy.engine_api``).
+        """What is passed on to it under ``/upstream``: rules such as ``GET /metrics`` (``proxy.engine_api``).
 
-        Nothing that changes what it holds, or breaks off or shows what others do.
+        No call that changes what the engine holds, or that breaks off or shows other clients' requests.
         """
 
     def served_name(self, model: ModelConfig) -> str:
-        """The name that the engine knows its model by."""
+        """The engine's name for its model."""
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
-        """The model's LoRA adapters by name; under "", if it is there, what requests for the model itself have."""
+        """The model's LoRA adapters by name; under "", if there, what requests for the model itself get."""
 
     def progress(self, line: str) -> Progress | None:
-        """What a log line says of a start, if it does."""
+        """The phase of a start that a log line shows, if any."""
 
     def failure(self, lines: Sequence[str]) -> Failure:
         """What the last log lines of a failed start say."""
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
-        """A footprint that the log of a successful start tells, if it does."""
+        """The footprint that the log of a successful start tells, if it does."""
 
 
 @runtime_checkable
 class Bindable(Protocol):
-    """A kind whose calls depend on the model's settings: it makes an engine for each model."""
+    """A kind whose calls depend on the model's settings, so that it makes an engine for each model."""
 
     kind: str
 

@@ -28,7 +28,7 @@ _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes by type as stored (safetensors' names such as BF16; "" where not told), from what, and oddities."""
+    """Bytes by type as stored (safetensors' names such as BF16; "" where unknown), their source, and oddities."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     how: str = ""
@@ -41,7 +41,7 @@ class Weights:
 
 
 def weights_of(path: Path, tag: str = "", root: Path | None = None) -> Weights:
-    """The weights in a folder, or of a GGUF file; ``total`` 0 if none can be told. Raises OSError, Unreadable.
+    """The weights in a folder, or of a GGUF file; ``total`` is 0 if unknown. Raises OSError, Unreadable.
 
     ``root``: out of which no link may lead.
     """
@@ -49,12 +49,12 @@ def weights_of(path: Path, tag: str = "", root: Path | None = None) -> Weights:
         return _gguf(Folder(path.parent, root), [path.name])
     folder = Folder(path, root)
     names = folder.names()
-    found = _safetensors(folder, names)
-    if found.total:
-        return found
+    weights = _safetensors(folder, names)
+    if weights.total:
+        return weights
     there = ggufs(folder, names)
     other = _gguf(folder, _gguf_files(folder, there, tag)) if there else _pytorch(folder, names)
-    return Weights(other.sizes, other.how, found.notes + other.notes)
+    return Weights(other.sizes, other.how, weights.notes + other.notes)
 
 
 def weight_names(path: Path, tag: str = "", root: Path | None = None) -> list[str]:
@@ -66,10 +66,10 @@ def weight_names(path: Path, tag: str = "", root: Path | None = None) -> list[st
         return _parts(Folder(path.parent, root), path.name)
     folder = Folder(path, root)
     names = folder.names()
-    found = list(_index(folder, names, ".safetensors.index.json").names or _loose(names))
-    if not found and (there := ggufs(folder, names)):
-        found = _gguf_files(folder, there, tag)
-    return found or list(_index(folder, names, ".bin.index.json").names) or _pytorch_files(names)
+    listed = list(_index(folder, names, ".safetensors.index.json").names or _loose(names))
+    if not listed and (there := ggufs(folder, names)):
+        listed = _gguf_files(folder, there, tag)
+    return listed or list(_index(folder, names, ".bin.index.json").names) or _pytorch_files(names)
 
 
 def gguf_file(path: Path, tag: str = "", root: Path | None = None) -> Path | None:
@@ -118,10 +118,10 @@ class _Index:
 
 def _index(folder: Folder, names: Sequence[str], suffix: str) -> _Index:
     """The index with this suffix; ``model.`` and ``pytorch_model.`` before others, as engines do."""
-    found = [name for name in names if name.endswith(suffix)]
-    if not found:
+    indexes = [name for name in names if name.endswith(suffix)]
+    if not indexes:
         return _Index()
-    file = min(found, key=lambda name: (not name.startswith(("model", "pytorch")), name))
+    file = min(indexes, key=lambda name: (not name.startswith(("model", "pytorch")), name))
     named: set[str] = set()
     total: object = None
     try:
@@ -144,9 +144,9 @@ def _index(folder: Folder, names: Sequence[str], suffix: str) -> _Index:
 
 
 def _loose(names: Sequence[str]) -> tuple[str, ...]:
-    """safetensors files without an index; Mistral's ``consolidated`` copy only where it is the only one."""
-    found = [name for name in names if name.endswith(".safetensors")]
-    return tuple(name for name in found if not name.startswith("consolidated")) or tuple(found)
+    """safetensors files without an index; Mistral's ``consolidated`` copy only where there is no other."""
+    files = [name for name in names if name.endswith(".safetensors")]
+    return tuple(name for name in files if not name.startswith("consolidated")) or tuple(files)
 
 
 def _header_sizes(folder: Folder, name: str, notes: list[str]) -> dict[str, int]:
@@ -213,12 +213,12 @@ def _pytorch(folder: Folder, names: Sequence[str]) -> Weights:
     index = _index(folder, names, ".bin.index.json")
     if index.total:
         return Weights({"": index.total}, f"total_size of {shown(index.file)}", index.notes)
-    found = _pytorch_files(names)
-    return _sane(Weights({"": _sum(folder, found)}, f"size of {len(found)} PyTorch files", index.notes))
+    files = _pytorch_files(names)
+    return _sane(Weights({"": _sum(folder, files)}, f"size of {len(files)} PyTorch files", index.notes))
 
 
 def _parts(folder: Folder, name: str) -> list[str]:
-    """A file, or all parts of the split GGUF of which it is one."""
+    """The file; or all parts of a split GGUF, of which it is one."""
     stem = _SPLIT.sub("", name.removesuffix(".gguf"))
     if not name.endswith(".gguf") or stem == name.removesuffix(".gguf"):
         return [name]
@@ -227,8 +227,8 @@ def _parts(folder: Folder, name: str) -> list[str]:
 
 def _pytorch_files(names: Sequence[str]) -> list[str]:
     """PyTorch's files without an index."""
-    found = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", name)]
-    return found or [name for name in names if re.fullmatch(r"consolidated.*\.pth", name)]
+    files = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", name)]
+    return files or [name for name in names if re.fullmatch(r"consolidated.*\.pth", name)]
 
 
 def _gguf_files(folder: Folder, names: Sequence[str], tag: str) -> list[str]:

@@ -86,7 +86,7 @@ class Comfyui(Plain):
         return frozenset() if model.sleep_mode is False else frozenset({2})
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """argv, in its directory. Raises ConfigError where that is not known."""
+        """The command, in ComfyUI's directory. Raises ConfigError where that is not known."""
         unknown(model, self.OPTIONS)
         directory = text(model, "directory")
         if not directory and not model.command:
@@ -102,9 +102,9 @@ class Comfyui(Plain):
             self_managed=True,
         )
 
-    def _absent(self, said: Sequence[str]) -> str:
-        """Also that it could not even be started, as its directory is missing."""
-        return super()._absent(said) or next((line for line in said if _NO_DIRECTORY.search(line)), "")
+    def _absent(self, lines: Sequence[str]) -> str:
+        """The line that says that the program, or its directory, is missing; "" if none does."""
+        return super()._absent(lines) or next((line for line in lines if _NO_DIRECTORY.search(line)), "")
 
     def ready(self, model: ModelConfig) -> Call:
         """ComfyUI has no ``/health``: it is ready when it answers ``/system_stats``."""

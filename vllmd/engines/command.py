@@ -9,7 +9,7 @@
       sleep: {1: {path: /unload}}
       wake: {1: [{path: /load, json: {"name": "x"}, timeout: 120}]}
 
-A container is stopped by a command of its own, as its processes are not ours:
+A container is stopped by a command of its own, as its processes are not children of the engine's:
 
     command: podman run --rm --name ${INSTANCE} -p 127.0.0.1:${PORT}:8000 image
     options:
@@ -70,7 +70,7 @@ _FIELDS = {"method": str, "path": str, "json": object, "timeout": (int, float), 
 
 
 class Command:
-    """The kind; every model's own calls make an engine of its own, see ``bind``."""
+    """The kind; each model's own calls make an engine of its own, see ``bind``."""
 
     kind = "command"
 
@@ -106,7 +106,7 @@ class CommandOf(Plain):
         return frozenset() if model.sleep_mode is False else frozenset(self._sleep)
 
     def device_count(self, model: ModelConfig) -> int:
-        """How many devices the engine takes; 0 where it runs on the CPU."""
+        """The number of devices that the engine takes; 0 where it runs on the CPU."""
         return 0 if self._cpu else super().device_count(model)
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
@@ -153,18 +153,18 @@ class CommandOf(Plain):
     def served_name(self, model: ModelConfig) -> str:
         return self._name
 
-    def _absent(self, said: Sequence[str]) -> str:
-        """What is missing, whoever wrote the command knows best."""
+    def _absent(self, lines: Sequence[str]) -> str:
+        """Nothing: no line is known to say that an arbitrary command is missing."""
         return ""
 
 
 def _stop_template(model: ModelConfig) -> tuple[str, ...]:
     """The stop command's words, from a list or one line."""
-    given = model.options.get("stop")
+    option = model.options.get("stop")
     try:
-        return tuple(shlex.split(text(model, "stop"))) if isinstance(given, str) else words(model, "stop")
+        return tuple(shlex.split(text(model, "stop"))) if isinstance(option, str) else words(model, "stop")
     except ValueError as error:
-        raise wrong(model, "stop", f"its words cannot be told: {error}") from None
+        raise wrong(model, "stop", f"it cannot be split into words: {error}") from None
 
 
 def _values(model: ModelConfig, place: Place) -> dict[str, str]:
@@ -209,26 +209,26 @@ def _uses(part: str, name: str) -> bool:
 
 
 def _by_level(model: ModelConfig, name: str) -> dict[int, tuple[Call, ...]]:
-    given = model.options.get(name) or {}
-    if not isinstance(given, Mapping) or not all(str(level) in ("1", "2") for level in given):
+    option = model.options.get(name) or {}
+    if not isinstance(option, Mapping) or not all(str(level) in ("1", "2") for level in option):
         raise wrong(model, name, "right is a mapping of 1, 2 or both to calls such as {path: /sleep}")
-    return {int(str(level)): _calls(model, name, calls) for level, calls in given.items()}
+    return {int(str(level)): _calls(model, name, calls) for level, calls in option.items()}
 
 
-def _calls(model: ModelConfig, name: str, given: Any) -> tuple[Call, ...]:
-    return tuple(_call(model, name, each) for each in (given if isinstance(given, list | tuple) else [given]))
+def _calls(model: ModelConfig, name: str, option: Any) -> tuple[Call, ...]:
+    return tuple(_call(model, name, each) for each in (option if isinstance(option, list | tuple) else [option]))
 
 
-def _call(model: ModelConfig, name: str, given: Any) -> Call:
+def _call(model: ModelConfig, name: str, option: Any) -> Call:
     """One call from a mapping. Raises ConfigError naming the field that is wrong."""
-    if not isinstance(given, Mapping) or "path" not in given:
+    if not isinstance(option, Mapping) or "path" not in option:
         raise wrong(model, name, "a call is a mapping and needs at least a path")
-    for field, value in given.items():
+    for field, value in option.items():
         if field not in _FIELDS or not isinstance(value, _FIELDS[field]):  # type: ignore[arg-type]
             raise wrong(
                 model, name, f"{field} is no field of a call, or not of its type; a call has {', '.join(_FIELDS)}"
             )
-    return Call(**{"method": "POST", **given})
+    return Call(**{"method": "POST", **option})
 
 
 def _wrong_command(model: ModelConfig, what: str) -> ConfigError:

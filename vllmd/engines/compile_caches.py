@@ -42,7 +42,7 @@ def place(home: Path, kind: str, version: str) -> Path:
 
 
 def variables(environment: Environment | None, home: Path | None, kind: str = "") -> dict[str, str]:
-    """What an engine in this environment is told, or one of that kind without any; nothing where no home is known."""
+    """The variables for an engine in this environment, or for one of that kind without any; none without a home."""
     if home is None:
         return {}
     if environment is None:
@@ -63,9 +63,9 @@ def homes(root: Path) -> list[Path]:
 
 
 def remove(home: Path, kind: str, version: str) -> str:
-    """Remove what a version has compiled; returns why it is still there, "" if it is not.
+    """Remove what a version has compiled; returns why it is still there, "" if it is gone.
 
-    As whoever owns the home: a link in it must not lead root anywhere that its owner may not go.
+    Done as the user who owns the home: a link in it must not lead root where that user may not go.
     """
     folder = place(home, kind, version)
     try:

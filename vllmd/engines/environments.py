@@ -52,25 +52,25 @@ class Environment:
 
     def program(self, name: str) -> Path | None:
         """The full path of a program that it has."""
-        found = self.path / "bin" / name
-        return found if os.access(found, os.X_OK) else None
+        program = self.path / "bin" / name
+        return program if os.access(program, os.X_OK) else None
 
 
 def roots(variables: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
     """The folders in which environments are looked for, the user's own before the machine's."""
-    if told := variables.get("VLLMD_ENGINES"):
-        return (Path(told),)
+    if folder := variables.get("VLLMD_ENGINES"):
+        return (Path(folder),)
     data = variables.get("XDG_DATA_HOME") or (f"{home}/.local/share" if (home := variables.get("HOME")) else "")
     return (Path(data) / "vllmd/engines", SYSTEM) if data.startswith("/") else (SYSTEM,)
 
 
 def installed(kind: str, variables: Mapping[str, str] = os.environ) -> list[Environment]:
     """All versions of a kind, the newest first; of two alike the user's own."""
-    found: dict[str, Environment] = {}
+    environments: dict[str, Environment] = {}
     for root in roots(variables):
         for path in _folders(root / kind):
-            found.setdefault(path.name, Environment(kind, path.name, path))
-    return sorted(found.values(), key=lambda one: _age(one.version), reverse=True)
+            environments.setdefault(path.name, Environment(kind, path.name, path))
+    return sorted(environments.values(), key=lambda one: _age(one.version), reverse=True)
 
 
 def in_use(kind: str, version: str = "", variables: Mapping[str, str] = os.environ) -> Environment | None:

@@ -94,12 +94,14 @@ def estimate(model: ModelConfig, hub: Path, device_memory: int, host_memory: int
         facts = replace(facts, notes=())
     lora = adapters.memory(model, hub, facts.weights)
     facts = replace(facts, adapters=lora, notes=(*facts.notes, *adapters.notes_of(model, hub)))
-    told = _known(model, facts, device_memory, host_memory) if facts.weights else _unknown(model, facts, device_memory)
-    return replace(told, host_running=_host_running(model, told.footprint.awake, device_memory))
+    expected = (
+        _known(model, facts, device_memory, host_memory) if facts.weights else _unknown(model, facts, device_memory)
+    )
+    return replace(expected, host_running=_host_running(model, expected.footprint.awake, device_memory))
 
 
 def _host_running(model: ModelConfig, awake: int, device_memory: int) -> int:
-    """What it takes of the host while it runs: of llama.cpp its prompts, and all of it where that is on the CPU."""
+    """The host memory of an engine that runs: llama.cpp's kept prompts, and everything where it is on the CPU."""
     if model.engine not in llama_memory.KINDS:
         return 0 if device_memory else awake
     on_host = not device_memory or model.options.get("gpu_layers") in (0, "0")
@@ -109,27 +111,30 @@ def _host_running(model: ModelConfig, awake: int, device_memory: int) -> int:
         return 0
 
 
-def too_large(model: ModelConfig, told: Estimate, devices: Sequence[Device]) -> str:
+def too_large(model: ModelConfig, expected: Estimate, devices: Sequence[Device]) -> str:
     """Why the model can never run on these devices, with the arithmetic; "" if it can."""
     allowed = [device for device in devices if not model.devices or device.index in model.devices]
     needed = model.devices_here
-    if not devices or told.footprint.awake <= 0:
+    if not devices or expected.footprint.awake <= 0:
         return ""
     if len(allowed) < needed:
         return f"{model.name} needs {needed} devices, but only {_listed(allowed)} may be used"
-    want = max(told.footprint.awake, told.footprint.starting)
+    want = max(expected.footprint.awake, expected.footprint.starting)
     fitting = [device for device in allowed if device.memory - device.reserve >= want]
     if len(fitting) >= needed:
         return ""
     return (
-        f"{model.name} needs {size(want)} on each of {needed} device{'s' * (needed > 1)} ({told.why}), "
+        f"{model.name} needs {size(want)} on each of {needed} device{'s' * (needed > 1)} ({expected.why}), "
         f"but there {'is' if len(allowed) == 1 else 'are'} only {_listed(allowed)}"
     )
 
 
 def overfull_pins(pinned: Iterable[tuple[ModelConfig, Estimate]], devices: Sequence[Device]) -> str:
-    """Why the pinned models cannot all be loaded, or leave nothing for others; "" if they do. By sums, not by place."""
-    held = [(each.name, told.footprint.awake * each.devices_here) for each, told in pinned]
+    """Why the pinned models cannot all be loaded, or leave nothing for others; "" if they can.
+
+    By sums, not by device.
+    """
+    held = [(each.name, expected.footprint.awake * each.devices_here) for each, expected in pinned]
     total = sum(amount for _, amount in held)
     room = sum(device.memory - device.reserve for device in devices)
     if not held or not devices or total < 0.95 * room:
@@ -152,18 +157,18 @@ def _unknown(model: ModelConfig, facts: Facts, device_memory: int) -> Estimate:
 
 
 def _stand_in(model: ModelConfig, device_memory: int) -> Estimate:
-    """A stand-in takes what it is told to take."""
+    """The footprint of a stand-in, which is what its options say."""
     awake = _budget(model, device_memory)[0] or _option(model, "memory") or int(USABLE * device_memory)
     starting = max(awake, _option(model, "memory_starting"))
     asleep = _option(model, "memory_asleep") if model.memory_asleep is None else model.memory_asleep
     weights = (_option(model, "weights") or awake // 2) * model.all_devices
     host = weights if model.host_memory is None else model.host_memory
     footprint = Footprint(starting, awake, min(asleep, awake), host, Source.CONFIGURED)
-    return Estimate(footprint, weights, 0, 0, f"{size(awake)}: a stand-in takes what it is told to")
+    return Estimate(footprint, weights, 0, 0, f"{size(awake)}: as a stand-in is configured")
 
 
 def _option(model: ModelConfig, name: str) -> int:
-    """Bytes that an option says, 0 if it does not. A wrong one is refused where it is used, not here."""
+    """The bytes of an option, 0 if there is none. A wrong one is refused where it is used, not here."""
     try:
         return options.size(model, name) or 0
     except ConfigError:
@@ -171,45 +176,43 @@ def _option(model: ModelConfig, name: str) -> int:
 
 
 def _known(model: ModelConfig, facts: Facts, device_memory: int, host_memory: int) -> Estimate:
+    # 1. Weights and overhead, on each device.
     ranks = model.all_devices
     weights = -(-facts.weights // ranks)
-    fixed = weights + _overhead(model, weights, on_cpu=not device_memory) + facts.adapters
+    overhead = _overhead(model, weights, on_cpu=not device_memory) + facts.adapters
+    fixed = weights + overhead
+    # 2. The cache: what the user's budget leaves, or what is wanted, as far as there is room.
     budget, budget_how = _budget(model, device_memory)
-    if budget is None and device_memory:
-        kv = _kv(model, facts, int(USABLE * device_memory) - fixed, f"what {USABLE:g} of the device leaves")
-    elif budget is None:
-        kv = _kv(model, facts, host_memory // HOST_SHARE, f"1/{HOST_SHARE} of the host's memory")
-    else:
+    if budget is not None:
         kv = _kv_left(model, facts, budget, fixed)
+    elif device_memory:
+        kv = _kv(model, facts, int(USABLE * device_memory) - fixed, f"what {USABLE:g} of the device leaves")
+    else:
+        kv = _kv(model, facts, host_memory // HOST_SHARE, f"1/{HOST_SHARE} of the host's memory")
     awake = fixed + kv.size if budget is None else budget
-    why = _why(
-        facts, ranks, (weights, kv.size, fixed - weights), kv.why, f"{size(awake)} {budget_how}" if budget else ""
-    ) + (f" ({size(facts.adapters)} of the overhead are for adapters)" if facts.adapters else "")
-    footprint = _footprint(model, awake, weights, facts.weights * model.devices_here // ranks)
-    notes = (*facts.notes, *kv.notes)
-    return Estimate(footprint, facts.weights, kv.per_token, kv.told, why, notes, context=kv.context)
-
-
-def _why(facts: Facts, ranks: int, parts: tuple[int, int, int], kv_why: str, budget: str) -> str:
-    weights, kv_cache, overhead = parts
+    # 3. The arithmetic, for people.
     divided = f" / {ranks} devices" if ranks > 1 else ""
-    arithmetic = (
-        f"weights {size(facts.weights)}{divided} ({facts.how}) + cache {size(kv_cache)} ({kv_why}) "
+    why = (
+        f"weights {size(facts.weights)}{divided} ({facts.how}) + cache {size(kv.size)} ({kv.why}) "
         f"+ overhead {size(overhead)}"
     )
-    return f"{budget}: {arithmetic}" if budget else f"{arithmetic} = {size(weights + kv_cache + overhead)}"
+    why = f"{size(awake)} {budget_how}: {why}" if budget else f"{why} = {size(fixed + kv.size)}"
+    why += f" ({size(facts.adapters)} of the overhead are for adapters)" if facts.adapters else ""
+    footprint = _footprint(model, awake, weights, facts.weights * model.devices_here // ranks)
+    notes = (*facts.notes, *kv.notes)
+    return Estimate(footprint, facts.weights, kv.per_token, kv.passed, why, notes, context=kv.context)
 
 
 def _footprint(model: ModelConfig, awake: int, weights: int, host: int) -> Footprint:
     """``weights`` per device; ``host`` is what level 1 puts into host memory."""
     asleep = model.memory_asleep if model.memory_asleep is not None else RESIDUAL + weights // 25
-    source = Source.ESTIMATED if _asked(model) is None else Source.CONFIGURED
+    source = Source.ESTIMATED if _configured_memory(model) is None else Source.CONFIGURED
     kept = model.host_memory if model.host_memory is not None else host
     return Footprint(awake, awake, min(asleep, awake), kept, source)
 
 
-def _asked(model: ModelConfig) -> float | int | None:
-    """What the user said about device memory: a fraction (float), bytes (int) or nothing."""
+def _configured_memory(model: ModelConfig) -> float | int | None:
+    """The device memory that the user set: a fraction (float), bytes (int) or None."""
     if model.gpu_memory is not None:
         return model.gpu_memory
     if model.when_free and model.when_free.shares:
@@ -222,13 +225,13 @@ def _asked(model: ModelConfig) -> float | int | None:
 
 
 def _budget(model: ModelConfig, device_memory: int) -> tuple[int | None, str]:
-    """Bytes per device that the user set, and how; None where it is left to us, or is a fraction of no device."""
-    asked = _asked(model)
-    if asked is None or (isinstance(asked, float) and not device_memory):
+    """Bytes per device that the user set, and how; None where vllmd is to choose, or for a fraction of no device."""
+    given = _configured_memory(model)
+    if given is None or (isinstance(given, float) and not device_memory):
         return None, ""
-    if isinstance(asked, float):
-        return int(asked * device_memory), f"{asked:g} of {size(device_memory)} as configured"
-    return asked, "as configured"
+    if isinstance(given, float):
+        return int(given * device_memory), f"{given:g} of {size(device_memory)} as configured"
+    return given, "as configured"
 
 
 def _overhead(model: ModelConfig, weights: int, *, on_cpu: bool) -> int:
@@ -247,26 +250,26 @@ def _overhead(model: ModelConfig, weights: int, *, on_cpu: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Kv:
-    """The cache: bytes per device, why, bytes a token of the whole model, and what the engine is told (0: nothing)."""
+    """The cache: bytes per device, why, bytes per token of the whole model, bytes passed to the engine (0: none)."""
 
     size: int
     why: str
     per_token: int
-    told: int
+    passed: int
     notes: tuple[str, ...] = ()
     context: int = 0
 
 
 def _kv(model: ModelConfig, facts: Facts, room: int, what: str) -> _Kv:
-    """By rule 2; ``room`` bytes per device are left for it (not above 0: not known, or no room whatever is done).
+    """By rule 2; ``room``: bytes per device that are left for it (0 or less: unknown, or too little in any case).
 
-    An engine that can make do with a shorter context is given one where the longest does not fit and nobody asked for
-    it: llama.cpp is told how long, vLLM on a CPU finds out. ``what``: which room that is.
+    An engine that can use a shorter context gets one where the longest does not fit and the user did not ask for it:
+    llama.cpp is given the length, vLLM on a CPU finds it out. ``what`` describes ``room``.
     """
     per_token = _per_token(model, facts)
-    asked, why = _kv_asked(model)
-    if asked is not None:
-        return _Kv(asked, why, per_token, asked)
+    given, why = _configured_cache(model)
+    if given is not None:
+        return _Kv(given, why, per_token, given)
     length = _length(model, facts.cache)
     requests = min(REQUESTS, whole(argument(model, "max-num-seqs")) or REQUESTS)
     tokens = max(length, requests * min(length, REQUEST_TOKENS))
@@ -288,17 +291,17 @@ def _kv(model: ModelConfig, facts: Facts, room: int, what: str) -> _Kv:
 
 def _may_be_shorter(model: ModelConfig) -> bool:
     """Whether its context may be shorter than the model's own longest one."""
-    if _asked_length(model):
+    if _configured_length(model):
         return False
     return model.engine in llama_memory.KINDS or (model.engine == "vllm" and not vllm_cpu.has_accelerator())
 
 
 def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
-    """What a configured budget leaves. Of a fraction the engine itself makes what it can, so it is told nothing."""
+    """What a configured budget leaves. Of a fraction the engine works that out itself, so nothing is passed to it."""
     per_token = _per_token(model, facts)
-    asked, why = _kv_asked(model)
-    if asked is not None:
-        return _Kv(asked, why, per_token, asked)
+    given, why = _configured_cache(model)
+    if given is not None:
+        return _Kv(given, why, per_token, given)
     left = budget - fixed
     least = _kv_size(model, facts, _length(model, facts.cache), 1)
     notes: tuple[str, ...] = ()
@@ -306,14 +309,14 @@ def _kv_left(model: ModelConfig, facts: Facts, budget: int, fixed: int) -> _Kv:
         need = f"{size(fixed)} for weights and overhead and {size(least)} for one request of the longest length"
         says = "when_free.shares" if model.gpu_memory is None and model.when_free else "gpu_memory"
         notes = (f"{says} gives {size(budget)}, but it needs about {need}",)
-    told = max(0, left) if isinstance(_asked(model), int) and least else 0
-    return _Kv(max(0, left), "what is left", per_token, told, notes)
+    passed = max(0, left) if isinstance(_configured_memory(model), int) and least else 0
+    return _Kv(max(0, left), "what is left", per_token, passed, notes)
 
 
-def _kv_asked(model: ModelConfig) -> tuple[int | None, str]:
+def _configured_cache(model: ModelConfig) -> tuple[int | None, str]:
     """Bytes that the user set for the cache, if so."""
-    asked = _option(model, "kv_cache_memory") or whole(argument(model, "kv-cache-memory-bytes", "kv-cache-memory"))
-    return asked or None, "as configured"
+    given = _option(model, "kv_cache_memory") or whole(argument(model, "kv-cache-memory-bytes", "kv-cache-memory"))
+    return given or None, "as configured"
 
 
 def _kv_size(model: ModelConfig, facts: Facts, tokens: int, requests: int) -> int:
@@ -335,25 +338,25 @@ def _per_token(model: ModelConfig, facts: Facts) -> int:
 
 
 def _guessed_per_token(weights: int) -> int:
-    """16-bit cache bytes a token for a model of this size: 96 KiB + 3 KiB per GB, as Qwen3 and Llama 3 have it."""
+    """Bytes per token of a 16-bit cache, by the model's size: 96 KiB + 3 KiB per GB, as Qwen3 and Llama 3 have it."""
     return (96 << 10) + (3 << 10) * (weights // 2_000_000_000)
 
 
 def _length(model: ModelConfig, cache: Architecture | None) -> int:
-    return _asked_length(model) or (cache.length if cache else 0) or DEFAULT_LENGTH
+    return _configured_length(model) or (cache.length if cache else 0) or DEFAULT_LENGTH
 
 
-def _asked_length(model: ModelConfig) -> int:
+def _configured_length(model: ModelConfig) -> int:
     """Tokens that the user asked for, 0 if none."""
     return model.max_model_len or whole(argument(model, "max-model-len", "ctx-size", "c", "context-length"))
 
 
 def _kv_width(model: ModelConfig) -> int:
     """Bytes of a value in the cache."""
-    told = argument(model, "kv-cache-dtype", "cache-type-k", "ctk")
-    if "8" in told:
+    dtype = argument(model, "kv-cache-dtype", "cache-type-k", "ctk")
+    if "8" in dtype:
         return 1
-    return 4 if told in ("", "auto") and is_wide(model) else 2
+    return 4 if dtype in ("", "auto") and is_wide(model) else 2
 
 
 def _listed(devices: Sequence[Device]) -> str:

@@ -1,4 +1,4 @@
-"""What is known of a model before it has ever run: from its files, else the configuration, else its name."""
+"""What is known of a model before it has ever run: by its files, else the configuration, else its name."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def facts_of(model: ModelConfig, hub: Path) -> Facts:
     """The best source that says anything: the files, the configured count, the name."""
     facts = _from_files(model, hub)
     if not facts.weights:
-        told = _from_count(model) or _from_name(model) or Facts()
-        facts = replace(told, cache=facts.cache, notes=facts.notes + told.notes)
+        known = _from_count(model) or _from_name(model) or Facts()
+        facts = replace(known, cache=facts.cache, notes=facts.notes + known.notes)
     return facts
 
 
 def _from_files(model: ModelConfig, hub: Path) -> Facts:
-    """Whatever is wrong with them, and however they surprise us, is a note on this one model."""
+    """The weights and the cache by the model's files; whatever is wrong with them becomes a note on this one model."""
     try:
         return within(READING, lambda: _read_files(model, hub))
     except OSError as error:
@@ -82,18 +82,18 @@ def _cache(located: Located, path: Path) -> tuple[Architecture | None, tuple[str
         file = path / "config.json"
         alone = path.is_dir() and file.exists()
         if alone or gguf is None:
-            found = architecture(read_json(file, located.root))
+            cache = architecture(read_json(file, located.root))
         else:
-            found = architecture(config_of(gguf, located.root))
+            cache = architecture(config_of(gguf, located.root))
     except (Unreadable, UnknownArchitecture) as error:
         return None, (f"{error}; its cache is guessed from its size",)
     except OSError as error:
         return None, (f"{error.filename}: {error.strerror}; its cache is guessed from its size",)
-    return found, ((found.note(),) if found.note() else ())
+    return cache, ((cache.note(),) if cache.note() else ())
 
 
 def _as_loaded(model: ModelConfig, weights: Weights, cache: Architecture | None) -> tuple[int, str]:
-    """Bytes once loaded, and how they were come by: floats as wide as they will be, all else as stored."""
+    """The bytes of the weights once loaded, and their source: floats as wide as they will be, all else as stored."""
     stored = _STORED.get(cache.dtype if cache else "", "")
     if cache and cache.quantised:
         return weights.total, f"{weights.how}, {cache.quantised}"
@@ -117,7 +117,7 @@ def loaded_width(model: ModelConfig) -> float:
 
 
 def is_wide(model: ModelConfig) -> bool:
-    """Whether it is told to compute in 32 bits."""
+    """Whether the model is configured to compute in 32 bits."""
     return (model.dtype or argument(model, "dtype")) in ("float32", "float")
 
 
@@ -177,7 +177,7 @@ def argument(model: ModelConfig, *names: str) -> str:
 
 
 def whole(text: str) -> int:
-    """A positive number as vLLM's flags take it (``8192``, ``8k``, ``8K``); 0 if it is none."""
+    """A positive number as vLLM's flags take it (``8192``, ``8k``, ``8K``); 0 for anything else."""
     hit = re.fullmatch(r"(\d{1,15})([kKmMgG]?)", text.strip())
     if hit is None:
         return 0

@@ -50,19 +50,19 @@ def _metadata(head: bytes) -> Mapping[str, Any]:
     if head[:4] != b"GGUF":
         raise Unreadable("it is no GGUF file")
     _, _, count = struct.unpack_from("<IQQ", head, 4)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     at = 24
     for _ in range(min(count, 10_000)):
         key, at = _string(head, at)
         if key.startswith("tokenizer."):
             break
         kind = struct.unpack_from("<I", head, at)[0]
-        found[key], at = _value(head, at + 4, kind)
-    return found
+        values[key], at = _value(head, at + 4, kind)
+    return values
 
 
 def _value(head: bytes, at: int, kind: int, nested: int = 0) -> tuple[Any, int]:
-    """The value at this place, and the place after it. Arrays are stepped over: no figure of ours is one."""
+    """The value at this place, and the place after it. Arrays are stepped over: none of them is needed."""
     if nested > NESTED:
         raise IndexError
     if kind == _STRING:

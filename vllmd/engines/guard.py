@@ -1,6 +1,6 @@
-"""A third party's engine behind a seam: what it raises becomes a ConfigError that names it.
+"""A seam around a third party's engine: what it raises becomes a ConfigError that names it.
 
-So does an answer of the wrong type; and what it leaves out of the contract has a default.
+So does an answer of the wrong type; and optional methods that it lacks have defaults.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GuardedKind:
 
 
 class Guarded:
-    """The contract, carried out by somebody else's object."""
+    """The contract of ``base.Engine``, carried out by a plug-in's object."""
 
     def __init__(self, name: str, engine: Engine) -> None:
         self.kind = name
@@ -135,7 +135,7 @@ class Guarded:
         return answer
 
     def _read(self, method: str, ask: Callable[[], T]) -> T | None:
-        """Reading a log is a courtesy: where it fails, the start goes on without it."""
+        """The phase of a log line. Where the plug-in fails at it, the start goes on without."""
         try:
             return ask()
         except (Exception, SystemExit):
@@ -144,9 +144,9 @@ class Guarded:
 
 
 def attempt(name: str, method: str, ask: Callable[[], T], model: ModelConfig | None = None) -> T:
-    """What the plug-in answers. Raises ConfigError for whatever it raises, an exit of the process included.
+    """The plug-in's answer. Raises ConfigError for whatever it raises, an exit of the process included.
 
-    ``model``: whose setting ``engine`` names the plug-in, where one was asked about.
+    ``model``: the one whose setting ``engine`` names the plug-in, if the call is about one.
     """
     try:
         return ask()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A failure, what it means, and what would help."""
+    """A failure, its meaning, and what would help."""
 
     pattern: re.Pattern[str]
     advice: str
@@ -27,8 +27,8 @@ class Known:
 
     def of(self, line: str) -> str:
         """The advice for a line of this failure; "" for any other line."""
-        found = self.pattern.search(line)
-        return re.sub(r"\{(\d)\}", lambda place: found[int(place[1])] or "?", self.advice) if found else ""
+        match = self.pattern.search(line)
+        return re.sub(r"\{(\d)\}", lambda place: match[int(place[1])] or "?", self.advice) if match else ""
 
 
 def _row(pattern: str, advice: str, **flags: bool) -> Known:
@@ -36,7 +36,7 @@ def _row(pattern: str, advice: str, **flags: bool) -> Known:
 
 
 TABLE: tuple[Known, ...] = (
-    # -- what a model of llama.cpp brings along; of what follows from it a context that could not be made is one thing
+    # -- files beside a llama.cpp model; a context that could not be made may follow from each, so these come first
     _row(
         r"(?:load|apply) lora adapter|llama_adapter_lora_init: failed to open",
         "lora under options names a file that is not there, or no adapter for this model",

@@ -12,8 +12,8 @@ Facts that shape this file (tools/server/README.md, and builds that were run):
 - It has no call that means sleep; ``--sleep-idle-seconds`` unloads the model by
   itself and loads it at the next request. A stop is worth as much: the file
   stays in the page cache, and a start from there takes as long as such a wake.
-- Prompts of slots that others took over are kept in host memory, 8 GiB of it unless told otherwise. Versions from
-  before that know no flag for it, so they are told by a variable.
+- Prompts of slots that others took over are kept in host memory, 8 GiB by default. Versions from
+  before that have no flag for it, so the amount is set by a variable.
 - On a CPU its threads wait for each other many times per token. GNU's OpenMP lets them spin meanwhile, which on cores
   that others use as well made it twelve times slower (measured: 1.3 tokens/s against 15.6); so they are to sleep.
 """
@@ -80,7 +80,8 @@ class LlamaCpp(Plain):
         *("/v1/chat/completions/input_tokens", "/v1/responses/input_tokens"),
     }
 
-    # Its page and what that asks. Not /slots, which shows others' prompts, and nothing that changes it.
+    # The engine's own page and its requests. Not /slots, which shows others' prompts, and nothing that changes the
+    # engine.
     OWN_API: ClassVar[frozenset[str]] = frozenset(
         {
             *("GET /", "GET /{file:file}", "GET /_app/{rest:path}", "GET /props", "GET /models", "GET /v1/health"),
@@ -90,7 +91,7 @@ class LlamaCpp(Plain):
     )
 
     def routes(self, model: ModelConfig) -> frozenset[str]:
-        """Without the options or flags for it, it neither embeds nor ranks."""
+        """The kind's routes; embedding and ranking only with the options or flags for them."""
         if any(name.startswith("LLAMA_ARG_") for name in model.env):
             return self.ROUTES
         ranks = model.options.get("reranking") is True or bool(argument(model, "reranking", "rerank"))
@@ -107,39 +108,48 @@ class LlamaCpp(Plain):
         unknown(model, self.OPTIONS)
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
-        argv = (
-            *_program(model),
-            *_files(model, place),
-            *("--host", str(socket), "--alias", self.served_name(model), "--metrics"),
-            *_context(model, place),
-            *_layers(model, place),
-            *_threads(model, place),
-            *_options(model),
-            *adapters.llama_flags(model),
-            *model.extra_args,
-        )
-        manages = whole(model, "sleep_idle") is not None
-        return Launch(argv, Listen(uds=str(socket)), _variables(model, place), self_managed=manages)
+        argv = [*_program(model), *_files(model, place)]
+        argv += ["--host", str(socket), "--alias", self.served_name(model), "--metrics"]
+        # 1. Slots, and the context of all of them: as configured, else what fits, else its own choice.
+        slots = whole(model, "parallel")
+        tokens = model.max_model_len * (slots or 1) if model.max_model_len else place.context
+        argv += ["--parallel", str(slots)] if slots else []
+        argv += ["--ctx-size", str(tokens)] if tokens else []
+        # 2. Layers on the devices.
+        layers = whole(model, "gpu_layers")
+        if layers is not None or place.device_ids:
+            argv += ["--n-gpu-layers", str(ALL_LAYERS if layers is None else layers)]
+            argv += ["--split-mode", "row"] if model.tensor_parallel_size > 1 else []
+        # 3. Threads: llama.cpp counts the machine's cores, whatever a quota or an affinity leaves of them.
+        if place.cpus and not (has_flag(model, "-t", "--threads") or "LLAMA_ARG_THREADS" in model.env):
+            argv += ["--threads", str(place.cpus)]
+        # 4. Options, adapters, and the model's own arguments.
+        sleep_idle = whole(model, "sleep_idle")
+        argv += [*_options(model), *(["--sleep-idle-seconds", str(sleep_idle)] if sleep_idle is not None else [])]
+        argv += [*adapters.llama_flags(model), *model.extra_args]
+        env = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), "OMP_WAIT_POLICY": "passive"}
+        env |= environment(model, place) | ({"CUDA_VISIBLE_DEVICES": ""} if layers == 0 else {})
+        return Launch(tuple(argv), Listen(uds=str(socket)), env, self_managed=sleep_idle is not None)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
-        """All loaded at the start; each request says which it wants, by number."""
+        """The model's adapters, all loaded at the start; each request names its own by number."""
         return adapters.llama_adapters(model, self.served_name(model))
 
     def progress(self, line: str) -> Progress | None:
-        """The phases of its start."""
-        found = next((phase for words, phase in _PHASES.items() if words in line), None)
-        return Progress(found, _STAMP.sub("", line).strip()) if found else None
+        """The phase of a start that a log line shows."""
+        phase_name = next((phase for words, phase in _PHASES.items() if words in line), None)
+        return Progress(phase_name, _STAMP.sub("", line).strip()) if phase_name else None
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        """What its errors say; its warnings come before them and are none."""
+        """What the errors in its log say; warnings and other lines are left out where there are errors."""
         stamps = [(_STAMP.match(line), line) for line in lines]
         failed = any(stamp and stamp["level"] == "E" for stamp, _ in stamps)
-        told = [line for stamp, line in stamps if not (failed and stamp and stamp["level"] in "DIW")]
-        return super().failure([_STAMP.sub("", line) for line in told])
+        kept = [line for stamp, line in stamps if not (failed and stamp and stamp["level"] in "DIW")]
+        return super().failure([_STAMP.sub("", line) for line in kept])
 
-    def _absent(self, said: Sequence[str]) -> str:
-        """The same of the package whose server it may be."""
-        return next((line for line in said if "No module named 'xllamacpp'" in line), "") or super()._absent(said)
+    def _absent(self, lines: Sequence[str]) -> str:
+        """The line that says that llama-server, or the package xllamacpp, is missing; "" if none does."""
+        return next((line for line in lines if "No module named 'xllamacpp'" in line), "") or super()._absent(lines)
 
 
 def _program(model: ModelConfig) -> tuple[str, ...]:
@@ -151,15 +161,15 @@ def _program(model: ModelConfig) -> tuple[str, ...]:
         is_python = len(model.command) == 1 and _PYTHON.fullmatch(Path(model.command[0]).name)
         return (model.command[0], "-I", str(OWN_SERVER)) if is_python else model.command
     name = LlamaCpp.PROGRAM
-    found = environments.chosen(model)
-    if found is None:
+    used = environments.chosen(model)
+    if used is None:
         return (name,)
-    own = found.program(name)
-    return (str(own),) if own else (str(found.python), "-I", str(OWN_SERVER))
+    own = used.program(name)
+    return (str(own),) if own else (str(used.python), "-I", str(OWN_SERVER))
 
 
 def _files(model: ModelConfig, place: Place) -> list[str]:
-    """What it loads: a file, also of a repository that the cache has; else a URL or a repository, for it to download.
+    """The model's files: a file, also of a repository in the cache; else a URL or a repository, for it to download.
 
     A repository may name a quantization: ``ggml-org/gemma-3-1b-it-GGUF:Q4_K_M``.
     """
@@ -176,7 +186,7 @@ def _files(model: ModelConfig, place: Place) -> list[str]:
 
 
 def _cached(source: str, hub: Path | None, revision: str) -> tuple[Path | None, Path | None]:
-    """The model's file in the cache, and the projector beside it; None for what is not there, or cannot be read."""
+    """The model's file in the cache, and the projector beside it; None where there is none, or it cannot be read."""
     if hub is None or not is_repository(source.partition(":")[0]):
         return None, None
     cache = hub
@@ -190,41 +200,12 @@ def _cached(source: str, hub: Path | None, revision: str) -> tuple[Path | None, 
 
     try:
         return within(LOOK, look)
-    except (OSError, Unreadable):  # the engine itself may have better luck, and says why if it has not
+    except (OSError, Unreadable):  # the engine tries itself, and its log says why if it fails
         return None, None
-
-
-def _context(model: ModelConfig, place: Place) -> list[str]:
-    """Slots, and the room of all of them: as configured, else what fits, else its own choice."""
-    slots = whole(model, "parallel")
-    flags = ["--parallel", str(slots)] if slots else []
-    tokens = model.max_model_len * (slots or 1) if model.max_model_len else place.context
-    return [*flags, "--ctx-size", str(tokens)] if tokens else flags
-
-
-def _layers(model: ModelConfig, place: Place) -> list[str]:
-    layers = whole(model, "gpu_layers")
-    if layers is None and not place.device_ids:
-        return []
-    split = ["--split-mode", "row"] if model.tensor_parallel_size > 1 else []
-    return ["--n-gpu-layers", str(ALL_LAYERS if layers is None else layers), *split]
-
-
-def _threads(model: ModelConfig, place: Place) -> list[str]:
-    """The flag for threads: llama.cpp counts the machine's cores, whatever a quota or an affinity leaves of them."""
-    told = has_flag(model, "-t", "--threads") or "LLAMA_ARG_THREADS" in model.env
-    return ["--threads", str(place.cpus)] if place.cpus and not told else []
 
 
 def _options(model: ModelConfig) -> list[str]:
     flags = [f"--{name}" for name in ("embedding", "reranking") if switch(model, name)]
     for adapter in adapters.option_words(model):
         flags += ["--lora-scaled" if adapters.SCALED.fullmatch(adapter) else "--lora", adapter]
-    after = whole(model, "sleep_idle")
-    return flags if after is None else [*flags, "--sleep-idle-seconds", str(after)]
-
-
-def _variables(model: ModelConfig, place: Place) -> dict[str, str]:
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if whole(model, "gpu_layers") == 0 else {}
-    own = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), "OMP_WAIT_POLICY": "passive"}
-    return own | environment(model, place) | hidden
+    return flags

@@ -32,7 +32,7 @@ _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri")
 
 
 def runs_on_cpu(model: ModelConfig) -> bool:
-    """Whether it keeps all layers on the CPU: it is told to, or there is nothing else."""
+    """Whether all layers stay on the CPU: by the model's options, or because there is no device."""
     return model.options.get("gpu_layers") in (0, "0") or not any(map(os.path.exists, _ACCELERATORS))
 
 
@@ -44,14 +44,14 @@ def overhead(weights: int, *, on_cpu: bool) -> int:
 
 
 def prompt_cache(model: ModelConfig) -> int:
-    """Bytes of host memory that it may keep prompts in. Raises ConfigError."""
+    """Bytes of host memory for prompts that are kept. Raises ConfigError."""
     if (flag := argument(model, "cache-ram", "cram")) and flag.isdecimal():
         return int(flag) * MiB
-    told = options.size(model, "prompt_cache")
-    return PROMPT_CACHE if told is None else told
+    given = options.size(model, "prompt_cache")
+    return PROMPT_CACHE if given is None else given
 
 
 def slots(model: ModelConfig) -> int:
-    """How many requests have a context of ``max_model_len`` each; 1 where they share one."""
-    told = model.options.get("parallel")
-    return int(str(told)) if str(told).isdecimal() and int(str(told)) > 0 else 1
+    """The number of requests that have a context of ``max_model_len`` each; 1 where they share one."""
+    given = model.options.get("parallel")
+    return int(str(given)) if str(given).isdecimal() and int(str(given)) > 0 else 1

@@ -1,13 +1,13 @@
-"""Which loader reads a model's weights into its engine: the engine's own choice, or a faster one that is installed.
+"""The loader that reads a model's weights into its engine: the engine's own choice, or a faster one that is installed.
 
-Whether another loader gains depends on the disk, the machine and the engine's version, and can only be told by a start.
+Whether another loader gains depends on the disk, the machine and the engine's version, and only a start can tell.
 So the first starts tell: one with the engine's own loader, then one with each other that is there, and from then on
 the fastest. What is compared is the seconds of a start's phase ``weights`` for each GiB, of starts that had the same
 environment, the same file system, and the files both times in the page cache, or both times not. What others save in
 other phases (reading ahead) is in it, as it is in what a client waits for.
 
-A start that fails with a loader that was chosen here is begun anew without it. It is not tried again for that model,
-nor for any model after the second that it failed for.
+A start that fails with a loader that was chosen here is begun anew without it. The loader is not tried again for that
+model, nor for any model after the second that it failed for.
 
 Facts about vLLM 0.32 that shape this file (its source read; ``runai_streamer`` run on a CPU, the others not):
 
@@ -16,7 +16,7 @@ Facts about vLLM 0.32 that shape this file (its source read; ``runai_streamer`` 
 - ``fastsafetensors`` asks for a CUDA device. It has whole files on it, up to two at a time, beside the weights.
 - ``instanttensor`` is for NVIDIA's alone, and reads past the page cache: reading ahead would be in its way.
 - ``modelexpress`` wants a server, ``ipc_cache`` a process that keeps the weights, and what ``tensorizer``,
-  ``sharded_state`` and ``runai_streamer_sharded`` read has been written for them: who has that says so in extra_args.
+  ``sharded_state`` and ``runai_streamer_sharded`` read has been written for them: those are named in extra_args.
 - After sleep level 2 all three read the weights again (``reload_weights``).
 """
 
@@ -38,8 +38,8 @@ from vllmd.sizes import GiB
 SMALLEST = GiB  # bytes of weights from which on a start tells anything
 WORTH = 2.0  # seconds that the engine's own loader must take for another one to be tried
 GAIN = 0.9  # of those, what another one may take at most
-MODELS = 2  # for so many a loader may fail until it is no one's any more
-PLACES = 64  # of which it is remembered how fast loaders are
+MODELS = 2  # models for which a loader may fail until it is tried for no model any more
+PLACES = 64  # places for which the speed of loaders is kept
 COLD, WARM = 0.1, 0.9  # shares of the files in the page cache, up to and from which a start is one or the other
 LOOKS = 16  # pages of each file that are looked for in the page cache
 _PACKAGES = ("lib/python3*/site-packages", "local/lib/python3*/dist-packages", "lib/python3/dist-packages")
@@ -71,7 +71,7 @@ DIRECT = frozenset(loader.format for loader in LOADERS if loader.direct)
 
 @runtime_checkable
 class CanLoadFast(Protocol):
-    """A kind of engine that can be told how to load."""
+    """A kind of engine whose loader can be chosen."""
 
     def loaders(self, model: ModelConfig, argv: Sequence[str]) -> Sequence[Loader]:
         """The loaders installed where this command runs, the most promising first; none where the user has chosen."""
@@ -84,13 +84,13 @@ def there(python: str, *, nvidia: bool) -> tuple[Loader, ...]:
     """The loaders that an interpreter could import, by their files: nothing is run or imported for it."""
     prefix = os.path.dirname(os.path.dirname(python))
     folders = [folder for pattern in _PACKAGES for folder in glob.glob(f"{prefix}/{pattern}")]
-    found: set[str] = set()
+    formats: set[str] = set()
     for folder in folders:
         try:
-            found |= _in(folder, os.stat(folder).st_mtime_ns)
+            formats |= _in(folder, os.stat(folder).st_mtime_ns)
         except OSError:
             continue
-    return tuple(loader for loader in LOADERS if loader.format in found and (nvidia or not loader.nvidia))
+    return tuple(loader for loader in LOADERS if loader.format in formats and (nvidia or not loader.nvidia))
 
 
 @lru_cache(maxsize=32)
@@ -104,7 +104,7 @@ def _in(folder: str, changed: int) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What is known of a model's weight files at its start. Bytes; ``cached``: the share in the page cache.
+    """A model's weight files at its start. Bytes; ``cached``: the share in the page cache.
 
     ``alone``: there are no other safetensors files beside them.
     """
@@ -143,7 +143,7 @@ def look(files: Sequence[WeightFile], is_cached: Callable[[int, int, int], bool]
 
 def filesystem(path: str, mounts: str) -> str:
     """The file system that a path is on, as ``ext4 /dev/sda1``; its name outlives the daemon and its namespaces."""
-    found, longest = "", -1
+    filesystem, longest = "", -1
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
         words, kinds = before.split(), after.split()
@@ -151,8 +151,8 @@ def filesystem(path: str, mounts: str) -> str:
             continue
         point = words[4].replace("\\040", " ")
         if len(point) >= longest and (path == point or path.startswith(point.rstrip("/") + "/")):
-            found, longest = " ".join(kinds[:2]), len(point)
-    return found
+            filesystem, longest = " ".join(kinds[:2]), len(point)
+    return filesystem
 
 
 def fitting(loaders: Iterable[Loader], files: Files, room: int) -> list[str]:
@@ -179,7 +179,7 @@ class LoaderBook:
     """How fast each loader was, by place: environment, file system, and whether the files were in the page cache."""
 
     def __init__(self, kept: Mapping[str, Any] | None = None) -> None:
-        """``kept``: what ``plain`` said earlier. Raises where it is something else."""
+        """``kept``: what ``plain`` returned. Raises KeyError, TypeError or ValueError for anything else."""
         self._notes = {
             str(place): Note(
                 {str(name): float(seconds) for name, seconds in dict(note["per_gib"]).items()},
@@ -189,7 +189,7 @@ class LoaderBook:
         }
 
     def plain(self) -> dict[str, Any]:
-        """All of it, as JSON can have it."""
+        """The whole book, as JSON can have it."""
         return {place: {"per_gib": note.per_gib, "failed": note.failed} for place, note in self._notes.items()}
 
     def choose(self, place: str, model: str, formats: Sequence[str], size: int) -> str:
@@ -204,6 +204,10 @@ class LoaderBook:
         best = min(usable, key=lambda one: note.per_gib[one], default="")
         return best if best and note.per_gib[best] <= GAIN * own else ""
 
+    def knows(self, place: str) -> bool:
+        """Whether the engine's own loader has been measured there."""
+        return "" in self._notes.get(place, Note()).per_gib
+
     def measured(self, place: str, load_format: str, seconds: float, size: int) -> None:
         """A start has read ``size`` bytes in so many seconds; what was before counts half."""
         if size < SMALLEST or seconds <= 0:
@@ -213,13 +217,13 @@ class LoaderBook:
         note.per_gib[load_format] = round(now if before is None else (before + now) / 2, 3)
 
     def failed(self, place: str, load_format: str, model: str) -> None:
-        """A model's start failed with it."""
+        """Note that a model's start failed with a loader."""
         models = self._of(place).failed.setdefault(load_format, [])
         if model not in models:
             models.append(model)
 
     def excused(self, place: str, load_format: str, model: str) -> None:
-        """That start failed without it as well."""
+        """Note that the start failed without the loader as well."""
         note = self._of(place)
         left = [one for one in note.failed.pop(load_format, []) if one != model]
         if left:
@@ -234,7 +238,7 @@ class LoaderBook:
 
 
 def place(python: str, files: Files) -> str:
-    """What a start must have in common with another one to be compared with it; "" where it can be with none."""
+    """What two starts must have in common to be compared; "" where this one can be compared with none."""
     if not files.filesystem or COLD < files.cached < WARM:
         return ""
     return f"{Path(python).parent.parent} | {files.filesystem} | {'page cache' if files.cached >= WARM else 'disk'}"

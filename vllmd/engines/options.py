@@ -20,7 +20,7 @@ UPSTREAM = (
 
 
 def wrong(model: ModelConfig, name: str, what: str) -> ConfigError:
-    """The error for a wrong option: where it is, and what would be right; not what it is, which may be a secret."""
+    """The error for a wrong option: where it is, and what would be right; not its value, which may be a secret."""
     return wrong_setting(model, f"options.{name}", what)
 
 
@@ -42,7 +42,7 @@ def unknown(model: ModelConfig, known: Collection[str]) -> None:
 
 
 def choice(model: ModelConfig, name: str, values: Sequence[str]) -> str:
-    """One of ``values``; the first where nothing is said. Raises ConfigError."""
+    """One of ``values``; the first where the option is not there. Raises ConfigError."""
     value = model.options.get(name, values[0])
     if value not in values:
         raise wrong(model, name, f"right are {', '.join(values)}")
@@ -50,7 +50,7 @@ def choice(model: ModelConfig, name: str, values: Sequence[str]) -> str:
 
 
 def size(model: ModelConfig, name: str) -> int | None:
-    """Bytes, from ``8GiB`` or a number; None where nothing is said. Raises ConfigError."""
+    """Bytes, from ``8GiB`` or a number; None where the option is not there. Raises ConfigError."""
     value = model.options.get(name)
     if value is None:
         return None
@@ -88,22 +88,22 @@ def words(model: ModelConfig, name: str) -> tuple[str, ...]:
 
 
 def _plain(model: ModelConfig, name: str, value: str) -> str:
-    if found := control_character(value):
-        raise wrong(model, name, f"the control character {found} is not allowed")
+    if character := control_character(value):
+        raise wrong(model, name, f"the control character {character} is not allowed")
     return value
 
 
 def rules(model: ModelConfig, name: str) -> frozenset[str]:
     """A list of methods with paths, or one. Raises ConfigError."""
-    found = words(model, name)
-    for number, rule in enumerate(found, 1):
+    given = words(model, name)
+    for number, rule in enumerate(given, 1):
         if not RULE.fullmatch(rule):
             raise wrong(model, name, f"entry {number} is no method with a path such as GET /info")
-    return frozenset(found) or NOTHING
+    return frozenset(given) or NOTHING
 
 
 def whole(model: ModelConfig, name: str) -> int | None:
-    """A whole number, 0 or more; None where nothing is said. Raises ConfigError."""
+    """A whole number, 0 or more; None where the option is not there. Raises ConfigError."""
     value = model.options.get(name)
     if value is None:
         return None

@@ -1,6 +1,6 @@
-"""What most servers have in common: no sleep, no log that tells much, a program that somebody has to install.
+"""The defaults of most servers: no sleep, no log that tells much, a program that has to be installed.
 
-A kind derives from ``Plain``, says what is its own, and lists its settings in ``OPTIONS``.
+A kind derives from ``Plain``, overrides what is its own, and lists its settings in ``OPTIONS``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OF_AN_ENGINE = frozenset(
 
 
 def usual_api(routes: Iterable[str]) -> frozenset[str]:
-    """The rules of ``own_api`` for a server of which no more is known than the public paths it serves."""
+    """The rules of ``own_api`` for a server of which only the public paths are known."""
     return TOLD | {f"{'GET' if route in OF_AN_ENGINE else 'POST'} {route}" for route in routes}
 
 
@@ -59,7 +59,7 @@ class Plain:
     OWN_API: ClassVar[frozenset[str]] = frozenset()  # beside its routes and what nearly every server has
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        """None: it is stopped instead."""
+        """None: such an engine is stopped instead."""
         return frozenset()
 
     def ready(self, model: ModelConfig) -> Call:
@@ -83,7 +83,7 @@ class Plain:
         return ()
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        """Nothing: it has no such level."""
+        """Nothing: the engine has no sleep."""
         return ()
 
     def wake(self, level: int) -> Sequence[Call]:
@@ -116,23 +116,23 @@ class Plain:
 
     def failure(self, lines: Sequence[str]) -> Failure:
         """The last exception, else the first line that tells of an error (later ones follow from it), else the last."""
-        said = [line.strip() for line in lines if line.strip()]
-        if not said:
+        texts = [line.strip() for line in lines if line.strip()]
+        if not texts:
             return Failure("it said nothing")
-        if absent := self._absent(said):
+        if absent := self._absent(texts):
             return Failure(absent, permanent=True, hint=self.INSTALL)
-        raised = next((line for line in reversed(said) if _RAISED.match(line)), "")
-        reason = raised or next((line for line in said if _TELLING.search(line)), said[-1])
-        told = known(said)
-        reason, advice, row = told or (reason, "", None)
-        memory = any(_MEMORY.search(line) for line in said) or (row is not None and row.memory)
+        raised = next((line for line in reversed(texts) if _RAISED.match(line)), "")
+        reason = raised or next((line for line in texts if _TELLING.search(line)), texts[-1])
+        match = known(texts)
+        reason, advice, row = match or (reason, "", None)
+        memory = any(_MEMORY.search(line) for line in texts) or (row is not None and row.memory)
         wrong = bool(_WRONG.search(reason)) or (row is not None and row.permanent)
         return Failure(reason, memory, permanent=wrong and not memory, hint=advice)
 
-    def _absent(self, said: Sequence[str]) -> str:
+    def _absent(self, lines: Sequence[str]) -> str:
         """The line that says that its program is not there; "" if none does."""
         program = self.PROGRAM or self.kind
-        return next((line for line in reversed(said) if program in line and _ABSENT.search(line)), "")
+        return next((line for line in reversed(lines) if program in line and _ABSENT.search(line)), "")
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
         """Only the device can tell."""
@@ -140,7 +140,7 @@ class Plain:
 
 
 def environment(model: ModelConfig, place: Place) -> dict[str, str]:
-    """What every engine gets: its devices, the CPUs that it may use without any, and the token for gated models."""
+    """The variables of every engine: its devices, its CPUs where it has none, and the token for gated models."""
     token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
     by_id = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return {**(place.visible or (by_id if place.device_ids else threads(place))), **token}

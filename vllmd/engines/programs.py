@@ -2,8 +2,8 @@
 
 Looked at before anything is started: by ``vllmd --check``, ``vllmctl config check`` and ``vllmctl doctor``. A program
 is proved by what costs little and loads no model: llama-server and text-embeddings-router tell their version; a Python
-tells whether it has the engine's module, which is found but not imported (vLLM takes ten seconds to import); of
-anything else, such as a server that the kind ``command`` runs, it is only asked whether it may be executed.
+tells whether it has the engine's module, by looking without importing (vLLM takes ten seconds to import); any other
+program, such as a server that the kind ``command`` runs, is only checked for being executable.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def troubles(models: Iterable[ModelConfig], *, system: bool) -> list[Trouble]:
             environments.chosen(model)
         except ConfigError as error:
             absent.append(Trouble((model.name,), *error.message.rpartition(f"models.{model.name}.")[2].split("; ", 1)))
-        if found := _program(model, system):
-            users.setdefault(found, []).append(model)
+        if program := _program(model, system):
+            users.setdefault(program, []).append(model)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(_look, users))
     return absent + [
@@ -79,12 +79,12 @@ def troubles(models: Iterable[ModelConfig], *, system: bool) -> list[Trouble]:
 
 
 def system_daemon_is_meant() -> bool:
-    """Whether it is the system's daemon that is asked about: by root, where that is installed."""
+    """Whether the system's daemon is meant: where it is installed, and the caller is root."""
     return os.geteuid() == 0 and _user(ENGINES_USER) is not None
 
 
 def _program(model: ModelConfig, system: bool) -> Program | None:
-    """None for what is not ours to start, or cannot be composed, which is said elsewhere."""
+    """None for a remote server, and where the launch cannot be composed, which other checks report."""
     try:
         engine = engine_of(model)
         argv = engine.launch(model, Place(Path("/run/vllmd-engine/check"), port=1)).argv
@@ -111,7 +111,7 @@ def _proof(kind: str, argv: Sequence[str], path: str) -> Iterator[str]:
 
 
 def _look(program: Program) -> str:
-    """What is wrong with it; "" if nothing is."""
+    """The problem with a program; "" if there is none."""
     who = f" for {program.user}" if program.user else ""
     user = _user(program.user) if program.user and os.geteuid() == 0 else None
     if shutil.which(program.name, path=program.path) is None:
@@ -128,14 +128,14 @@ def _look(program: Program) -> str:
         return f"{program.name} cannot be executed{who}: {error.strerror}"
     if done.returncode == 0:
         return ""
-    said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     if not program.proof:
         return f"{program.name} cannot be executed{who}: Permission denied"
-    return f"{program.name} does not start{who}: {said[-1] if said else f'exit status {done.returncode}'}"
+    return f"{program.name} does not start{who}: {lines[-1] if lines else f'exit status {done.returncode}'}"
 
 
 def _run(command: Sequence[str], path: str, user: pwd.struct_passwd | None) -> subprocess.CompletedProcess[str]:
-    """Run it with a clean environment, as ``user`` if that is somebody else. Raises OSError, TimeoutExpired."""
+    """Run the program with a clean environment, as ``user`` if that is another one. Raises OSError, TimeoutExpired."""
     return subprocess.run(
         command,
         stdin=subprocess.DEVNULL,

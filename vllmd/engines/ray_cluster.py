@@ -53,10 +53,12 @@ class Cluster:
 
     def start(self, argv: Sequence[str]) -> tuple[str, ...]:
         """The command that sees to the cluster and then becomes ``argv``."""
-        told = {"host": self.host, "port": self.port, "head": self.is_ours, "here": self.here, "needed": self.needed,
-                "wait": self.wait}  # fmt: skip
+        settings = {
+            "host": self.host, "port": self.port, "head": self.is_ours, "here": self.here, "needed": self.needed,
+            "wait": self.wait,
+        }  # fmt: skip
         backend = () if _BACKEND in argv else (_BACKEND, "ray")
-        return (sys.executable, "-P", _START, json.dumps(told), *argv, *backend)
+        return (sys.executable, "-P", _START, json.dumps(settings), *argv, *backend)
 
     def env(self) -> dict[str, str]:
         """What Ray and vLLM have to know, in the head as in vLLM."""

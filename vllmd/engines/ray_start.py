@@ -3,7 +3,7 @@
     ray_start.py '{"host": "10.0.0.1", "port": 6379, "head": true, "here": 1, "needed": 2, "wait": 120}' vllm serve ...
 
 The process stays the one that was started, so that signals reach vLLM; the head's processes
-end with the scope. Ray is that of vLLM's Python, which is found beside ``vllm``.
+end with the scope. Ray is that of vLLM's Python, beside ``vllm``.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class RayError(Exception):
     """Why vLLM cannot be started; its name and words are the last line of the log."""
 
 
-def main(told: dict[str, Any], argv: list[str]) -> None:
+def main(settings: dict[str, Any], argv: list[str]) -> None:
     """Start or join the Ray cluster, then execute the engine's command in this process. Never returns."""
     python = python_of(argv)
     check_installed(python)
-    if told["head"]:
-        start_head(python, told)
-    wait_for_devices(python, told)
-    os.environ["RAY_ADDRESS"] = address_of(told)
+    if settings["head"]:
+        start_head(python, settings)
+    wait_for_devices(python, settings)
+    os.environ["RAY_ADDRESS"] = address_of(settings)
     os.execvp(argv[0], argv)
 
 
-def address_of(told: dict[str, Any]) -> str:
-    host = f"[{told['host']}]" if ":" in told["host"] else told["host"]
-    return f"{host}:{told['port']}"
+def address_of(settings: dict[str, Any]) -> str:
+    host = f"[{settings['host']}]" if ":" in settings["host"] else settings["host"]
+    return f"{host}:{settings['port']}"
 
 
 def python_of(argv: list[str]) -> str:
@@ -53,12 +53,12 @@ def python_of(argv: list[str]) -> str:
     word = next((word for word in argv if os.path.basename(word).startswith(("vllm", "python"))), "")
     if not word:
         raise RayError(f"command names neither vllm nor its Python, with which Ray is to be found: {argv[0]}")
-    found = shutil.which(word)
-    if not found:
+    program = shutil.which(word)
+    if not program:
         raise RayError(f"there is no command {word!r}: looked in {os.environ.get('PATH', os.defpath)}")
     if os.path.basename(word).startswith("python"):
-        return found
-    beside = os.path.join(os.path.dirname(os.path.realpath(found)), "python3")
+        return program
+    beside = os.path.join(os.path.dirname(os.path.realpath(program)), "python3")
     if not os.access(beside, os.X_OK):
         raise RayError(f"there is no {beside} to find Ray with; name vLLM's Python in command: [.../python3, -m, ...]")
     return beside
@@ -70,20 +70,27 @@ def check_installed(python: str) -> None:
         raise ModuleNotFoundError(f"No module named 'ray' in {python}")
 
 
-def start_head(python: str, told: dict[str, Any]) -> None:
+def start_head(python: str, settings: dict[str, Any]) -> None:
     """A head with this machine's share of the devices (CUDA_VISIBLE_DEVICES says which) and nothing to do but vLLM."""
     command = [python, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"]
-    command += ["--node-ip-address", told["host"], "--port", str(told["port"]), "--num-gpus", str(told["here"])]
+    command += [
+        "--node-ip-address",
+        settings["host"],
+        "--port",
+        str(settings["port"]),
+        "--num-gpus",
+        str(settings["here"]),
+    ]
     command += ["--num-cpus", "1", "--object-store-memory", str(OBJECT_STORE), "--include-dashboard", "false"]
-    command += ["--temp-dir", fresh_folder(f"/tmp/vllmd-ray-{told['port']}")]
+    command += ["--temp-dir", fresh_folder(f"/tmp/vllmd-ray-{settings['port']}")]
     # Ray runs its workers at nice 15; vLLM's ranks are no background work, and would starve beside anything else.
     env = {"RAY_worker_niceness": "0"} | {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     if status := subprocess.run(command, env=env, check=False).returncode:
-        sys.exit(f"ray start has ended with status {status}")  # why, it has said itself
+        sys.exit(f"ray start has ended with status {status}")  # its own output says why
 
 
 def fresh_folder(path: str) -> str:
-    """Short, for Ray's sockets in it, and emptied of the last head's logs."""
+    """A folder with a short path, for Ray's sockets, emptied of the last head's logs."""
     shutil.rmtree(path, ignore_errors=True)
     try:
         os.mkdir(path, 0o700)
@@ -92,23 +99,23 @@ def fresh_folder(path: str) -> str:
     return path
 
 
-def wait_for_devices(python: str, told: dict[str, Any]) -> None:
+def wait_for_devices(python: str, settings: dict[str, Any]) -> None:
     """Raises RayError when the time is up."""
-    deadline, said = time.monotonic() + told["wait"], ""
-    while missing := what_is_missing(python, told):
+    deadline, logged = time.monotonic() + settings["wait"], ""
+    while missing := what_is_missing(python, settings):
         if time.monotonic() > deadline:
-            raise RayError(f"{missing} (waited {told['wait']} s)")
-        if missing != said:
+            raise RayError(f"{missing} (waited {settings['wait']} s)")
+        if missing != logged:
             print(f"Waiting for Ray: {missing}", flush=True)
-        said = missing
+        logged = missing
         time.sleep(PAUSE)
 
 
-def what_is_missing(python: str, told: dict[str, Any]) -> str:
-    """In words; "" if the cluster has as many free devices as vLLM will ask it for."""
-    address = address_of(told)
+def what_is_missing(python: str, settings: dict[str, Any]) -> str:
+    """What the cluster lacks, in words; "" if it has as many free devices as vLLM will ask for."""
+    address = address_of(settings)
     try:
-        socket.create_connection((told["host"], told["port"]), LOOK_LIMIT).close()
+        socket.create_connection((settings["host"], settings["port"]), LOOK_LIMIT).close()
     except OSError as error:
         return f"nothing answers at {address} ({error.strerror or error}); there should be a Ray head"
     try:
@@ -121,7 +128,7 @@ def what_is_missing(python: str, told: dict[str, Any]) -> str:
     if not told_line:
         return f"Ray at {address} has ended without a word about its nodes"
     nodes, free = json.loads(told_line.removeprefix("CLUSTER "))
-    return "" if free >= told["needed"] else too_small(address, nodes, free, told["needed"])
+    return "" if free >= settings["needed"] else too_small(address, nodes, free, settings["needed"])
 
 
 def too_small(address: str, nodes: dict[str, float], free: float, needed: int) -> str:

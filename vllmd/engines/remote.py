@@ -1,4 +1,4 @@
-"""A server that somebody else runs: another vllmd, or anything that speaks OpenAI's protocol.
+"""A server that runs elsewhere: another vllmd, or anything that speaks OpenAI's protocol.
 
     engine: remote
     model: Qwen/Qwen3-8B            # its name over there, where that is another one
@@ -88,11 +88,11 @@ class RemoteOf(Plain):
         return model.source
 
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """What every request to it carries: the key."""
+        """The field that every request to it carries: the key."""
         return self._headers
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        """The failure that the last probe met, as its last line says it."""
+        """The failure of the last probe."""
         return Failure(lines[-1] if lines else "it does not answer")
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
@@ -123,7 +123,7 @@ def _listen(model: ModelConfig) -> Listen:
 
 
 def _prefix(parts: SplitResult) -> str:
-    """What stands before the paths: base URLs are mostly given with the /v1 that all paths here have."""
+    """The prefix of every path: base URLs mostly have the /v1 with which all paths here begin."""
     return parts.path.rstrip("/").removesuffix("/v1")
 
 

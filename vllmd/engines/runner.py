@@ -60,11 +60,11 @@ class BaseRunner:
         raise NotImplementedError
 
     def stop(self, instance: ModelInstanceInfo) -> None:
-        """Stop it, and wait for its end."""
+        """Stop the server, and wait for its end."""
         raise NotImplementedError
 
     def get_status(self, instance_id: str) -> ModelInstanceInfo:
-        """What has become of it."""
+        """The state of the server."""
         raise NotImplementedError
 
 
@@ -78,12 +78,12 @@ class RunnerKind(Plain):
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """The process that plays the manager for this one model."""
-        told = {"port": place.port, "model": model.source, **model.options}
+        options = {"port": place.port, "model": model.source, **model.options}
         gpu = ",".join(place.device_ids) or "-1"
         argv = (*(model.command or (sys.executable,)), "-m", "vllmd.engines.runner", self._target, model.name, gpu)
         roots = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {"PYTHONPATH": os.pathsep.join(roots), **environment(model, place)}
-        return Launch((*argv, json.dumps(told)), Listen(port=place.port), env)
+        return Launch((*argv, json.dumps(options)), Listen(port=place.port), env)
 
     def ready(self, model: ModelConfig) -> Call:
         """The engine is ready when the path answers that the runner's class names as ``HEALTH``."""
@@ -94,19 +94,19 @@ class RunnerKind(Plain):
         return frozenset(self._runner.ROUTES)
 
     def failure(self, lines: Sequence[str]) -> Failure:
-        """What it raised, which is the last line of the traceback."""
-        said = [line.strip() for line in lines if line.strip()]
-        return Failure(said[-1] if said else "it said nothing")
+        """The exception that the runner raised, which is the last line of the traceback."""
+        texts = [line.strip() for line in lines if line.strip()]
+        return Failure(texts[-1] if texts else "it said nothing")
 
 
 def main(argv: Sequence[str]) -> int:
     """Play the manager until SIGTERM, or until the server is gone."""
-    target, model, gpu, told = argv
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    target, model, gpu, options = argv
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
     runner = load(target)()
-    instance = runner.start(model, int(gpu) if gpu.lstrip("-").isdecimal() else gpu, **json.loads(told))
-    while not asked.wait(LOOK):
+    instance = runner.start(model, int(gpu) if gpu.lstrip("-").isdecimal() else gpu, **json.loads(options))
+    while not stopped.wait(LOOK):
         status = runner.get_status(instance.id).status
         if status not in RUNNING:
             print(f"{target}: {instance.id} is {status}", file=sys.stderr)
@@ -122,9 +122,9 @@ def load(target: str) -> type[BaseRunner]:
     return runner
 
 
-def is_runner(found: object) -> bool:
+def is_runner(thing: object) -> bool:
     """Whether an entry point names a runner."""
-    return isinstance(found, type) and issubclass(found, BaseRunner)
+    return isinstance(thing, type) and issubclass(thing, BaseRunner)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from vllmd.engines.options import switch, unknown
 from vllmd.engines.plain import DETAIL, PROBE, Plain, environment, has_flag, own_key
 from vllmd.engines.vllm_cpu import has_accelerator
 
-# Phase -> what of its log (0.5.23) shows that it has begun. The first match counts.
+# Phase -> the log lines (0.5.23) that show that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("configuring", re.compile(r"server_args=")),
     ("download", re.compile(r"\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
@@ -96,24 +96,27 @@ class SglangOf(Plain):
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """The command line and environment of ``python3 -m sglang.launch_server``."""
         command = model.command or (environments.program(model, "python3"),)
-        program = command if "-m" in command or "serve" in command else (*command, "-m", "sglang.launch_server")
-        name = ("--model-path", model.source, "--served-model-name", self.served_name(model))
-        flags = [*name, "--host", "127.0.0.1", "--port", str(place.port), *_of_model(model), *_memory(model, place)]
+        argv = [*(command if "-m" in command or "serve" in command else (*command, "-m", "sglang.launch_server"))]
+        argv += ["--model-path", model.source, "--served-model-name", self.served_name(model)]
+        argv += ["--host", "127.0.0.1", "--port", str(place.port)]
+        argv += ["--dtype", model.dtype] if model.dtype else []
+        argv += ["--context-length", str(model.max_model_len)] if model.max_model_len else []
+        for kind, ranks in (("tp", model.tensor_parallel_size), ("pp", model.pipeline_parallel_size)):
+            argv += [f"--{kind}-size", str(ranks)] if ranks > 1 else []
+        argv += ["--trust-remote-code"] if model.trust_remote_code else []
+        argv += _memory(model, place)
+        if self.sleep_levels(model):  # how weights come back is decided at the start, so it has one level only
+            argv += ["--enable-memory-saver", *(["--enable-weights-cpu-backup"] if self._backup else [])]
+        argv += model.extra_args
         env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false", **environment(model, place)}
-        argv = (*program, *flags, *self._saver(model), *model.extra_args)
         key = own_key(model, place, KEY, "--api-key", "--admin-api-key", "--config") if self._keyed else ""
         if key:
             file = str(place.run_dir / KEY_FILE)
-            argv, env = ("/bin/sh", "-c", _WITH_KEY, "sh", file, *argv, "--config", file), {**env, KEY: key}
-        return Launch(argv, Listen(port=place.port, key=key), env)
-
-    def _saver(self, model: ModelConfig) -> tuple[str, ...]:
-        if not self.sleep_levels(model):
-            return ()
-        return ("--enable-memory-saver", *(("--enable-weights-cpu-backup",) if self._backup else ()))
+            argv, env = ["/bin/sh", "-c", _WITH_KEY, "sh", file, *argv, "--config", file], {**env, KEY: key}
+        return Launch(tuple(argv), Listen(port=place.port, key=key), env)
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        """One call; it fails while requests run, frozen or not."""
+        """One call, which fails while requests run, frozen or not."""
         return (_RELEASE,)
 
     def wake(self, level: int) -> Sequence[Call]:
@@ -128,20 +131,12 @@ class SglangOf(Plain):
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start, as its log has them."""
-        found = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
-        return Progress(found, line.strip()[:DETAIL], once=found == "compile") if found else None
+        phase_name = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
+        return Progress(phase_name, line.strip()[:DETAIL], once=phase_name == "compile") if phase_name else None
 
     def alive(self, model: ModelConfig) -> Call:
-        """``/health`` as well: told so by its environment, it generates nothing."""
+        """``/health`` as well, which by a variable of the engine's generates nothing."""
         return Call("GET", "/health", timeout=PROBE)
-
-
-def _of_model(model: ModelConfig) -> list[str]:
-    flags = ["--dtype", model.dtype] if model.dtype else []
-    flags += ["--context-length", str(model.max_model_len)] if model.max_model_len else []
-    for kind, count in (("tp", model.tensor_parallel_size), ("pp", model.pipeline_parallel_size)):
-        flags += [f"--{kind}-size", str(count)] if count > 1 else []
-    return [*flags, "--trust-remote-code"] if model.trust_remote_code else flags
 
 
 def _memory(model: ModelConfig, place: Place) -> list[str]:

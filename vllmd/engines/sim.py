@@ -4,7 +4,7 @@ Its ``options`` are the flags of ``python -m vllmd.simengine`` with underscores
 (``load_time: 3s``, ``wake_time: "1,4"``, ``fail: [crash-after=3]``). Its memory is
 held in the ``file`` of each of its devices where they are declared with one, or in
 ``device_dir``: a directory of such files, one per device id. They are made when missing.
-It sleeps, logs and fails as vLLM does, so it shares all that with it.
+It sleeps, logs and fails as vLLM does, so this kind shares all of that with vLLM's.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Sim(Vllm):
 
 
 def _memory(model: ModelConfig, place: Place) -> list[str]:
-    """What was promised is what it takes, unless its options say otherwise."""
+    """The memory that was promised, unless the options set another size."""
     flags = []
     if place.memory and "memory" not in model.options:
         flags += ["--memory", str(place.memory)]

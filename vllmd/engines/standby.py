@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).with_name("standby_main.py")
 
 @dataclass(frozen=True, slots=True)
 class Standby:
-    """What a standby has to be for an engine, which is made of it if all of this is equal.
+    """The properties of a standby. An engine can be made of one whose properties are all equal to those it needs.
 
     ``python``: the interpreter of ``program``, a script. ``imports``: modules. ``late``: names of variables that may
     differ at the start. ``ours``: variables that it is born with on its own account. ``adds``: variables that it adds
@@ -44,7 +44,7 @@ class Standby:
 
     def argv(self) -> tuple[str, ...]:
         """The command of the process."""
-        told = {
+        spec = {
             "program": self.program,
             "imports": self.imports,
             "late": sorted(self.late),
@@ -52,7 +52,7 @@ class Standby:
             "set": dict(self.adds),
             "then": self.then,
         }
-        return (self.python, str(SCRIPT), json.dumps(told, separators=(",", ":")))
+        return (self.python, str(SCRIPT), json.dumps(spec, separators=(",", ":")))
 
     def variables(self) -> dict[str, str]:
         """The environment of the process, over the launcher's base."""
@@ -70,7 +70,7 @@ class CanStandBy(Protocol):
 def is_script_of(program: str, line: str) -> bool:
     """Whether a program is the script that pip and uv make of an entry point, which is imported by that line.
 
-    Any other is somebody's own: what it does before is not known.
+    Any other program is unknown, and so is what it does before.
     """
     try:
         with open(program, "rb") as file:

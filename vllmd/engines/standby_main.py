@@ -1,4 +1,4 @@
-"""An engine's program, with its modules imported ahead of time: it waits to be told what to serve.
+"""A standby: an engine's program with its modules imported ahead of time, which waits for the order to serve a model.
 
 usage: VLLMD_STANDBY_LINK=FD PYTHON standby_main.py SPEC
 
@@ -41,7 +41,7 @@ AFFINITY = os.path.join(os.path.dirname(__file__), "../launcher/affinity.py")
 
 
 class Order(NamedTuple):
-    """What it is to become. ``output``: the descriptor for stdout and stderr."""
+    """The order: what to become. ``output``: the descriptor for stdout and stderr."""
 
     argv: list[str]
     env: dict[str, str]
@@ -70,7 +70,7 @@ def main() -> int:
         link.send(b"refused: its imports have opened " + device.encode())
         return 1
     gc.collect()
-    gc.freeze()  # what is here now stays: a fork's collector need not write into pages that it shares with us
+    gc.freeze()  # what exists now stays: the collector must not write into pages that forks share
     link.send(b"ready")
     try:
         order = received(link)
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def import_all(names: Iterable[str]) -> None:
-    """Import what is there. One that fails is said in the log; the program will fail in its own words, if it does."""
+    """Import the modules. A failure is logged; the program itself will fail on it in its own words, if it does."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -95,7 +95,7 @@ def import_all(names: Iterable[str]) -> None:
 
 
 def device_in_use() -> str:
-    """The device that an import has opened, after which a fork could not use it, and we no other one; "" if none has.
+    """The device that an import has opened, so that a fork could not use it, nor we another one; "" if none has.
 
     The driver's own files tell also of what torch does not know of: opening a device reads which ones are visible.
     """
@@ -115,7 +115,7 @@ def device_in_use() -> str:
 
 
 def received(link: socket.socket) -> Order:
-    """The order, when it comes. Raises Refused; exits when the other end is gone."""
+    """Wait for the order. Raises Refused; exits when the other end is gone."""
     owner = struct.unpack("iII", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
     if owner not in (0, os.getuid()):
         raise Refused("the other end is a stranger's")
@@ -134,11 +134,11 @@ def received(link: socket.socket) -> Order:
         raise Refused("the message is not JSON") from None
 
 
-def read(told: Any, output: int) -> Order:
+def read(members: Any, output: int) -> Order:
     """What the message says. Raises Refused."""
-    if not isinstance(told, dict) or sorted(told) != ["argv", "cpus", "cwd", "env", "node"]:
+    if not isinstance(members, dict) or sorted(members) != ["argv", "cpus", "cwd", "env", "node"]:
         raise Refused("the message is not an object with argv, env, cwd, cpus and node")
-    argv, env, cwd, cpus, node = (told[name] for name in ("argv", "env", "cwd", "cpus", "node"))
+    argv, env, cwd, cpus, node = (members[name] for name in ("argv", "env", "cwd", "cpus", "node"))
     if not (isinstance(argv, list) and argv and all(isinstance(word, str) for word in argv)):
         raise Refused("argv is not a list of words")
     if not (isinstance(env, dict) and all(isinstance(value, str) for value in env.values())):
@@ -160,7 +160,7 @@ def check(env: Mapping[str, str], born: Mapping[str, str], free: set[str]) -> No
 def become(order: Order, kept: Mapping[str, str], spec: Mapping[str, Any]) -> None:
     """Take on output, directory, environment and arguments. Raises Refused for a directory that is not there.
 
-    ``kept``: variables that the imports have set, or that it was born with on its own account.
+    ``kept``: variables that the imports have set, or that the process was started with for itself.
     """
     try:
         os.chdir(order.cwd or "/")
@@ -172,9 +172,9 @@ def become(order: Order, kept: Mapping[str, str], spec: Mapping[str, Any]) -> No
     os.dup2(order.output, 1)
     os.dup2(order.output, 2)
     os.close(order.output)
-    told = {*spec["late"]} & {*order.env}
+    overridden = {*spec["late"]} & {*order.env}
     os.environ.clear()
-    os.environ.update({**spec["set"], **order.env, **{name: kept[name] for name in kept if name not in told}})
+    os.environ.update({**spec["set"], **order.env, **{name: kept[name] for name in kept if name not in overridden}})
     sys.argv[:] = [spec["program"], *order.argv[1:]]
     try:
         with open("/proc/self/comm", "w") as comm:  # as a script's process is called
@@ -184,14 +184,14 @@ def become(order: Order, kept: Mapping[str, str], spec: Mapping[str, Any]) -> No
 
 
 def settle(order: Order) -> None:
-    """Be on the CPUs that it says, with the threads that imports have begun; memory by the node from now on."""
+    """Move to the order's CPUs, with all threads that imports have begun; take memory of the node from now on."""
     if order.cpus:
         for thread in os.listdir("/proc/self/task"):
             try:
                 os.sched_setaffinity(int(thread), order.cpus)
-            except OSError:  # one is offline: it stays where it may
+            except OSError:  # a CPU is offline: the thread stays where it is
                 break
-    runpy.run_path(AFFINITY)["settle"](order.cpus, order.node)
+    runpy.run_path(AFFINITY)["set_affinity"](order.cpus, order.node)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from vllmd.engines.base import Progress
 
 PROCESS = "process"  # from the order to the launcher until the program runs
 WEIGHTS = "weights"  # reading them
-WARM_UP = "first request"  # ours, after it has answered its probe
+WARM_UP = "first request"  # vllmd's own, after the engine has answered its probe
 
 
 class StartPhases:
@@ -23,7 +23,7 @@ class StartPhases:
 
     def __init__(self, began: float | None = None) -> None:
         self.now = Progress(PROCESS)
-        self.whole = True  # whether it was seen from its beginning
+        self.whole = True  # whether the start was watched from its beginning
         self._since = time.monotonic() if began is None else began
         self._spent: dict[str, float] = {}
 
@@ -42,7 +42,7 @@ class StartPhases:
         return self.spent() if self.whole else {}
 
     def spent(self, at: float | None = None) -> dict[str, float]:
-        """Seconds by phase so far, with ``at`` those of the phase that it is in as well."""
+        """Seconds by phase so far; with ``at`` the present phase's as well."""
         spent = dict(self._spent)
         if at is not None:
             spent[self.now.phase] = spent.get(self.now.phase, 0.0) + max(0.0, at - self._since)
@@ -54,7 +54,7 @@ class StartPhases:
 
 
 def fields(spent: Mapping[str, float], loader: str = "") -> dict[str, str]:
-    """The journal fields of a start that has ended: ``VLLMD_START_IMPORTS=8.214``, in seconds; and who has loaded."""
+    """The journal fields of a start that has ended: ``VLLMD_START_IMPORTS=8.214``, in seconds; and the loader."""
     names = {phase: "".join(letter if letter.isalnum() else "_" for letter in phase.upper()) for phase in spent}
     by = {"VLLMD_LOADER": loader} if loader else {}
     return {f"VLLMD_START_{names[phase]}": f"{seconds:.3f}" for phase, seconds in spent.items()} | by

@@ -25,10 +25,10 @@ _TIMES: Mapping[str, Callable[[float], float]] = {  # W: gigabytes of weights ->
     "triton": lambda w: 8 + 0.3 * w,
     "comfyui": lambda w: 10 + 0.2 * w,
     "command": lambda w: 5 + 0.2 * w,
-    "remote": lambda w: 0.2,  # it is only looked whether it answers
+    "remote": lambda w: 0.2,  # only a probe
 }
 
-# What share of a start lies behind it when a phase of its log begins. 0: a phase that has nothing to do with its pace.
+# The share of a start that is over when a phase of its log begins. 0: a phase that does not depend on its pace.
 _SHARES: Mapping[str, Mapping[str, float]] = {
     "vllm": {
         "nodes": 0.0,
@@ -54,17 +54,17 @@ _FIRST: Mapping[str, str] = {"llama.cpp": "program", "tei": "program", "command"
 
 
 def first_phase(kind: str) -> str:
-    """What a start is called that has not said anything yet."""
+    """The phase of a start whose log has shown none yet."""
     return _FIRST.get(kind, "imports")
 
 
 def share_begun(kind: str, phase: str) -> float | None:
-    """The share of a start's time that lies behind it when ``phase`` begins; None where that is not known."""
+    """The share of a start's time that is over when ``phase`` begins; None where that is not known."""
     return _SHARES.get(kind, {}).get(phase)
 
 
 def start_time(model: ModelConfig, kind: str, weights: int) -> float:
-    """Seconds. ``weights`` in bytes. A stand-in says itself how long it loads."""
+    """The seconds of a start before any was measured. ``weights`` in bytes. A stand-in's are its option."""
     if kind == "sim":
         return 0.5 + _load_time(model)
     known = _TIMES.get(kind)
@@ -72,6 +72,6 @@ def start_time(model: ModelConfig, kind: str, weights: int) -> float:
 
 
 def _load_time(model: ModelConfig) -> float:
-    """A stand-in's ``load_time``. 0 for one that is wrong: its start will say so, and nobody else's business it is."""
+    """A stand-in's ``load_time``; 0 for a wrong one, which its start reports."""
     match = DURATION.fullmatch(str(model.options.get("load_time", "0s")).strip())
     return float(match[1]) * SECONDS[match[2].lower()] if match else 0.0

@@ -54,36 +54,23 @@ class Tei(Plain):
         return 0 if switch(model, "cpu") else 1
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
-        """argv and environment. Raises ConfigError for a dtype that it does not have, or a wrong option."""
+        """The command and its environment. Raises ConfigError for a dtype that TEI does not have, or a wrong option."""
         unknown(model, self.OPTIONS)
-        argv = (
-            *(model.command or ("text-embeddings-router",)),
-            *("--model-id", model.source, "--served-model-name", self.served_name(model)),
-            *("--hostname", "127.0.0.1", "--port", str(place.port)),
-            *_dtype(model),
-            *_options(model),
-            *model.extra_args,
-        )
+        argv = [*(model.command or ("text-embeddings-router",)), "--model-id", model.source]
+        argv += ["--served-model-name", self.served_name(model), "--hostname", "127.0.0.1", "--port", str(place.port)]
+        if model.dtype is not None and model.dtype != "auto":
+            if model.dtype not in DTYPES:
+                raise wrong_setting(model, "dtype", f"TEI has no {model.dtype}; right are auto, float16 and float32")
+            argv += ["--dtype", DTYPES[model.dtype]]
+        pooling, tokens = choice(model, "pooling", POOLING), whole(model, "max_batch_tokens")
+        argv += ["--pooling", pooling] if pooling else []
+        argv += ["--max-batch-tokens", str(tokens)] if tokens else []
+        argv += ["--auto-truncate"] if switch(model, "auto_truncate") else []
         key = own_key(model, place, "API_KEY", "--api-key")
         env = {"PROMETHEUS_PORT": "0", **({"API_KEY": key} if key else {}), **environment(model, place)}
-        return Launch(argv, Listen(port=place.port, key=key), env)
+        return Launch((*argv, *model.extra_args), Listen(port=place.port, key=key), env)
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""
-        found = next((phase for words, phase in _PHASES.items() if words in line), None)
-        return Progress(found, line.strip()) if found else None
-
-
-def _dtype(model: ModelConfig) -> list[str]:
-    if model.dtype is None or model.dtype == "auto":
-        return []
-    if model.dtype not in DTYPES:
-        raise wrong_setting(model, "dtype", f"TEI has no {model.dtype}; right are auto, float16 and float32")
-    return ["--dtype", DTYPES[model.dtype]]
-
-
-def _options(model: ModelConfig) -> list[str]:
-    pooling, tokens = choice(model, "pooling", POOLING), whole(model, "max_batch_tokens")
-    flags = ["--pooling", pooling] if pooling else []
-    flags += ["--max-batch-tokens", str(tokens)] if tokens else []
-    return [*flags, "--auto-truncate"] if switch(model, "auto_truncate") else flags
+        phase_name = next((phase for words, phase in _PHASES.items() if words in line), None)
+        return Progress(phase_name, line.strip()) if phase_name else None

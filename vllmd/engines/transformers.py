@@ -20,7 +20,7 @@ from vllmd.engines.plain import DETAIL, Plain, environment
 from vllmd.engines.standby import Standby
 from vllmd.engines.vllm_cpu import has_accelerator, has_nvidia
 
-# Phase -> what of its log shows that it has begun; it loads before it listens.
+# Phase -> the log lines that show that it has begun; the server loads before it listens.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("download", re.compile(r"Fetching \d+ files|\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
     ("serving", re.compile(r"Started server process|Application startup complete|Uvicorn running on")),
@@ -64,7 +64,7 @@ class TransformersOf(Plain):
         return frozenset() if model.sleep_mode is False else frozenset({2})
 
     def device_count(self, model: ModelConfig) -> int:
-        """How many devices the engine takes; 0 where it runs on the CPU."""
+        """The number of devices that the engine takes; 0 where it runs on the CPU."""
         return 0 if self._cpu else super().device_count(model)
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
@@ -77,7 +77,7 @@ class TransformersOf(Plain):
         return Launch(argv, Listen(port=place.port), {"HF_HUB_DISABLE_UPDATE_CHECK": "1", **env})
 
     def served_name(self, model: ModelConfig) -> str:
-        """What it was pinned to: any other name it refuses."""
+        """The name that the server is pinned to; it refuses any other."""
         return model.source
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
@@ -93,8 +93,8 @@ class TransformersOf(Plain):
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""
-        found = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
-        return Progress(found, line.strip()[:DETAIL]) if found else None
+        phase_name = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
+        return Progress(phase_name, line.strip()[:DETAIL]) if phase_name else None
 
     def wake(self, level: int) -> Sequence[Call]:
         """One call, whose stream of events ends when the model is loaded."""

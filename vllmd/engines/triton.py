@@ -80,7 +80,7 @@ class TritonOf(Plain):
         return frozenset() if model.sleep_mode is False else frozenset({2})
 
     def device_count(self, model: ModelConfig) -> int:
-        """How many devices the engine takes; 0 where it runs on the CPU."""
+        """The number of devices that the engine takes; 0 where it runs on the CPU."""
         return 0 if self._cpu else super().device_count(model)
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
@@ -100,7 +100,7 @@ class TritonOf(Plain):
         return Launch(argv, Listen(port=place.port), environment(model, place))
 
     def ready(self, model: ModelConfig) -> Call:
-        """Of the model, not of the server, which is ready without it."""
+        """The probe of the model, not of the server, which is ready without it."""
         return Call("GET", f"/v2/models/{quote(self._name, safe='')}/ready", timeout=PROBE)
 
     def alive(self, model: ModelConfig) -> Call:
@@ -112,7 +112,7 @@ class TritonOf(Plain):
         return self._name
 
     def sleep(self, level: int, *, freeze: bool) -> Sequence[Call]:
-        """Unload it, and what was loaded for it."""
+        """Unload the model, and what was loaded for it."""
         return (self._control("unload", {"parameters": {"unload_dependents": True}}),)
 
     def wake(self, level: int) -> Sequence[Call]:
@@ -124,5 +124,5 @@ class TritonOf(Plain):
 
     def progress(self, line: str) -> Progress | None:
         """The phases of its start."""
-        found = next((phase for words, phase in _PHASES.items() if words in line), None)
-        return Progress(found, line.strip()) if found else None
+        phase_name = next((phase for words, phase in _PHASES.items() if words in line), None)
+        return Progress(phase_name, line.strip()) if phase_name else None

@@ -1,4 +1,4 @@
-"""The engine of a model whose kind cannot be had: every start of it fails with the reason, nothing else is harmed."""
+"""The engine of a model whose kind cannot be loaded: every start fails with the reason, and nothing else is harmed."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ _WAKE_TIMEOUT = 600.0  # level 2 reads the weights from disk again
 
 INSTALL = "vllmctl engine install vllm, or name one that is installed in command, such as /opt/vllm/bin/vllm"
 _NO_RAY = ("No module named 'ray'", "Failed to import Ray")
-# Arguments that say how it loads, or may: a file of arguments, and a second model with files of its own.
+# Arguments that say how weights are loaded, or may: a file of arguments, and a second model with files of its own.
 _LOADING = ("load-format", "model-loader-extra-config", "safetensors-load-strategy", "download-dir", "config",
             "speculative-config", "spec-model", "model-weights")  # fmt: skip
 _OWN_LOADERS = ("bitsandbytes", "gguf", "torchao")  # quantizations that load in their own way
@@ -124,7 +124,7 @@ class Vllm(Plain):
         self._accelerator = accelerator
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
-        """Both, unless ``sleep_mode`` is false, or is not said and there is no GPU to free."""
+        """Both, unless ``sleep_mode`` is false, or is not set and there is no GPU to free."""
         wanted = self._accelerator() if model.sleep_mode is None else model.sleep_mode
         return frozenset({1, 2}) if wanted else frozenset()
 
@@ -134,57 +134,54 @@ class Vllm(Plain):
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
         check_ids(model, place)
-        lora = adapters.vllm_flags(model, place.hub)
-        argv = (*self._command(model), *self._flags(model, place, socket), *model.extra_args, *lora)
-        env, cluster = self._env(model, place), ray_cluster.cluster_of(model)
+        on_cpu = not place.device_ids and not self._accelerator()
+        # 1. The command. One that is configured in full names the subcommand, or runs the server as a module.
+        command = model.command or (environments.program(model, "vllm"),)
+        is_module = "-m" in command and "serve" not in command
+        if not is_module and "serve" not in command:
+            command = (*command, "serve")
+        # 2. The flags. Those of the model's own arguments come later, and of a flag given twice vLLM takes the last.
+        flags = ["--model", model.source] if is_module else [model.source]
+        flags += ["--uds", str(socket), "--served-model-name", self.served_name(model)]
+        for kind, ranks in (("tensor", model.tensor_parallel_size), ("pipeline", model.pipeline_parallel_size)):
+            flags += [f"--{kind}-parallel-size", str(ranks)] if ranks > 1 else []
+        flags += ["--dtype", model.dtype] if model.dtype else []
+        flags += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
+        flags += ["--trust-remote-code"] if model.trust_remote_code else []
+        flags += [*self._memory_flags(model, place), *self._sleep_flag(model)]
+        flags += vllm_cpu.flags(model, place.kv_cache) if on_cpu else []
+        argv = (*command, *flags, *model.extra_args, *adapters.vllm_flags(model, place.hub))
+        # 3. The environment, and a cluster of Ray where the model is split over machines.
+        env, cluster = self._env(model, place, on_cpu=on_cpu), ray_cluster.cluster_of(model)
         if cluster:
             argv, env = cluster.start(argv), env | cluster.env()
         return Launch(argv, Listen(uds=str(socket)), env)
 
-    def _command(self, model: ModelConfig) -> tuple[str, ...]:
-        """The program and its subcommand, which a command configured in full brings along."""
-        command = model.command or (environments.program(model, "vllm"),)
-        is_module = len(command) > 1 and "-m" in command
-        return command if is_module or "serve" in command else (*command, "serve")
-
-    def _flags(self, model: ModelConfig, place: Place, socket: Path) -> list[str]:
-        flags = [model.source] if not self._is_module(model) else ["--model", model.source]
-        flags += ["--uds", str(socket), "--served-model-name", self.served_name(model)]
-        flags += [*_parallel(model), *_of_model(model), *self._of_memory(model, place), *self._sleep_flag(model)]
-        on_cpu = not place.device_ids and not self._accelerator()
-        return [*flags, *vllm_cpu.flags(model, place.kv_cache)] if on_cpu else flags
-
-    def _is_module(self, model: ModelConfig) -> bool:
-        return "-m" in model.command and "serve" not in model.command
-
-    def _of_memory(self, model: ModelConfig, place: Place) -> list[str]:
-        flags = []
-        share = memory_share(model, place)
-        if share is not None and not _given(model, "--gpu-memory-utilization"):
-            flags += ["--gpu-memory-utilization", f"{share:g}"]
-        cache = size(model, "kv_cache_memory")
-        if cache is None and place.device_ids and not _given(model, "--kv-cache-memory-bytes"):
+    def _memory_flags(self, model: ModelConfig, place: Place) -> list[str]:
+        """The share of the device, and the size of the cache, unless the model's own arguments have them."""
+        given = {argument.partition("=")[0] for argument in model.extra_args}
+        share, cache = memory_share(model, place), size(model, "kv_cache_memory")
+        if cache is None and place.device_ids and "--kv-cache-memory-bytes" not in given:
             cache = place.kv_cache or None
-        if cache is not None:
-            flags += ["--kv-cache-memory-bytes", str(cache)]
-        return flags
+        flags = []
+        if share is not None and "--gpu-memory-utilization" not in given:
+            flags += ["--gpu-memory-utilization", f"{share:g}"]
+        return flags if cache is None else [*flags, "--kv-cache-memory-bytes", str(cache)]
 
     def _sleep_flag(self, model: ModelConfig) -> list[str]:
         when = choice(model, "sleep_flag", ("auto", "always", "never"))
         auto = bool(self.sleep_levels(model)) and self._accelerator()
         return ["--enable-sleep-mode"] if when == "always" or (when == "auto" and auto) else []
 
-    def _env(self, model: ModelConfig, place: Place) -> dict[str, str]:
+    def _env(self, model: ModelConfig, place: Place, *, on_cpu: bool) -> dict[str, str]:
         rpc = Path(str(model.options.get("rpc_dir", place.run_dir)))
         check_path(rpc / ("x" * (_IPC_NAME - 1)), model)
         env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_RPC_BASE_PATH": str(rpc), "VLLM_NO_USAGE_STATS": "1"}
         if adapters.takes_adapters(model) and adapters.loads_late(model):
             env[adapters.RUNTIME] = "1"
-        if place.quota and not place.device_ids and not self._accelerator():
-            env[vllm_cpu.BIND] = "nobind"  # else it has a thread for each CPU that it may be on, whatever the quota
-        if not place.device_ids and not self._accelerator():
-            env |= vllm_cpu.COMPILING
-        return env | environment(model, place)
+        if on_cpu and place.quota:
+            env[vllm_cpu.BIND] = "nobind"  # else it begins a thread for each CPU that it may run on, whatever the quota
+        return env | (vllm_cpu.COMPILING if on_cpu else {}) | environment(model, place)
 
     def adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of the setting ``adapters``, loaded at their first request, and those of ``--lora-modules``."""
@@ -213,7 +210,7 @@ class Vllm(Plain):
         return vllm_standby.standby(model, launch, accelerator=self._accelerator())
 
     def loaders(self, model: ModelConfig, argv: Sequence[str]) -> Sequence[Loader]:
-        """See ``loaders``; none where its arguments say how it loads, or another program starts it."""
+        """See ``loaders``; none where the arguments say how weights are loaded, or another program starts vLLM."""
         if argument(model, *_LOADING) or argument(model, "quantization", "q") in _OWN_LOADERS:
             return ()
         python = environments.interpreter(model, argv)
@@ -224,7 +221,7 @@ class Vllm(Plain):
         return (*argv, "--load-format", load_format)
 
     def asleep(self) -> Call | None:
-        """``/is_sleeping``: at which level, it does not tell."""
+        """``/is_sleeping``, which does not tell the level."""
         return Call("GET", "/is_sleeping", timeout=PROBE)
 
     def progress(self, line: str) -> Progress | None:
@@ -232,11 +229,11 @@ class Vllm(Plain):
 
     def failure(self, lines: Sequence[str]) -> Failure:
         """What its log says; where there is no vLLM or no Ray, what to do."""
-        found = vllm_log.failure(lines)
-        if any(words in found.reason for words in _NO_RAY):
-            return dataclasses.replace(found, permanent=True, hint=ray_cluster.INSTALL)
-        absent = any(words in found.reason for words in _ABSENT)
-        return dataclasses.replace(found, permanent=True, hint=INSTALL) if absent else found
+        failure = vllm_log.failure(lines)
+        if any(words in failure.reason for words in _NO_RAY):
+            return dataclasses.replace(failure, permanent=True, hint=ray_cluster.INSTALL)
+        absent = any(words in failure.reason for words in _ABSENT)
+        return dataclasses.replace(failure, permanent=True, hint=INSTALL) if absent else failure
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
         return vllm_log.footprint(lines)
@@ -257,14 +254,14 @@ def memory_share(model: ModelConfig, place: Place) -> float | None:
 
 
 def check_ids(model: ModelConfig, place: Place) -> None:
-    """Raise ConfigError where devices can be told by their ids alone, and the vLLM that is used takes only numbers."""
-    told = place.visible.get("CUDA_VISIBLE_DEVICES", "")
-    if not told or all(word.isdecimal() for word in told.split(",")):
+    """Raise ConfigError where devices have only ids, and the vLLM that is used takes only numbers."""
+    devices = place.visible.get("CUDA_VISIBLE_DEVICES", "")
+    if not devices or all(word.isdecimal() for word in devices.split(",")):
         return
     used = environments.chosen(model)
     release = [int(part) for part in re.findall(r"\d+", used.version)[:2]] if used else []
     if used and len(release) == 2 and release < FIRST_WITH_IDS:
-        what = f"vLLM {used.version} takes devices by their numbers alone, and here they have only ids ({told})"
+        what = f"vLLM {used.version} takes devices by their numbers alone, and here they have only ids ({devices})"
         raise ConfigError(f"{model.where}: models.{model.name}: {what}; vllmctl engine install 'vllm>=0.24'"
                           .removeprefix(": "))  # fmt: skip
 
@@ -275,18 +272,3 @@ def check_path(path: Path, model: ModelConfig) -> None:
     if length > SUN_PATH:
         what = f"the socket path {path} has {length} bytes, at most {SUN_PATH} are possible"
         raise ConfigError(f"{model.where}: {what}; choose a shorter engines.run_dir".removeprefix(": "))
-
-
-def _parallel(model: ModelConfig) -> list[str]:
-    sizes = (("tensor", model.tensor_parallel_size), ("pipeline", model.pipeline_parallel_size))
-    return [part for kind, count in sizes if count > 1 for part in (f"--{kind}-parallel-size", str(count))]
-
-
-def _of_model(model: ModelConfig) -> list[str]:
-    flags = ["--dtype", model.dtype] if model.dtype else []
-    flags += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
-    return [*flags, "--trust-remote-code"] if model.trust_remote_code else flags
-
-
-def _given(model: ModelConfig, flag: str) -> bool:
-    return any(argument == flag or argument.startswith(f"{flag}=") for argument in model.extra_args)

@@ -1,4 +1,4 @@
-"""vLLM where there is no GPU: what it would do by itself there, and what it is told instead.
+"""vLLM where there is no GPU: what it would do by itself there, and the settings that it gets instead.
 
 Facts about 0.32 that shape this file:
 
@@ -65,40 +65,40 @@ def wide_by_default(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def as_run(model: ModelConfig) -> ModelConfig:
-    """The model with the type that it is computed in here, where nothing says another."""
+    """The model with the type in which it computes here, where nothing sets another."""
     unsaid = not model.dtype and not any(word.startswith("--dtype") for word in model.extra_args)
     return replace(model, dtype="float32") if unsaid and not has_accelerator() and wide_by_default() else model
 
 
 def flags(model: ModelConfig, kv_cache: int) -> list[str]:
-    """What it is told on a CPU; ``kv_cache``: bytes for its cache, 0: unknown. Whatever the model itself says stays."""
-    found = []
+    """The flags on a CPU; ``kv_cache``: bytes for its cache, 0: unknown. Flags of the model's own come first."""
+    flags = []
     if isinstance(model.gpu_memory, float):
-        found += ["--gpu-memory-utilization", f"{model.gpu_memory:g}"]
+        flags += ["--gpu-memory-utilization", f"{model.gpu_memory:g}"]
     elif kv_cache and "kv_cache_memory" not in model.options and "VLLM_CPU_KVCACHE_SPACE" not in model.env:
-        found += ["--kv-cache-memory-bytes", str(kv_cache)]
+        flags += ["--kv-cache-memory-bytes", str(kv_cache)]
     if not model.max_model_len:
-        found += ["--max-model-len", "auto"]
+        flags += ["--max-model-len", "auto"]
     if not model.dtype and wide_by_default():
-        found += ["--dtype", "float32"]
+        flags += ["--dtype", "float32"]
     if lacks_for_compiling():
-        found.append("--enforce-eager")
+        flags.append("--enforce-eager")
     names = {word.partition("=")[0] for word in model.extra_args}
-    return _without(found, names)
+    return _without(flags, names)
 
 
-def _without(found: list[str], names: set[str]) -> list[str]:
-    """Less the flags that are given already, with their values."""
+def _without(flags: list[str], names: set[str]) -> list[str]:
+    """The flags without those that the model has itself, and without their values."""
     kept: list[str] = []
     skip = False
-    for word in found:
+    for word in flags:
         skip = word in names if word.startswith("--") else skip
         kept += [] if skip else [word]
     return kept
 
 
 def lacks_for_compiling() -> str:
-    """The package of what it would need to compile, and is not here; "" if all is."""
+    """The missing package without which it cannot compile; "" if all is there."""
     import shutil
 
     if not any(shutil.which(name) for name in COMPILERS):
@@ -107,7 +107,7 @@ def lacks_for_compiling() -> str:
 
 
 def lacks() -> Iterator[tuple[str, str]]:
-    """Debian packages of what it needs on a CPU and is not here, each with what becomes of it."""
+    """The missing Debian packages that it needs on a CPU, each with what happens without."""
     if not any(glob.glob(f"{folder}/libnuma.so.1") for folder in _LIBRARIES):
         yield "libnuma1", "its worker does not start without libnuma.so.1"
     if missing := lacks_for_compiling():

@@ -1,4 +1,4 @@
-"""What vLLM 0.32's log says of a start: its phases, why it failed, what it takes.
+"""vLLM's log (0.32) of a start: its phases, why it failed, the memory that it took.
 
 The lines are those of the wheel (``v1/worker/gpu_worker.py``, ``v1/worker/utils.py``,
 ``v1/core/kv_cache_utils.py``, ``compilation/monitor.py``, ...), with the prefix
@@ -8,7 +8,7 @@ The lines are those of the wheel (``v1/worker/gpu_worker.py``, ``v1/worker/utils
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from vllmd.core.types import Footprint, Source
 from vllmd.engines.base import Failure, Progress
@@ -21,7 +21,7 @@ _DETAIL = 160  # characters of a line that are worth showing: one lists vLLM's w
 _NO_PATH = re.compile(r"Repo id must be in the form.*?'(/[^']*)'")  # of a path: vLLM saw no directory there
 _CONTEXT = GiB  # what CUDA's context and the allocator keep beside what vLLM lists, roughly
 
-# Phase -> what shows that it has begun. The first match counts.
+# Phase -> the log lines that show that it has begun. The first match counts.
 PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("nodes", re.compile(r"^Waiting for Ray:")),
     ("configuring", re.compile(r"non-default args:|Resolved architecture")),
@@ -98,69 +98,46 @@ def progress(line: str) -> Progress | None:
 def failure(lines: Sequence[str]) -> Failure:
     """The root of a failed start: the last error that is not the consequence of another, and what would help."""
     texts = [text for text in map(clean, lines) if text]
-    reason = _reason(texts)
-    needed = _needed(texts)
-    told = known([reason]) or known(text for text in reversed(texts) if _error(text) or ": error: " in text)
-    advice, row = (told[1], told[2]) if told else ("", None)
-    memory = needed is not None or _MEMORY.search(reason) is not None or (row is not None and row.memory)
-    wrong = _any(_PERMANENT, [reason, *texts[-3:]]) or (row is not None and row.permanent)
-    return Failure(reason, memory, wrong and not memory, needed, _no_path(reason) or advice)
-
-
-def _reason(texts: Sequence[str]) -> str:
+    # 1. The reason: an error, else a complaint of the command line, else the last line.
     errors = [error for text in texts if (error := _error(text))]
     usage = [text for text in texts if ": error: " in text]
-    return (errors or usage or texts or ["it said nothing"])[-1]
+    reason = (errors or usage or texts or ["it said nothing"])[-1]
+    # 2. What is known of it. A row for the reason itself goes before one for an earlier error.
+    match = known([reason]) or known(text for text in reversed(texts) if _error(text) or ": error: " in text)
+    advice, row = (match[1], match[2]) if match else ("", None)
+    if no_path := _NO_PATH.search(reason):  # Hugging Face takes a path that is none for a repository's name
+        advice = f"there is no directory {no_path[1]}, or the engine's user may not look into it"
+    # 3. Whether more memory would help, and how much: vLLM's check of free memory tells.
+    wanted = next((each for text in texts if (each := _FREE_MEMORY.search(text))), None)
+    needed = round(float(wanted[1]) * GiB) if wanted else None
+    memory = needed is not None or _MEMORY.search(reason) is not None or (row is not None and row.memory)
+    wrong = any(map(_PERMANENT.search, [reason, *texts[-3:]])) or (row is not None and row.permanent)
+    return Failure(reason, memory, wrong and not memory, needed, advice)
 
 
 def _error(text: str) -> str:
-    """The error that a line tells, "" if it tells none or only that there was one."""
-    if found := _VALUE_ERROR.match(text):
-        return f"ValueError: {found[1]}"
+    """The error that a line contains, "" if none, or only that there was one."""
+    if match := _VALUE_ERROR.match(text):
+        return f"ValueError: {match[1]}"
     return text if _ERROR.match(text) and not _CONSEQUENCE.search(text) else ""
 
 
-def _no_path(reason: str) -> str:
-    """What Hugging Face's words for a path that is none mean."""
-    found = _NO_PATH.search(reason)
-    return f"there is no directory {found[1]}, or the engine's user may not look into it" if found else ""
-
-
-def _needed(texts: Iterable[str]) -> int | None:
-    """Bytes per device that vLLM's check of free memory asked for."""
-    for text in texts:
-        if found := _FREE_MEMORY.search(text):
-            return round(float(found[1]) * GiB)
-    return None
-
-
-def _any(pattern: re.Pattern[str], texts: Iterable[str]) -> bool:
-    return any(pattern.search(text) for text in texts)
-
-
 def footprint(lines: Sequence[str]) -> Footprint | None:
-    """What a successful start says that it took per device; None where it does not (on a CPU, say)."""
+    """The memory per device that a successful start reports; None where it does not (on a CPU, say).
+
+    One line has all of it; without that line weights, cache and graphs are added up. Only a start that captured graphs
+    ran on a GPU.
+    """
     texts = [clean(line) for line in lines]
-    awake = _actual(texts) or _summed(texts)
+    whole = next((match for text in texts if (match := _ACTUAL.search(text))), None)
+    if whole:
+        awake = round(sum(map(float, whole.groups())) * GiB)
+    else:
+        sizes = []
+        for name in ("weights", "cache", "graphs"):
+            matches = [match for text in texts if (match := _SIZES[name].search(text))]
+            if not matches:
+                return None
+            sizes.append(round(float(matches[-1][1]) * GiB))
+        awake = sizes[0] + sizes[1] + max(sizes[2], 0) + _CONTEXT
     return Footprint(starting=awake, awake=awake, source=Source.MEASURED) if awake else None
-
-
-def _actual(texts: Iterable[str]) -> int | None:
-    for text in texts:
-        if found := _ACTUAL.search(text):
-            return round(sum(map(float, found.groups())) * GiB)
-    return None
-
-
-def _summed(texts: Sequence[str]) -> int | None:
-    """Weights, cache and graphs as listed one by one; only a start that captured graphs ran on a GPU."""
-    sizes = {name: _size(pattern, texts) for name, pattern in _SIZES.items()}
-    weights, cache, graphs = sizes["weights"], sizes["cache"], sizes["graphs"]
-    if weights is None or cache is None or graphs is None:
-        return None
-    return weights + cache + max(graphs, 0) + _CONTEXT
-
-
-def _size(pattern: re.Pattern[str], texts: Iterable[str]) -> int | None:
-    found = [match for text in texts if (match := pattern.search(text))]
-    return round(float(found[-1][1]) * GiB) if found else None

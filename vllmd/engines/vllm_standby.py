@@ -5,9 +5,9 @@ Facts about 0.32 that shape this file (its source read, and run on a CPU):
 - Nearly all of a start is imports: 9 s of CPU in each of API server, engine core and worker. Forked from a process that
   has them, core and worker need none. The API server's command sets the method to spawn unless
   VLLM_WORKER_MULTIPROC_METHOD is there, and a fork is given up for spawn when CUDA has been opened.
-- ``vllm.envs`` reads variables when they are asked for. LATE are those that differ between models and that no module
+- ``vllm.envs`` reads variables when they are used. LATE are those that differ between models and that no module
   asks for while it is imported; whatever else differs makes another standby.
-- What a device can do is asked of NVML at import, of the first one: so all of them must be alike (``LaunchPlanner``).
+- A device's abilities are read from NVML at import, of the first one: so all must be alike (``LaunchPlanner``).
 - On a CPU its configuration sets the method to spawn whatever was said; there ``vllm_standby_fork.py`` has the last
   word. Its children are told to preload two libraries, and how many threads compiled code has: a process that is to be
   forked must have been born with both, or else what torch has compiled for a spawned worker does not fit a forked one.
@@ -92,11 +92,11 @@ def standby(model: ModelConfig, launch: Launch, *, accelerator: bool) -> Standby
 
 
 def _of_cpu(python: Path) -> Iterator[tuple[str, str]]:
-    """What vLLM tells its children on a CPU, as far as a fork of this process could not learn it later."""
+    """The variables that vLLM sets for its children on a CPU, as far as a fork could not learn them later."""
     yield "TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "1"
     packages = f"{python.parent.parent}/lib/python3*/site-packages"
     wanted = ("vllm/libs/libtcmalloc_minimal*.so*", "torch.libs/libgomp*.so*", "torch/lib/libgomp*.so*")
-    found = [sorted(glob.glob(f"{packages}/{one}"))[:1] for one in wanted]
-    libraries = [*found[0], *(found[1] or found[2])]
+    files = [sorted(glob.glob(f"{packages}/{one}"))[:1] for one in wanted]
+    libraries = [*files[0], *(files[1] or files[2])]
     if libraries:
         yield "LD_PRELOAD", ":".join(libraries)

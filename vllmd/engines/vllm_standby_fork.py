@@ -15,7 +15,7 @@ utils = sys.modules.get("vllm.utils.system_utils")
 
 
 def keep_to_fork() -> None:
-    """In the place of the look for reasons against it, of which none is a CPU's."""
+    """Replaces vLLM's look for reasons against a fork, of which none is a CPU's."""
     os.environ[METHOD] = "fork"
 
 

@@ -14,7 +14,7 @@ from vllmd.engines.options import text
 from vllmd.foreign import Unreadable
 from vllmd.hub import locate
 
-# Kinds that read no such files, or of which it is not known which.
+# Kinds that read no such files, or whose files are not known.
 _OTHERS = frozenset({"remote", "command", "comfyui", "triton"})
 _OTHER_FORMATS = frozenset({"dummy", "ipc_cache", "modelexpress", "tensorizer"})  # of vLLM, which read none, or others
 _NUMBER = re.compile(r"(\d+)")
@@ -39,11 +39,11 @@ def weight_files(model: ModelConfig, hub: Path) -> list[WeightFile]:
         if located.path is None:
             return []
         folder = located.path.parent if located.path.is_file() else located.path
-        found = [folder / name for name in natural(weight_names(located.path, located.tag, located.root))]
+        paths = [folder / name for name in natural(weight_names(located.path, located.tag, located.root))]
     except (OSError, Unreadable):
         return []
     beside = [Path(projector)] if model.engine == "llama.cpp" and (projector := text(model, "mmproj")) else []
-    return [WeightFile(path, located.root) for path in found] + [WeightFile(path) for path in beside]
+    return [WeightFile(path, located.root) for path in paths] + [WeightFile(path) for path in beside]
 
 
 def natural(names: Sequence[str]) -> list[str]:

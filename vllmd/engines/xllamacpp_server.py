@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SLOTS = 4  # as llama-server has where nothing is said: so many share one cache
+SLOTS = 4  # llama-server's default: so many share one cache
 
 
 class Flag(NamedTuple):
-    """A flag: its names, the parameter that it sets (a path of attributes), and how its value is read.
+    """A flag: its names, the parameter that it sets (a path of attributes), and the reader of its value.
 
-    ``read`` None: it takes no value and sets ``value``.
+    ``read`` None: the flag takes no value and sets ``value``.
     """
 
     names: str
@@ -122,49 +122,49 @@ _MEMBERS = {"on": "enabled", "off": "disabled"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """llama-server's flags, as far as the package has what they set."""
+    """llama-server's flags, as far as the package has the parameters."""
     usage = "%(prog)s --model FILE.gguf --host SOCKET [FLAG ...]"
-    found = argparse.ArgumentParser("llama-server (xllamacpp)", usage, allow_abbrev=False)
+    result = argparse.ArgumentParser("llama-server (xllamacpp)", usage, allow_abbrev=False)
     for flag in FLAGS:
         if flag.read is None:
-            found.add_argument(*flag.names.split(), dest=flag.parameter, action="store_const", const=flag.value)
+            result.add_argument(*flag.names.split(), dest=flag.parameter, action="store_const", const=flag.value)
         else:
-            found.add_argument(*flag.names.split(), dest=flag.parameter, type=flag.read)
+            result.add_argument(*flag.names.split(), dest=flag.parameter, type=flag.read)
     for names, (parameter, _, words) in CHOICES.items():
-        found.add_argument(*names.split(), dest=parameter, choices=words)
-    found.add_argument("-hf", "-hfr", "--hf-repo", metavar="ORG/NAME[:QUANT]")
-    found.add_argument("--reranking", "--rerank", action="store_true")
-    found.add_argument("--lora", action="append", default=[], metavar="FILE[,FILE ...]")
-    found.add_argument("--lora-scaled", action="append", default=[], metavar="FILE:SCALE[,FILE:SCALE ...]")
-    found.add_argument("--no-mmap", action="store_true")
-    found.add_argument("--version", action="store_true")
-    found.add_argument("--mlock", action="store_true")
-    return found
+        result.add_argument(*names.split(), dest=parameter, choices=words)
+    result.add_argument("-hf", "-hfr", "--hf-repo", metavar="ORG/NAME[:QUANT]")
+    result.add_argument("--reranking", "--rerank", action="store_true")
+    result.add_argument("--lora", action="append", default=[], metavar="FILE[,FILE ...]")
+    result.add_argument("--lora-scaled", action="append", default=[], metavar="FILE:SCALE[,FILE:SCALE ...]")
+    result.add_argument("--no-mmap", action="store_true")
+    result.add_argument("--version", action="store_true")
+    result.add_argument("--mlock", action="store_true")
+    return result
 
 
 def parameters(given: argparse.Namespace, package: Any) -> Any:
     """The package's parameters for these flags. Raises FileNotFoundError where a repository is given and no file."""
-    found = package.CommonParams()
+    params = package.CommonParams()
     for parameter in {flag.parameter for flag in FLAGS}:
-        _set(found, parameter, getattr(given, parameter))
+        _set(params, parameter, getattr(given, parameter))
     for parameter, enumeration, _ in CHOICES.values():
         word = getattr(given, parameter)
-        _set(found, parameter, word and _member(getattr(package, enumeration), word))
+        _set(params, parameter, word and _member(getattr(package, enumeration), word))
     if given.n_parallel is None or given.n_parallel < 1:
-        found.n_parallel, found.kv_unified = SLOTS, given.kv_unified is not False
+        params.n_parallel, params.kv_unified = SLOTS, given.kv_unified is not False
     if given.reranking:
-        found.embedding, found.pooling_type = True, package.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
+        params.embedding, params.pooling_type = True, package.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
     if given.no_mmap or given.mlock:
         modes = package.llama_load_mode
         mapped = modes.LLAMA_LOAD_MODE_MLOCK if given.no_mmap else modes.LLAMA_LOAD_MODE_MMAP_MLOCK
-        found.load_mode = mapped if given.mlock else modes.LLAMA_LOAD_MODE_NONE
-    found.lora_adapters = [package.CommonAdapterLoraInfo(path, scale) for path, scale in adapters(given)]
-    if given.hf_repo and not found.model.path:
+        params.load_mode = mapped if given.mlock else modes.LLAMA_LOAD_MODE_NONE
+    params.lora_adapters = [package.CommonAdapterLoraInfo(path, scale) for path, scale in adapters(given)]
+    if given.hf_repo and not params.model.path:
         what = f"{given.hf_repo} is not in the cache of this user, and this server downloads nothing"
         raise FileNotFoundError(f"{what}: download it first, or say with model where its file is")
     if os.environ.get("LLAMA_ARG_CACHE_RAM") and given.cache_ram_mib is None:
-        found.cache_ram_mib = int(os.environ["LLAMA_ARG_CACHE_RAM"])
-    return found
+        params.cache_ram_mib = int(os.environ["LLAMA_ARG_CACHE_RAM"])
+    return params
 
 
 def _set(parameters: Any, name: str, value: Any) -> None:

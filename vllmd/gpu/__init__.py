@@ -2,28 +2,27 @@
 
 ::
 
-    sources      which of them it is on this machine: these devices, none, or something that does not answer
-    trouble      "there is none" against "it does not answer", and what mends that
-    inventory    what every source tells without reading: its devices, and notes about them
+    sources      which of them this machine has: these devices, none, or something that does not answer
+    trouble      "there is none" against "it does not answer", and the remedy for that
+    inventory    the devices of a source as they were found, and notes about them
     sample       one reading: figures per device, and what could not be read
     nvml         NVIDIA's library, through nvidia-ml-py
     sysfs        AMD's and Intel's kernel drivers, through their files
     amdsmi       AMD's library, where it is installed, before those
-    hwmon        power and heat, as kernel drivers tell them
-    topology     how near devices are to each other and to the CPUs
-    visible      which devices the environment leaves to us (CUDA_VISIBLE_DEVICES and its like)
-    visibility   how an engine is told which devices are its own
-    present      what there is, and whether a model's settings fit it, for commands without a daemon
+    hwmon        power and heat, from the kernel drivers
+    topology     links between devices, PCIe switches and NUMA nodes
+    visible      the devices that the daemon's environment leaves (CUDA_VISIBLE_DEVICES and its like)
+    visibility   the variables by which an engine gets its devices
+    present      the devices, and whether a model's settings fit them, for commands without a daemon
     cpu          the CPU as a device, where there is no other
     declared     devices from the configuration; their usage from a stand-in's file
-    attribution  whose memory it is: a model's by its processes, or external
+    attribution  the memory of each model by its processes, and external memory
     figures      a sample as the HTTP API shows it
-    uevents      the kernel's word that the devices changed
+    uevents      the kernel's events that devices changed
     thread       calls that may never return
 
-Everything here may block for as long as the driver likes (a wedged one: for
-ever), so the daemon calls ``open_devices`` and ``sample`` by ``in_thread``, with a
-time limit. One thread at a time: a ``Devices`` has no lock.
+Everything here may block in the driver (a wedged one: for ever), so the daemon calls ``open_devices`` and ``sample`` by
+``in_thread``, with a time limit. One thread at a time: a ``Devices`` has no lock.
 """
 
 from vllmd.gpu.attribution import attribute, pids_of

@@ -1,11 +1,10 @@
 """NVIDIA's management library, through nvidia-ml-py (``pynvml``).
 
-The one place where its errors are met. Whatever one field or one device
-refuses, the rest is still read. Written for ``pynvml`` 11.525 (Debian 12) and
-newer; the module is passed in, so that tests bring their own.
+All of its errors are handled here. If one field or one device cannot be read, the rest is still read. Written for
+``pynvml`` 11.525 (Debian 12) and newer; the module is passed in, so that tests bring their own.
 
-Where GPU and CPU share their memory (GB10, Thor, Jetson) NVML has no figures
-for it; then those of the kernel are taken: MemTotal, and MemAvailable as free.
+Where GPU and CPU share their memory (GB10, Thor, Jetson) NVML has no figures for it; then the kernel's are used:
+MemTotal, and MemAvailable as free.
 """
 
 from __future__ import annotations
@@ -29,15 +28,13 @@ from vllmd.gpu.visible import visible
 T = TypeVar("T")
 HERE = Presence()
 NOTHING: Mapping[str, int] = {}
-NOTHING_LEFT = "nvidia-smi -L tells which GPUs its driver has; dmesg | grep NVRM what became of the others"
+NOTHING_LEFT = "nvidia-smi -L lists the GPUs of the driver; dmesg | grep NVRM shows what happened to the others"
 
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
-
-
 _UNSUPPORTED = 3  # nvmlReturn_t
 _UNCORRECTED, _VOLATILE = 1, 0  # nvmlMemoryErrorType_t, nvmlEccCounterType_t
 _NVLINK, _P2P_OK = 2, 0  # nvmlGpuP2PCapsIndex_t, nvmlGpuP2PStatus_t
-_SLOWDOWNS = {  # of nvmlClocksEventReasons, those that the device suffers rather than chooses
+_SLOWDOWNS = {  # of nvmlClocksEventReasons, without those of normal operation
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
     0x40: "hardware thermal slowdown",
@@ -46,7 +43,7 @@ _SLOWDOWNS = {  # of nvmlClocksEventReasons, those that the device suffers rathe
 
 
 class NoNvml(Exception):
-    """NVML cannot be used here; the message says why, readable. ``trouble`` None: there is no NVIDIA device."""
+    """NVML cannot be used here; the message says why. ``trouble`` None: there is no NVIDIA device."""
 
     def __init__(self, why: str, trouble: Trouble | None = None) -> None:
         super().__init__(why)
@@ -55,11 +52,11 @@ class NoNvml(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A device as NVML enumerates it. One that cannot be used has neither, and keeps the others' numbers in place."""
+    """A device as NVML enumerates it. One that cannot be used has no uuid and handle, but keeps its number."""
 
     uuid: str = ""
     handle: Any = None
-    whole: Any = None  # the GPU that a MIG slice is of
+    whole: Any = None  # of a MIG slice: the handle of its GPU
 
     @property
     def mig(self) -> bool:
@@ -67,10 +64,10 @@ class _Found:
 
 
 class NvmlDevices(Inventory):
-    """The NVIDIA devices of this machine that CUDA_VISIBLE_DEVICES leaves to us.
+    """The NVIDIA devices of this machine that CUDA_VISIBLE_DEVICES leaves.
 
-    ``known``: the indices that devices had before, by id; they keep them. Raises NoNvml if there is no library, no
-    driver or no right to use it.
+    ``known``: id -> index of devices that were found before; they keep it. Raises NoNvml if there is no library, no
+    driver or no permission.
     """
 
     source = "nvml"
@@ -92,7 +89,7 @@ class NvmlDevices(Inventory):
         self._enumerate(reserve, env, known)
 
     def sample(self) -> Sample:
-        """Read every device. What cannot be read is in ``failed``; never raises. May block in the driver."""
+        """Read every device; those that cannot be read are in ``failed``. Never raises. May block in the driver."""
         devices: dict[int, DeviceSample] = {}
         failed: dict[int, str] = {}
         self._ill, self._lost = {}, {}
@@ -105,7 +102,10 @@ class NvmlDevices(Inventory):
                 if is_lost(error.__cause__):
                     self._lost[device.index] = str(error)
         if failed and not devices:
-            self._begin_anew()
+            self.close()  # the driver may have been reloaded: the next sample begins with a new library
+            self._handles.clear()
+            with suppress(NoNvml):
+                self._init()
         return Sample(devices, failed, dict(self._ill), dict(self._lost))
 
     def close(self) -> None:
@@ -121,13 +121,6 @@ class NvmlDevices(Inventory):
         except Exception as error:
             raise NoNvml(words_of(error), judge(error, self._here)) from error
 
-    def _begin_anew(self) -> None:
-        """Every device failed: the driver may have been reloaded under us, so the next sample starts afresh."""
-        self.close()
-        self._handles.clear()
-        with suppress(NoNvml):
-            self._init()
-
     def _enumerate(self, reserve: int, env: Mapping[str, str], known: Mapping[str, int]) -> None:
         found, problems = self._find_all()
         left = visible(env, [each.uuid for each in found])
@@ -137,20 +130,22 @@ class NvmlDevices(Inventory):
         devices = [device for device in whole if device is not None]
         self._handles = {places[i]: found[i].handle for i in left.indices}
         self._inventory = tuple(self._linked(sorted(devices, key=lambda device: device.index)))
-        self.notes = tuple(note for note in (self._driver(), self._found_nothing(found), left.note, *problems) if note)
+        version = self._field(lambda: _text(self._nvml.nvmlSystemGetDriverVersion()), "")
+        driver, nothing = f"NVIDIA driver {version}" if version else "", "" if found else "NVML: no GPU is attached"
+        self.notes = tuple(note for note in (driver, nothing, left.note, *problems) if note)
         if not self._inventory and not left.empty and (found or self._here.nvidia_nodes):
-            why = "; ".join(problems) or "NVML tells of no GPU, although its driver is loaded"
+            why = "; ".join(problems) or "NVML lists no GPU, although its driver is loaded"
             raise NoNvml(why, Trouble(why, NOTHING_LEFT))
 
     def _counts_as_cuda(self, found: list[_Found]) -> bool:
-        """Whether CUDA, told to count in the order of the PCI bus, surely has the same numbers as NVML.
+        """Whether CUDA has certainly the same numbers as NVML, if it counts in the order of the PCI bus.
 
-        It leaves out what it cannot use: cards too old for the driver's CUDA, cards that are lost, cards in MIG mode.
+        CUDA leaves out cards too old for it, lost cards, and cards in MIG mode.
         """
         if any(each.handle is None or each.mig for each in found):
             return False
-        able = {self._field(partial(self._capability, each.handle), None) for each in found}
-        return len(found) == 1 or (len(able) == 1 and None not in able)
+        capabilities = {self._field(partial(self._capability, each.handle), None) for each in found}
+        return len(found) == 1 or (len(capabilities) == 1 and None not in capabilities)
 
     def _capability(self, handle: Any) -> tuple[int, ...]:
         return tuple(self._nvml.nvmlDeviceGetCudaComputeCapability(handle))
@@ -176,12 +171,12 @@ class NvmlDevices(Inventory):
         return found, problems
 
     def _slices(self, whole: _Found) -> list[_Found]:
-        """The MIG slices of a GPU in MIG mode: each is a device of its own, and the whole cannot be used."""
+        """The MIG slices of a GPU in MIG mode, each a device of its own; the GPU itself cannot be used then."""
         slices: list[_Found] = []
         if whole.handle is None or self._field(lambda: self._nvml.nvmlDeviceGetMigMode(whole.handle)[0], 0) != 1:
             return slices
         for number in range(self._field(lambda: self._nvml.nvmlDeviceGetMaxMigDeviceCount(whole.handle), 0)):
-            with suppress(Exception):  # a place in the table without a slice in it
+            with suppress(Exception):  # no slice at this number
                 handle = self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole.handle, number)
                 slices.append(_Found(_text(self._nvml.nvmlDeviceGetUUID(handle)), handle, whole.handle))
         return slices
@@ -209,13 +204,13 @@ class NvmlDevices(Inventory):
                       shared=index in self._unified)  # fmt: skip
 
     def _address(self, handle: Any) -> str:
-        """On the PCI bus, as the kernel writes it; NVML has a domain of eight digits."""
+        """The PCI address as the kernel writes it; NVML's has a domain of eight digits."""
         bus = self._field(lambda: _text(self._nvml.nvmlDeviceGetPciInfo(handle).busId), "").lower()
         domain, _, rest = bus.partition(":")
         return f"{domain[-4:]}:{rest}"
 
     def _linked(self, devices: list[Device]) -> Iterator[Device]:
-        """Each with those that it reaches by NVLink, through a switch or not."""
+        """Each device with the others that it reaches by NVLink, directly or through a switch."""
         for device in devices:
             others = (other for other in devices if other is not device)
             yield replace(device, links=frozenset(each.index for each in others if self._link(device, each)))
@@ -226,13 +221,6 @@ class NvmlDevices(Inventory):
             lambda: ask.nvmlDeviceGetP2PStatus(handles[one.index], handles[other.index], _NVLINK), None
         )
         return bool(status == _P2P_OK)
-
-    def _driver(self) -> str:
-        version = self._field(lambda: _text(self._nvml.nvmlSystemGetDriverVersion()), "")
-        return f"NVIDIA driver {version}" if version else ""
-
-    def _found_nothing(self, found: list[_Found]) -> str:
-        return "" if found else "NVML: no GPU is attached"
 
     # -- reading -----------------------------------------------------------------------
 
@@ -254,7 +242,7 @@ class NvmlDevices(Inventory):
         )
 
     def _fault(self, handle: Any) -> str:
-        """What makes a device unfit although it answers; "" if nothing does."""
+        """Why a device should not be used although it answers; "" if it may."""
         ask = self._nvml
         errors = self._field(lambda: int(ask.nvmlDeviceGetTotalEccErrors(handle, _UNCORRECTED, _VOLATILE)), 0)
         rows = self._field(lambda: tuple(ask.nvmlDeviceGetRemappedRows(handle)), (0, 0, 0, 0))
@@ -267,18 +255,18 @@ class NvmlDevices(Inventory):
     def _slowdown(self, handle: Any) -> str:
         ask = self._nvml
         bits = self._field(lambda: int(ask.nvmlDeviceGetCurrentClocksEventReasons(handle)), None)
-        if bits is None:  # the name that it had up to 12.535
+        if bits is None:  # the function's name up to 12.535
             bits = self._field(lambda: int(ask.nvmlDeviceGetCurrentClocksThrottleReasons(handle)), 0)
         return ", ".join(words for bit, words in _SLOWDOWNS.items() if bits & bit)
 
     def _handle(self, device: Device) -> Any:
-        """A device's handle, looked up by UUID after a failure: a reload of the driver may renumber devices."""
+        """A device's handle; after a failure by UUID, since a reload of the driver may renumber devices."""
         if device.index not in self._handles:
             self._handles[device.index] = self._must(lambda: self._nvml.nvmlDeviceGetHandleByUUID(device.id))
         return self._handles[device.index]
 
     def _memory(self, index: int, handle: Any) -> tuple[int, int, int]:
-        """Total, used, free. The first version of the call, whose ``used`` includes what the driver keeps."""
+        """Total, used, free. By version 1 of the call, whose ``used`` includes the driver's own memory."""
         try:
             info = self._nvml.nvmlDeviceGetMemoryInfo(handle)
         except Exception as error:
@@ -289,7 +277,7 @@ class NvmlDevices(Inventory):
         return int(info.total), int(info.used), int(info.free)
 
     def _processes(self, handle: Any, total: int) -> tuple[dict[int, int], frozenset[int], bool]:
-        """Sizes by pid, the pids without one, and whether the list of computing processes could be had at all."""
+        """pid -> bytes, the pids without a size, and whether the list of compute processes could be read."""
         sizes: dict[int, int] = {}
         unsized: set[int] = set()
         computing = self._field(lambda: list(self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)), None)
@@ -300,18 +288,18 @@ class NvmlDevices(Inventory):
             if size is None or not 0 <= size <= total:  # NVML_VALUE_NOT_AVAILABLE is 2**64 - 1 where not translated
                 unsized.add(pid)
             else:
-                sizes[pid] = max(sizes.get(pid, 0), int(size))  # one that computes and draws is in both lists
+                sizes[pid] = max(sizes.get(pid, 0), int(size))  # a process may be in several lists
         return sizes, frozenset(unsized - sizes.keys()), computing is not None
 
     def _name(self, handle: Any) -> str:
         return self._field(lambda: _text(self._nvml.nvmlDeviceGetName(handle)), "")
 
-    def _field(self, read: Callable[[], T], otherwise: T) -> T:
-        """One field, or what to take where the device does not tell it."""
+    def _field(self, read: Callable[[], T], default: T) -> T:
+        """One field, or ``default`` if the device does not have it."""
         try:
             return read()
         except Exception:
-            return otherwise
+            return default
 
     def _must(self, read: Callable[[], T]) -> T:
         try:
@@ -321,7 +309,7 @@ class NvmlDevices(Inventory):
 
 
 class _Unreadable(Exception):
-    """A device does not tell what cannot be done without."""
+    """A required figure of a device cannot be read."""
 
 
 def load(here: Presence = HERE) -> Any:
@@ -334,7 +322,7 @@ def load(here: Presence = HERE) -> Any:
 
 
 def _places(found: list[_Found], known: Mapping[str, int]) -> list[int]:
-    """The index of each: the one that it had before, else its own place, else the first that nobody has."""
+    """The index of each device: the one that it had before, else its own place, else the first free one."""
     taken = set(known.values())
     places: list[int] = []
     for place, each in enumerate(found):
@@ -347,7 +335,7 @@ def _places(found: list[_Found], known: Mapping[str, int]) -> list[int]:
 
 
 def _host_memory(proc: Path) -> tuple[int, int, int]:
-    """Total, used and free of the host's memory, as the kernel reckons what could be had without swapping."""
+    """Total, used and free memory of the host; free: MemAvailable, the kernel's estimate without swapping."""
     lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
     figures = {words[0].rstrip(":"): int(words[1]) << 10 for words in lines if len(words) > 1}
     total, free = figures["MemTotal"], figures["MemAvailable"]
@@ -363,7 +351,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _other_pid_namespace(proc: Path) -> bool:
-    """Whether we are in a container with pids of its own: the driver may then show no processes, or others' numbers."""
+    """Whether this is a pid namespace of a container's: the driver's list may be empty, or have other pids."""
     try:
         return (proc / "self/ns/pid").stat().st_ino != _FIRST_PID_NAMESPACE
     except OSError:

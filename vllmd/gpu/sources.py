@@ -1,4 +1,4 @@
-"""Which devices there are on this machine, and how that is known: the one place that asks every source."""
+"""Find the devices of this machine, by trying every source in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllmd.gpu.trouble import AMD, NVIDIA, Presence, Trouble
 
 
 class Devices(Protocol):
-    """The devices, wherever they come from. ``notes`` say why it is this source, and what is odd, readable."""
+    """The devices of one source."""
 
     @property
     def source(self) -> Literal["nvml", "declared", "none"] | str:
@@ -25,19 +25,19 @@ class Devices(Protocol):
 
     @property
     def readable(self) -> bool:
-        """Whether ``sample`` can say anything at all."""
+        """Whether ``sample`` can have any figures."""
 
     @property
     def trouble(self) -> Trouble | None:
-        """Why it cannot be told which devices there are; None where it can, or where there are none."""
+        """Why the devices are not known; None if they are, or if there are none."""
 
     @property
     def asking(self) -> bool:
-        """Whether it may yet be told in a moment."""
+        """Whether the devices may be known in a moment: the driver has not answered yet."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why it is this source, and what is odd."""
+        """Sentences for operators: why it is this source, and anything unusual."""
 
     @property
     def note(self) -> str:
@@ -47,10 +47,10 @@ class Devices(Protocol):
         """The devices, as they were when opened."""
 
     def sample(self) -> Sample:
-        """One reading of them all; may block, never raises."""
+        """Read all devices once; may block, never raises."""
 
     def close(self) -> None:
-        """Free what the source holds open, such as a library or a socket."""
+        """Close the source's library or socket."""
 
 
 def open_devices(
@@ -63,9 +63,9 @@ def open_devices(
 ) -> Devices:
     """The declared devices if there are any, else NVIDIA's, else AMD's, else Intel's, else the CPU.
 
-    Three answers: these, none, or (``trouble``) something is there that does not answer. ``env`` is the daemon's own
-    environment (CUDA_VISIBLE_DEVICES and its like). An empty list of declared devices means: none, do not ask.
-    ``known``: the indices that devices had before, by id. May block in the driver; never raises.
+    Three results: devices, none, or (``trouble``) something is there that does not answer. ``env`` is the daemon's own
+    environment (CUDA_VISIBLE_DEVICES and its like). An empty list of declared devices means none, and no source is
+    tried. ``known``: id -> index of devices that were found before. May block in the driver; never raises.
     """
     if config.devices is not None:
         if not config.devices:
@@ -76,7 +76,7 @@ def open_devices(
     except NoNvml as error:
         if error.trouble:
             return Unanswered("nvml", error.trouble)
-        why = "there is no GPU with a driver"  # so neither the library nor its Python module is missed
+        why = "there is no GPU with a driver"  # then a library or a Python module that is missing is no trouble
     else:
         if devices.inventory():
             return devices
@@ -89,23 +89,21 @@ def open_devices(
 
 
 def _amd(reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int], amdsmi: Any) -> Devices | None:
-    """By AMD's library where it can be had and begun with, else by the driver's files."""
+    """AMD's devices by the library, if it is installed and answers, else by the driver's files."""
     if not cards(here, AmdDevices.drivers):
         return None
     from vllmd.gpu.amdsmi import SmiDevices, load  # few machines have a card of AMD's
 
-    library = amdsmi or load()
-    try:
-        devices: AmdDevices = SmiDevices(reserve, here, env, known, library) if library else _by_files(
-            reserve, here, env, known)  # fmt: skip
-    except Exception as error:  # the files may tell what it does not
-        devices = _by_files(reserve, here, env, known)
-        devices.notes = (*devices.notes, f"amdsmi does not answer: {error}")
+    problem = ""
+    if library := amdsmi or load():
+        try:
+            return _answer(SmiDevices(reserve, here, env, known, library))
+        except Exception as error:
+            problem = f"amdsmi does not answer: {error}"
+    devices = AmdDevices(reserve, here, env, known)
+    if problem:
+        devices.notes = (*devices.notes, problem)
     return _answer(devices)
-
-
-def _by_files(reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int]) -> AmdDevices:
-    return AmdDevices(reserve, here, env, known)
 
 
 def _intel(
@@ -115,7 +113,7 @@ def _intel(
 
 
 def _answer(devices: SysfsDevices) -> Devices | None:
-    """None if there are none of that maker's."""
+    """The devices; Unanswered if none of them can be read; None if the vendor has none here."""
     if devices.inventory():
         return devices
     devices.close()
@@ -127,7 +125,7 @@ def _answer(devices: SysfsDevices) -> Devices | None:
 
 
 def _without_driver(here: Presence) -> str:
-    """A card that nobody has installed a driver for is worth a word."""
-    makers = (("an NVIDIA", here.displays(NVIDIA)), ("an AMD", here.unbound(AMD)))
-    told = [f"there is {maker} card at {', '.join(cards)} without its driver" for maker, cards in makers if cards]
-    return "".join(f"; {words}" for words in told)
+    """The note about cards that have no driver, "" if there are none."""
+    vendors = (("an NVIDIA", here.displays(NVIDIA)), ("an AMD", here.unbound(AMD)))
+    notes = [f"there is {vendor} card at {', '.join(cards)} without its driver" for vendor, cards in vendors if cards]
+    return "".join(f"; {note}" for note in notes)

@@ -1,9 +1,9 @@
 """AMD's and Intel's devices, by the files of their kernel drivers (amdgpu; xe and i915): no library is needed.
 
-What the files tell is what amd-smi and xpu-smi tell, too; where AMD's library is installed ``amdsmi`` asks that first.
-Whose memory it is AMD's compute driver says for everybody to read; else each process says it in its fdinfo, which only
-root and the process's own user may read. Intel's drivers have no figure for what is used on the whole device, so there
-the sum over the processes stands for it.
+The files have the same figures as amd-smi and xpu-smi; where AMD's library is installed, ``amdsmi`` reads that first.
+Memory by process: AMD's compute driver shows it to every user; else it is in each process's fdinfo, which only root and
+the process's own user may read. Intel's drivers have no figure for the memory in use on a whole device; the sum over
+the processes is used for it.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from vllmd.gpu.trouble import Presence, Trouble
 from vllmd.gpu.visible import left_of
 from vllmd.sizes import GiB
 
-LEAST = 4 * GiB  # of memory of its own: what has less is a CPU's own graphics, which shares the host's
+MIN_MEMORY_BYTES = 4 * GiB  # a device with less of its own is a CPU's graphics, which shares the host's memory
 _SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?")
 _SCALE = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _VRAM = ("drm-resident-vram", "drm-memory-vram", "drm-total-vram", "drm-resident-local", "drm-total-local")
-BAD = Trouble("", "dmesg says what the driver met; a reset or a reboot brings the device back")
-# i915's names of what slows a device down against its will; xe's are the same with another beginning. Its power limits
-# are not among them: a device that works is always at one.
+BAD = Trouble("", "dmesg has the driver's messages; a reset or a reboot brings the device back")
+# i915's names of reasons for a slowdown; xe's have another prefix. Power limits are left out: a busy device is always
+# at one.
 UNCORRECTED = "{} uncorrectable ECC errors since its driver was loaded: reset it or reboot"
 _SLOWDOWNS = ("thermal", "prochot", "vr_thermalert", "vr_tdc", "ratl")
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One device as the kernel has it: its folder in /sys/class/drm, and its address on the PCI bus."""
+    """One device of the kernel: its folder in /sys/class/drm, and its address on the PCI bus."""
 
     folder: Path
     address: str
 
     def text(self, name: str) -> str:
-        """A file of the device; "" where there is none, or it cannot be read now."""
+        """The text of a file of the device; "" if there is none, or it cannot be read now."""
         try:
             return (self.folder / "device" / name).read_text().strip()
         except OSError:
             return ""
 
     def number(self, name: str) -> int | None:
-        """A file of the device that has one number. Raises OSError if it is there and cannot be read."""
+        """The number in a file of the device, None without one. Raises OSError if the file cannot be read."""
         path = self.folder / "device" / name
         if not path.exists():
             return None
@@ -62,7 +62,7 @@ class Card:
 
     @property
     def sensors(self) -> Hwmon:
-        """What the driver has in hwmon of it."""
+        """The driver's hwmon folder of the device."""
         return Hwmon(self.folder / "device/hwmon")
 
 
@@ -82,7 +82,7 @@ def cards(here: Presence, drivers: tuple[str, ...]) -> list[Card]:
 
 
 class SysfsDevices(Inventory):
-    """The devices of one maker. ``problems``: cards that could not be read. ``env``: the daemon's own environment."""
+    """The devices of one vendor. ``problems``: cards that could not be read. ``env``: the daemon's own environment."""
 
     readable = True
     source: ClassVar[str] = ""
@@ -92,9 +92,9 @@ class SysfsDevices(Inventory):
     def __init__(self, reserve: int, here: Presence, env: Mapping[str, str], known: Mapping[str, int]) -> None:
         self._here = here
         self._cards: dict[int, Card] = {}
-        self._spent: dict[int, tuple[float, float]] = {}  # seconds and joules of those that count only joules
+        self._energy: dict[int, tuple[float, float]] = {}  # index -> seconds and joules of the last reading
         self.problems: list[str] = []
-        self.hidden = False  # somebody's environment leaves none of those that are there
+        self.hidden = False  # the environment leaves none of the devices
         notes: list[str] = []
         devices: list[Device] = []
         found = self.ordered(cards(here, self.drivers))
@@ -106,7 +106,7 @@ class SysfsDevices(Inventory):
                 why = (error.strerror if isinstance(error, OSError) else "") or error
                 self.problems.append(f"the device at {card.address} cannot be read: {why}")
                 continue
-            if not memory or memory < LEAST:
+            if not memory or memory < MIN_MEMORY_BYTES:
                 own = f"{(memory or 0) / GiB:.1f} GiB of memory of its own"
                 notes.append(f"the device at {card.address} is left out: it has {own}")
                 continue
@@ -131,7 +131,7 @@ class SysfsDevices(Inventory):
                       node=node, switch=switch_of(root, card.address), cpus=cpus_of(root, node))  # fmt: skip
 
     def _linked(self, devices: list[Device]) -> Iterator[Device]:
-        """Each with those that its own links reach."""
+        """Each device with the others that its links reach."""
         links = self.links()
         index_at = {self._cards[device.index].address: device.index for device in devices}
         for device in devices:
@@ -139,61 +139,61 @@ class SysfsDevices(Inventory):
             yield replace(device, links=frozenset(index_at[address] for address in reached if address in index_at))
 
     def links(self) -> Mapping[str, frozenset[str]]:
-        """Addresses by address; nothing is known of a maker's links."""
+        """Address -> addresses of the cards at its links; empty if the vendor's links are not known."""
         return {}
 
     def counted(self, card: Card) -> bool:
-        """Whether the maker's runtime surely counts it at its place."""
+        """Whether the vendor's runtime certainly counts the card at its place."""
         return True
 
     def ordered(self, found: list[Card]) -> list[Card]:
-        """As the maker's runtime counts them."""
+        """The cards in the order in which the vendor's runtime counts them."""
         return found
 
     def id_of(self, card: Card) -> str:
-        """What stays the same over a reboot."""
+        """An id that stays the same over a reboot."""
         return card.address
 
     def memory(self, card: Card) -> int | None:
-        """Bytes of its own; None where it does not tell. Raises OSError, ValueError."""
+        """Bytes of the card's own memory; None if there is no figure. Raises OSError, ValueError."""
         raise NotImplementedError
 
     def used(self, card: Card, held: int) -> int:
-        """Bytes in use; ``held``: by the processes that could be seen. Raises OSError, ValueError."""
+        """Bytes in use; ``held``: by the processes that can be seen. Raises OSError, ValueError."""
         raise NotImplementedError
 
     def tells_use(self, card: Card) -> bool:
-        """Whether ``used`` is a figure of the device's own: else it is what the processes hold that can be seen."""
+        """Whether ``used`` is a figure of the device, not the sum over the processes that can be seen."""
         return True
 
     def fault(self, card: Card) -> str:
-        """What makes it unfit although it answers; "" if nothing does."""
+        """Why the card should not be used although it answers; "" if it may."""
         return ""
 
     def slowdown(self, card: Card) -> str:
-        """Why it is slowed down against its will; "" if it is not, or does not tell."""
+        """Why the card is slowed down, by heat for example; "" if it is not, or this is not known."""
         return card.sensors.overheated()
 
     def watts(self, index: int, card: Card) -> float | None:
-        """As it says, else as the joules that it counts grow from one reading to the next."""
-        told = card.sensors.watts()
-        if told is not None:
-            return told
-        joules, now, before = card.sensors.joules(), time.monotonic(), self._spent.get(index)
+        """Power: the driver's figure, or from its counter of joules since the last reading; None without either."""
+        power = card.sensors.watts()
+        if power is not None:
+            return power
+        joules, now, before = card.sensors.joules(), time.monotonic(), self._energy.get(index)
         if joules is None:
             return None
-        self._spent[index] = now, joules
+        self._energy[index] = now, joules
         if before is None or now <= before[0] or joules < before[1]:
             return None
         return (joules - before[1]) / (now - before[0])
 
     def busy(self, card: Card) -> float | None:
-        """How busy it is, in per cent; None where it does not tell."""
-        told = card.text("gpu_busy_percent")
-        return float(told) if told.isdecimal() else None
+        """Utilisation in per cent; None if there is no figure."""
+        percent = card.text("gpu_busy_percent")
+        return float(percent) if percent.isdecimal() else None
 
     def celsius(self, card: Card) -> float | None:
-        """Degrees of its hottest sensor; None where it does not tell."""
+        """The temperature of the card's hottest sensor; None without one."""
         return card.sensors.celsius()
 
     def sample(self) -> Sample:
@@ -218,7 +218,7 @@ class SysfsDevices(Inventory):
         return Sample(devices, failed, ill, lost)
 
     def _read(self, device: Device, card: Card, held: dict[int, int], blind: bool) -> DeviceSample:
-        """One device. Raises OSError, ValueError where it does not tell its memory."""
+        """Read one device. Raises OSError, ValueError if its memory cannot be read."""
         total = self.memory(card) or 0
         used = max(self.used(card, sum(held.values())), 0)
         wrong = absurdity(total, used, max(0, total - used), device.memory)
@@ -231,7 +231,7 @@ class SysfsDevices(Inventory):
         )  # fmt: skip
 
     def _processes(self) -> tuple[dict[str, dict[int, int]], bool]:
-        """Bytes by PCI address and pid, and whether some processes could not be asked."""
+        """PCI address -> pid -> bytes, and whether some processes could not be read."""
         return from_fdinfo(self._here.root / "proc")
 
 
@@ -241,7 +241,7 @@ class AmdDevices(SysfsDevices):
     source, runtime, drivers = "amdgpu", "hip", ("amdgpu",)
 
     def ordered(self, found: list[Card]) -> list[Card]:
-        """ROCm counts the nodes of its compute driver."""
+        """ROCm counts in the order of the compute driver's nodes."""
         nodes = list(kfd_nodes(self._here.root).values())
         return sorted(found, key=lambda card: nodes.index(card.address) if card.address in nodes else len(nodes))
 
@@ -253,11 +253,11 @@ class AmdDevices(SysfsDevices):
         return card.number("mem_info_vram_total")
 
     def used(self, card: Card, held: int) -> int:
-        told = card.number("mem_info_vram_used")
-        return held if told is None else told
+        used = card.number("mem_info_vram_used")
+        return held if used is None else used
 
     def counted(self, card: Card) -> bool:
-        """A card that its compute driver does not have is none of ROCm's; without that driver nothing is known."""
+        """ROCm has only the cards of its compute driver; if there is none, all cards are assumed to be counted."""
         nodes = kfd_nodes(self._here.root).values()
         return card.address in nodes or not nodes
 
@@ -265,9 +265,9 @@ class AmdDevices(SysfsDevices):
         return kfd_links(self._here.root)
 
     def fault(self, card: Card) -> str:
-        """By the counters of its memory controller, ``ue: 2`` and ``ce: 17``."""
-        told = dict(line.split(":", 1) for line in card.text("ras/umc_err_count").splitlines() if ":" in line)
-        errors = told.get("ue", "").strip()
+        """Uncorrectable errors by the counters of the memory controller, ``ue: 2`` and ``ce: 17``."""
+        counters = dict(line.split(":", 1) for line in card.text("ras/umc_err_count").splitlines() if ":" in line)
+        errors = counters.get("ue", "").strip()
         return UNCORRECTED.format(errors) if errors.isdecimal() and int(errors) else ""
 
     def _processes(self) -> tuple[dict[str, dict[int, int]], bool]:
@@ -284,7 +284,7 @@ class IntelDevices(SysfsDevices):
     source, runtime, drivers = "intel", "xpu", ("xe", "i915")
 
     def memory(self, card: Card) -> int | None:
-        """As the driver says; else the window on the bus by which the CPU reaches all of it, where that is as large."""
+        """The driver's figure; else the size of the PCI window to it, which has all of it with a resizable BAR."""
         for path in (card.folder / "device/tile0/physical_vram_size_bytes", card.folder / "lmem_total_bytes"):
             if path.exists():
                 return int(path.read_text(), 0)
@@ -292,12 +292,12 @@ class IntelDevices(SysfsDevices):
 
     def slowdown(self, card: Card) -> str:
         names = [*(card.folder / "gt").glob("gt*"), *(card.folder / "device").glob("tile*/gt*/freq*/throttle")]
-        told = [
+        reasons = [
             reason.replace("_", " ")
             for reason in _SLOWDOWNS
             if any(_file(folder / f"{kind}_{reason}") for folder in names for kind in ("throttle_reason", "reason"))
         ]
-        return ", ".join(told) or super().slowdown(card)
+        return ", ".join(reasons) or super().slowdown(card)
 
     def tells_use(self, card: Card) -> bool:
         return (card.folder / "lmem_avail_bytes").exists()
@@ -308,7 +308,7 @@ class IntelDevices(SysfsDevices):
 
 
 def from_kfd(root: Path) -> dict[str, dict[int, int]]:
-    """Bytes by PCI address and pid, as AMD's compute driver tells everybody."""
+    """PCI address -> pid -> bytes, by AMD's compute driver, for processes of every user."""
     addresses = kfd_nodes(root)
     seen: dict[str, dict[int, int]] = {}
     for path in (root / "sys/class/kfd/kfd/proc").glob("*/vram_*"):
@@ -320,7 +320,7 @@ def from_kfd(root: Path) -> dict[str, dict[int, int]]:
 
 
 def from_fdinfo(proc: Path) -> tuple[dict[str, dict[int, int]], bool]:
-    """Bytes by PCI address and pid, as the processes' open files tell; and whether some could not be asked."""
+    """PCI address -> pid -> bytes, by the fdinfo of open files, and whether some processes could not be read."""
     seen: dict[str, dict[int, int]] = {}
     blind = False
     for folder in proc.glob("[0-9]*"):
@@ -331,26 +331,26 @@ def from_fdinfo(proc: Path) -> tuple[dict[str, dict[int, int]], bool]:
         except PermissionError:
             blind = True
         except (OSError, ValueError):
-            continue  # it went away while we looked
+            continue  # the process has ended
     return seen, blind
 
 
 def _of_process(folder: Path) -> Iterator[tuple[str, int]]:
-    """Each client of a graphics driver once, however many files it has open."""
+    """PCI address and bytes of each client of a graphics driver, once for all files that it has open."""
     clients = set()
     for path in (folder / "fdinfo").iterdir():
         lines = path.read_text().splitlines()
-        told = dict(part for line in lines if len(part := line.split(":", 1)) == 2)
-        address, client = told.get("drm-pdev", "").strip(), told.get("drm-client-id", "").strip()
+        fields = dict(part for line in lines if len(part := line.split(":", 1)) == 2)
+        address, client = fields.get("drm-pdev", "").strip(), fields.get("drm-client-id", "").strip()
         if address and (address, client) not in clients:
             clients.add((address, client))
-            yield address, _vram(told)
+            yield address, _vram(fields)
 
 
-def _vram(told: Mapping[str, str]) -> int:
-    """The sum over its regions, by the first of the names under which drivers tell it."""
+def _vram(fields: Mapping[str, str]) -> int:
+    """The sum over the client's regions; drivers have different names for them."""
     for prefix in _VRAM:
-        sizes = [match for name, value in told.items() if name.startswith(prefix) and (match := _SIZE.search(value))]
+        sizes = [match for name, value in fields.items() if name.startswith(prefix) and (match := _SIZE.search(value))]
         if sizes:
             return sum(int(match[1]) * _SCALE[match[2]] for match in sizes)
     return 0

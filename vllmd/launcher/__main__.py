@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if argv is None else argv)
     setup_logging(options.log_level, identifier="vllmd-launcher")
     try:
-        users = Users(options.user, OwnUsers.told(options.own_users, options.own_homes), options.socket_group)
+        users = Users(options.user, OwnUsers.parse(options.own_users, options.own_homes), options.socket_group)
         if options.fd is None:
             _run_with_systemd(options, users)
         else:

@@ -1,8 +1,8 @@
-"""Where a process computes and has its memory: set before it becomes the engine, and inherited by all that it starts.
+"""CPU affinity and the preferred NUMA node of a process: set before the exec, inherited by all of its children.
 
-Nothing is forbidden to the engine by it. It may widen its CPUs again (vLLM's --numa-bind does as it likes), and memory
-comes from other nodes once its own is full: an engine that is slow is better than one that is killed. So neither is a
-scope's AllowedCPUs= nor AllowedMemoryNodes=, which are walls, and which only the system's manager can put up.
+Both are preferences. The engine may widen its CPUs again (as vLLM's --numa-bind does), and memory comes from other
+nodes once its own is full: a slow engine is better than a killed one. So they are not a scope's AllowedCPUs= and
+AllowedMemoryNodes=, which are hard limits, and which only the system's manager can set.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ _PREFERRED = 1  # MPOL_PREFERRED
 _WORD = 8 * ctypes.sizeof(ctypes.c_ulong)
 
 
-def settle(cpus: Sequence[int], node: int) -> None:
-    """Be on these CPUs, and prefer that node's memory; what the kernel refuses (a CPU is offline) stays as it was."""
+def set_affinity(cpus: Sequence[int], node: int) -> None:
+    """Run on these CPUs (empty: all), and prefer the memory of ``node`` (-1: any).
+
+    Where the kernel refuses (a CPU is offline), nothing changes.
+    """
     if cpus:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, cpus)
@@ -33,5 +36,5 @@ def _prefer(node: int) -> None:
         return
     words = (ctypes.c_ulong * (node // _WORD + 1))()
     words[node // _WORD] = 1 << node % _WORD
-    # One bit more than there are: the kernel takes its count for exclusive.
+    # One bit more than there are: the kernel uses one bit less than it is given.
     ctypes.CDLL(None).syscall(number, _PREFERRED, words, len(words) * _WORD + 1)

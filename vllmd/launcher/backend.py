@@ -1,7 +1,7 @@
-"""What a way of running engines must offer. Two do: ``scopes`` (systemd) and ``sessions`` (without it).
+"""The interface to a way of running engines: ``scopes`` (with systemd) and ``sessions`` (without it) implement it.
 
-Both are called from the launcher's one thread and answer through callbacks,
-at once or later; the caller keeps the time limits.
+Both are called from the launcher's one thread and answer through callbacks, at once or later. Time limits are the
+caller's (``engines``).
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ class Group(Protocol):
         """Whether no process of the group is alive; a zombie does not count."""
 
     def kill(self) -> None:
-        """SIGKILL to all of them."""
+        """Send SIGKILL to all of them."""
 
     def oom_killed(self) -> bool:
         """Whether the kernel killed one of them for memory."""
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Call when ``empty`` may have become true."""
+        """Call ``changed`` when ``empty`` may have become true."""
 
     def annotate(self, values: Mapping[str, str]) -> None:
-        """Keep these with it, beyond our own life where that is possible."""
+        """Write keys and values on the group. They outlive the launcher where that is possible."""
 
     def annotations(self) -> dict[str, str]:
         """The keys and values that ``annotate`` has written, also by an earlier launcher."""
 
     def close(self) -> None:
-        """End the calls that ``watch`` asked for, and free what watching takes."""
+        """End the calls that ``watch`` began, and free its descriptors."""
 
 
 class Logs(Protocol):
-    """Where output goes and comes back from; see ``logs``."""
+    """The destination of engines' output, which can be read again; see ``logs``."""
 
     def open(self, instance: str) -> int: ...
     def forget(self, instance: str) -> None: ...
@@ -54,7 +54,7 @@ class Logs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A group that was there before us."""
+    """A group of an earlier launcher."""
 
     instance: str
     group: Group
@@ -72,11 +72,11 @@ class Backend(Protocol):
 
     @property
     def detail(self) -> str:
-        """For people: what it builds on here."""
+        """For operators: how engines are run here, such as the version of systemd."""
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """The limits that have an effect here."""
+        """The names of the limits that have an effect here."""
 
     @property
     def dies_with_us(self) -> bool:
@@ -84,17 +84,17 @@ class Backend(Protocol):
 
     @property
     def marks(self) -> Mapping[str, str]:
-        """Put into every engine's environment."""
+        """Variables that are put into every engine's environment."""
 
     @property
     def logs(self) -> Logs:
-        """Where the engines' output goes, and how it is read again."""
+        """The logs of the engines."""
 
     def place(self, order: StartOrder, process: Process, placed: Placed) -> None:
-        """Give the waiting child a group of its own; ``placed(None, why)`` if that failed. Called once."""
+        """Make a group with the waiting child in it, then call ``placed`` once: (group, "") or (None, why not)."""
 
     def retire(self, instance: str, retired: Callable[[], None]) -> None:
-        """Remove what is left of the group, running or not, and wait until its name is free."""
+        """Remove the group, with processes in it or not, and call ``retired`` when its name is free."""
 
     def adopt(self) -> Sequence[Found]:
         """The groups of an earlier launcher."""

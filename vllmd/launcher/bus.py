@@ -1,17 +1,17 @@
-"""systemd's manager on the bus: calls, and signals, over a restart of either. The only file that knows pystemd.
+"""systemd's manager on D-Bus: calls and signals, across a restart of either. The only file that knows pystemd.
 
 ``systemctl restart dbus`` closes every connection, and ``daemon-reexec`` takes the
 manager away for a moment. Both are over within a second, no unit is harmed, and
 systemd goes on with its jobs; only signals are lost. So a call that cannot be made
-raises ``BusError`` with ``lost``, the connections are made again here, and whoever
-waits for a signal looks for himself meanwhile (``units``).
+raises ``BusError`` with ``lost``, the connections are made again here, and callers
+that wait for a signal poll the unit meanwhile (``units``).
 
-Every local user may send us a signal that says it is systemd's: the bus delivers what
-is addressed to us, whatever we subscribed to, and only the sender's unique name, which
-the bus itself writes, tells the truth. So the owner of systemd's name is asked for and
-followed, and what anybody else sends is counted and not even parsed. Of what systemd
-sends nothing is believed to have a shape, either: a signal that cannot be read is
-counted and harms none of those that came with it.
+Any local user may send a signal with systemd's interface: the bus delivers every
+message that is addressed to this connection, subscribed or not. Only the sender's
+unique name, which the bus itself writes, can be trusted. So the owner of systemd's
+name is queried and followed, and signals of other senders are counted and not parsed.
+Signals of systemd may have another shape in another version: one that cannot be parsed
+is counted, and does not affect those that came with it.
 
 pystemd holds the GIL in every call, for up to 25 s when PID 1 does not answer:
 one more reason for a process of its own. Calls and signals need a connection
@@ -37,9 +37,9 @@ from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
-TURN = 200  # messages that are processed before others get a turn
-FIRST_RETRY, LAST_RETRY = 0.05, 1.0  # seconds between attempts to connect again
-# The connection is gone, or there is nobody behind the manager's name: it says nothing about what was asked.
+MESSAGES_PER_TURN = 200  # of the launcher's loop
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 1.0  # between attempts to connect again
+# The connection is gone, or the manager's name has no owner: whether the call was carried out is not known.
 _LOST = frozenset(
     {errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE, errno.ECONNREFUSED, errno.ESHUTDOWN}
     | {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENXIO}
@@ -52,7 +52,7 @@ KNOWN_UNIT_SIGNATURES.update({b"PIDs": b"au", b"Controller": b"s", b"OOMPolicy":
 
 
 class BusError(Exception):
-    """systemd refused, or (``lost``) could not be asked, and nobody knows whether it was done."""
+    """systemd refused a call, or (``lost``) could not be reached, and whether it carried the call out is not known."""
 
     def __init__(self, message: str, *, lost: bool = False) -> None:
         super().__init__(message)
@@ -70,7 +70,7 @@ class Unit:
 
 
 class SignalHandler(Protocol):
-    """What a receiver of systemd's signals implements."""
+    """The receiver of systemd's signals."""
 
     def job_removed(self, job: bytes, result: str) -> None: ...
     def unit_removed(self, unit: str) -> None: ...
@@ -79,12 +79,12 @@ class SignalHandler(Protocol):
 
 
 class Bus:
-    """Two connections. Raises OSError where the first ones cannot be made."""
+    """Two connections to the bus. Raises OSError if the first ones cannot be made."""
 
     def __init__(self, loop: Loop, handler: SignalHandler, *, user: bool) -> None:
         self._loop, self._handler, self._user = loop, handler, user
         self._signals_received: list[tuple[bytes, Callable[[bytes, Any], None], bytes, Any]] = []
-        self._fds: tuple[int, ...] = ()  # of the connections, kept here because a closed one does not tell it any more
+        self._fds: tuple[int, ...] = ()  # of the connections, kept because a closed one cannot be asked for it
         self._connected = False
         self._owner = b""  # of systemd's name
         self._foreign_senders = Throttle(log)
@@ -108,7 +108,7 @@ class Bus:
         return self._call(lambda: self._manager.StopUnit(unit.encode(), b"replace"))  # type: ignore[no-any-return]
 
     def abandon(self, unit: str) -> None:
-        """Be the scope's controller no more: systemd then stops it without asking us."""
+        """Give up being the scope's controller: systemd then stops it without RequestStop."""
         ask = [(ord("s"), unit.encode())]
 
         def abandon() -> None:
@@ -118,7 +118,7 @@ class Bus:
         self._call(abandon)
 
     def matching(self, pattern: str) -> list[Unit]:
-        """The loaded units of such names."""
+        """The loaded units whose names match ``pattern``."""
         return _units(self._call(lambda: self._manager.ListUnitsByPatterns([], [pattern.encode()])))
 
     def units(self, *names: str) -> list[Unit]:
@@ -154,21 +154,21 @@ class Bus:
         self._manager: Any = Manager(bus=self._calls, _autoload=True).Manager
         self.version: str = self._manager.Version.decode()
         self._subscribe()
-        self.own_name: bytes = self._signals.get_unique_name()  # what is sent to it arrives as a signal
+        self.own_name: bytes = self._signals.get_unique_name()  # RequestStop is sent to it
         self._fds = (self._signals.get_fd(), self._calls.get_fd())
         self._loop.watch(self._fds[0], self._drain)
         self._loop.watch(self._fds[1], self._discard)
         self._connected = True
-        self._loop.later(0, self._drain)  # what the calls above have read ahead
+        self._loop.later(0, self._drain)  # signals that the calls above have read along with their answers
 
     def _lose(self, why: str) -> None:
         if not self._connected:
             return
         self._connected = False
-        log.warning("the connection to systemd is lost (%s): connecting again; engines run on", why)
+        log.warning("the connection to systemd is lost (%s): reconnecting; engines are not affected", why)
         for fd in self._fds:
             self._loop.unwatch(fd)
-        self._loop.later(FIRST_RETRY, lambda: self._connect_again(FIRST_RETRY))
+        self._loop.later(MIN_RETRY_SECONDS, lambda: self._connect_again(MIN_RETRY_SECONDS))
 
     def _connect_again(self, delay: float) -> None:
         for connection in (self._calls, self._signals):
@@ -177,7 +177,7 @@ class Bus:
         try:
             self._connect()
         except DBusBaseError as error:
-            delay = min(2 * delay, LAST_RETRY)
+            delay = min(2 * delay, MAX_RETRY_SECONDS)
             log.warning("cannot reach systemd on the bus: %s; trying again in %.2f s", _text(error), delay)
             self._loop.later(delay, lambda: self._connect_again(delay))
             return
@@ -187,8 +187,8 @@ class Bus:
     # --- signals ---
 
     def _subscribe(self) -> None:
-        """Subscribe to systemd's signals, and to changes of the bus name's owner. The callbacks only take notes."""
-        self._keep: list[Any] = []  # pystemd does not hold the callbacks; a collected one is a crash
+        """Subscribe to systemd's signals, and to changes of the bus name's owner. The callbacks only store signals."""
+        self._keep: list[Any] = []  # pystemd holds no reference to the callbacks; a collected one would crash
         on = self._on_signal
         on(_BUS, _BUS_PATH, _BUS, b"NameOwnerChanged", self._owner_changed)
         on(_SYSTEMD, _PATH, _MANAGER, b"JobRemoved", lambda path, body: self._handler.job_removed(*_job_of(body)))
@@ -200,22 +200,22 @@ class Bus:
         manager.Subscribe()
 
     def _on_signal(
-        self, name: bytes, path: bytes | None, interface: bytes, member: bytes, tell: Callable[[bytes, Any], None]
+        self, name: bytes, path: bytes | None, interface: bytes, member: bytes, handle: Callable[[bytes, Any], None]
     ) -> None:
-        """Have ``tell`` called for each such signal of the owner of ``name``: object path and body."""
+        """Call ``handle`` with object path and body for each such signal of the owner of ``name``."""
 
         def arrived(message: Any, error: Any = None, userdata: Any = None) -> None:
-            # An exception in here would surface in the wrong place, and cost the signals that are still to come.
+            # An exception in here would be raised in another call, and the signals behind this one would be lost.
             try:
                 trusted = self._owner if name == _SYSTEMD else name
                 if not trusted or message.get_sender() != trusted:
                     self._say("a signal %s of %s was ignored: it is not systemd's", member, message.get_sender())
                     return
                 message.process_reply(False)
-                if name == _BUS:  # now: what comes next may be the new owner's
-                    tell(message.get_path(), message.body)
+                if name == _BUS:  # at once: the next signal may be the new owner's
+                    handle(message.get_path(), message.body)
                 else:
-                    self._signals_received.append((member, tell, message.get_path(), message.body))
+                    self._signals_received.append((member, handle, message.get_path(), message.body))
             except Exception as error:
                 self._say("a signal %s could not be read: %s", member, type(error).__name__)
 
@@ -226,28 +226,28 @@ class Bus:
         self._foreign_senders.say(logging.WARNING, message, member.decode(), _text(what))
 
     def _owner_changed(self, path: bytes, body: Any) -> None:
-        """Somebody took or left a name; if it was systemd's, what it told meanwhile is lost."""
-        name, _, owner = body  # the bus itself says so
+        """A name on the bus has another owner, or none; if it is systemd's, signals are lost meanwhile."""
+        name, _, owner = body
         if name != _SYSTEMD or owner == self._owner:
             return
         self._owner = owner
         if owner:
-            self._loop.later(0, self._greet)
+            self._loop.later(0, self._resubscribe)
 
-    def _greet(self) -> None:
-        """A manager that is back (``daemon-reexec``) may not know that we listen."""
+    def _resubscribe(self) -> None:
+        """Subscribe again: after ``daemon-reexec`` the manager may have forgotten its subscribers."""
         if not self._connected:
             return
-        with contextlib.suppress(DBusBaseError):  # it did know
+        with contextlib.suppress(DBusBaseError):  # already subscribed
             Manager(bus=self._signals, _autoload=True).Manager.Subscribe()
         self._handler.reconnected()
         self._drain()
 
     def _discard(self) -> None:
-        """Nothing is expected on the calls' connection but answers; what others send there would pile up."""
+        """Drop messages on the connection for calls other than answers, which would pile up."""
         empty = 0
         try:
-            for _ in range(TURN):
+            for _ in range(MESSAGES_PER_TURN):
                 if not self._connected or empty == 3:
                     break
                 empty = empty + 1 if self._calls.process().is_empty() else 0
@@ -255,13 +255,13 @@ class Bus:
             self._lose(_text(error))
 
     def _drain(self) -> None:
-        """Process what has arrived. An internal message looks like none: only several in a row are the end.
+        """Process signals, at most ``MESSAGES_PER_TURN``, so that a fast sender does not hold the loop.
 
-        However fast somebody sends, others get their turn.
+        ``process`` returns "empty" for an internal message, too: only several in a row mean that there is none left.
         """
         empty = 0
         try:
-            for _ in range(TURN):
+            for _ in range(MESSAGES_PER_TURN):
                 if not self._connected or empty == 3:
                     break
                 empty = empty + 1 if self._signals.process().is_empty() else 0
@@ -269,14 +269,14 @@ class Bus:
                 self._loop.later(0, self._drain)
         except DBusBaseError as error:
             self._lose(_text(error))
-        heard, self._signals_received = self._signals_received, []
-        for member, tell, path, body in heard:
+        received, self._signals_received = self._signals_received, []
+        for member, handle, path, body in received:
             try:
-                tell(path, body)
+                handle(path, body)
             except Malformed as error:
                 self._say("a signal %s has another shape than expected: %s", member, str(error))
             except Exception:
-                log.exception("a signal %s could not be acted on", member.decode())
+                log.exception("the handler of a signal %s failed", member.decode())
 
 
 class Malformed(ValueError):
@@ -284,21 +284,21 @@ class Malformed(ValueError):
 
 
 def _job_of(body: Any) -> tuple[bytes, str]:
-    """Of ``uoss``: number, path, unit, result."""
+    """Path and result of a job, from a body of type ``uoss``: number, path, unit, result. Raises Malformed."""
     if isinstance(body, list) and len(body) == 4 and all(isinstance(part, bytes) for part in body[1:]):
         return body[1], body[3].decode(errors="replace")
     raise Malformed(type(body).__name__)
 
 
 def _unit_of(body: Any) -> str:
-    """Of ``so``: name and path."""
+    """The unit's name, from a body of type ``so``: name and path. Raises Malformed."""
     if isinstance(body, list) and len(body) == 2 and isinstance(body[0], bytes):
         return body[0].decode(errors="replace")
     raise Malformed(type(body).__name__)
 
 
 def _units(listed: Sequence[Any]) -> list[Unit]:
-    """Of ``a(ssssssouso)``: name, description, load, active, sub, following, path, job, its type, its path."""
+    """Units from ``a(ssssssouso)``: name, description, load, active, sub, following, path, job, its type, its path."""
     return [Unit(one[0].decode(), one[3].decode(), one[6], one[8].decode() if one[7] else "") for one in listed]
 
 

@@ -1,9 +1,8 @@
 """The daemon's end of the launcher's socket; asyncio, knows neither systemd nor pystemd.
 
-The launcher may die at any time without an engine being harmed. The client then
-calls ``on_lost``, connects again (which starts the next launcher), asks what is
-running, and reports what ended meanwhile. Whoever was just asking does not notice:
-the next launcher is asked.
+The launcher may die at any time without harm to an engine. The client then calls ``on_lost``, connects again (which
+starts the next launcher), lists the engines, and reports those that ended meanwhile. Requests under way are sent to the
+next launcher; their callers do not notice.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ __all__ = ["ExitReport", "LauncherClient", "LauncherFailed", "LauncherInfo", "Ru
 
 log = logging.getLogger(__name__)
 
-ANSWER_LIMIT = 30.0  # seconds: pystemd may freeze the launcher for 25 when PID 1 does not answer
-FIRST_RETRY, LAST_RETRY = 0.05, 2.0  # seconds between attempts to connect again
-PRIVATE_END = 30.0  # seconds that a private launcher may take to end its engines and itself
+ANSWER_SECONDS = 30.0  # pystemd may block the launcher for 25 when PID 1 does not answer
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0  # between attempts to connect again
+PRIVATE_END_SECONDS = 30.0  # for a private launcher to end its engines and itself
 
 R = TypeVar("R", bound=Reply)
 OnExit = Callable[[ExitReport], None]
@@ -69,16 +68,16 @@ OnWaiting = Callable[[str, int], None]
 
 
 class LauncherFailed(LauncherError):
-    """The launcher refused or could not. ``permanent``: the same order will fail again (no such command)."""
+    """The launcher refused a request or failed. ``permanent``: the same order will fail again (no such command)."""
 
     def __init__(self, message: str, *, permanent: bool = False, answered: bool = False) -> None:
         super().__init__(message)
         self.permanent = permanent
-        self.answered = answered  # these were the launcher's own words
+        self.answered = answered  # the launcher answered so; else no answer came
 
 
 class _ConnectionLost(LauncherFailed):
-    """The launcher has died, or left, before it answered."""
+    """The launcher has died or exited before it answered."""
 
 
 class LauncherClient:
@@ -93,7 +92,7 @@ class LauncherClient:
         on_waiting: OnWaiting,
         reap: Callable[[], None] = lambda: None,
     ) -> None:
-        """``reap`` waits for the end of a launcher that is our own."""
+        """``reap`` waits for the end of a private launcher."""
         self._dial = dial
         self._reap = reap
         self._on_exit, self._on_log, self._on_lost, self._on_waiting = on_exit, on_log, on_lost, on_waiting
@@ -102,9 +101,9 @@ class LauncherClient:
         self._last_id = 0
         self._pending: dict[int, _Pending] = {}
         self._known: dict[str, Running] = {}
-        self._ordered: set[str] = set()  # starts that are not answered yet: their ends are not reported either
-        self._unconfirmed: set[str] = set()  # to be killed: whoever wanted them has given up
-        self._over = ""  # why there will be no launcher any more, once that is so
+        self._ordered: set[str] = set()  # starts without an answer yet: an exit of theirs is not reported
+        self._unconfirmed: set[str] = set()  # to be killed: the caller of their start has given up
+        self._over = ""  # why there will be no launcher any more
         self._followed: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -138,7 +137,7 @@ class LauncherClient:
         on_waiting: OnWaiting = lambda instance, memory: None,
         options: tuple[str, ...] = (),
     ) -> LauncherClient:
-        """A client with a launcher of our own, without systemd. Its engines die with it, and it dies with us."""
+        """A client with a private launcher, without systemd. Its engines end with it, and it ends with this process."""
         private = _PrivateLauncher(options)
         return cls(private.dial, on_exit, on_log, on_lost, on_waiting, private.reap)
 
@@ -165,15 +164,15 @@ class LauncherClient:
         """Whether there is a launcher now."""
         return self._connected.is_set()
 
-    # --- what one may ask; each raises LauncherFailed ---
+    # --- requests; each raises LauncherFailed ---
 
     async def start(self, order: StartOrder) -> Running:
         """Start an engine; returns when its command has been executed.
 
-        A launcher that dies meanwhile changes nothing: the next one has found the engine, or it is ordered again. When
-        this raises, nothing runs of it any more.
+        If the launcher dies meanwhile, the next one has adopted the engine, or it is ordered again. When this raises,
+        no process of the engine is left.
         """
-        limit = order.timeout + ANSWER_LIMIT
+        limit = order.timeout + ANSWER_SECONDS
         self._ordered.add(order.instance)
         try:
             async with asyncio.timeout(limit):
@@ -196,14 +195,14 @@ class LauncherClient:
             try:
                 return (await self._request_once(Start(order), Started)).engine
             except _ConnectionLost:
-                log.warning("the launcher died while it was to start %s", order.instance)
+                log.warning("engine %s: the launcher died during its start; the next one is asked", order.instance)
             while True:
                 found = [engine for engine in await self.list() if engine.instance == order.instance]
                 if found and not found[0].ending:
                     return found[0]
                 if not found:
                     break
-                await asyncio.sleep(FIRST_RETRY)  # the launcher is just ending what had begun
+                await asyncio.sleep(MIN_RETRY_SECONDS)  # the launcher is ending the interrupted start
 
     async def _kill_until_gone(self, instance: str) -> None:
         """Kill the engine again and again until the launcher knows of no such engine, however long it takes."""
@@ -213,7 +212,7 @@ class LauncherClient:
             except LauncherFailed as error:
                 if error.answered or self._over:
                     return
-            await asyncio.sleep(LAST_RETRY)
+            await asyncio.sleep(MAX_RETRY_SECONDS)
 
     def abandon(self, instance: str) -> None:
         """Kill the engine whatever becomes of its start: now, or as soon as there is a launcher."""
@@ -230,7 +229,7 @@ class LauncherClient:
         await self._request(Kill(instance), Done)
 
     async def list(self) -> list[Running]:
-        """Every engine that runs, also what an earlier launcher or daemon started."""
+        """Every engine that runs, also those that an earlier launcher or daemon started."""
         parts: builtins.list[Any] = []
         await self._request(List(), Engines, parts)
         found = [engine for part in parts for engine in part.engines]
@@ -242,7 +241,7 @@ class LauncherClient:
         await self._request(Annotate(instance, metadata), Done)
 
     async def follow(self, instance: str, lines: int = 50) -> None:
-        """Have ``on_log`` called with the engine's last ``lines`` and with all further ones."""
+        """Call ``on_log`` with the engine's last ``lines`` and with all further ones."""
         self._followed.add(instance)
         await self._request(Follow(instance, lines), Done)
 
@@ -252,7 +251,7 @@ class LauncherClient:
         await self._request(Unfollow(instance), Done)
 
     async def tail(self, instance: str, lines: int = 50) -> builtins.list[str]:
-        """The last lines, those written just now included; also of an engine that has ended."""
+        """The last lines of an engine's log, up to the moment of the call; also of one that has ended."""
         parts: builtins.list[Any] = []
         await self._request(Tail(instance, lines), Lines, parts)
         return [line for part in parts for line in part.lines]
@@ -264,23 +263,23 @@ class LauncherClient:
     # --- requests and answers ---
 
     async def _request(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
-        """Ask, again if the launcher dies meanwhile: of whatever is asked here, twice does no more than once.
+        """Send a request, and send it again if the launcher dies meanwhile: all requests but Start are idempotent.
 
         Returns the last part of the answer; ``parts`` gets all of them.
         """
         try:
-            async with asyncio.timeout(ANSWER_LIMIT):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 while True:
                     try:
                         return await self._request_once(request, kind, parts)
                     except _ConnectionLost:
                         continue
         except TimeoutError:
-            what = f"did not answer a {type(request).__name__}" if self.connected else "was not there"
-            raise LauncherFailed(f"the launcher {what} in {ANSWER_LIMIT:g} s") from None
+            late = f"did not answer a {type(request).__name__}" if self.connected else "was not there"
+            raise LauncherFailed(f"the launcher {late} in {ANSWER_SECONDS:g} s") from None
 
     async def _request_once(self, request: Request, kind: type[R], parts: builtins.list[Any] | None = None) -> R:
-        """Raises _ConnectionLost where nobody knows whether it was done."""
+        """Raises _ConnectionLost if it is not known whether the launcher has carried the request out."""
         await self._wait_connected()
         self._last_id += 1
         id = self._last_id
@@ -294,7 +293,7 @@ class LauncherClient:
         except OSError as error:
             raise _ConnectionLost(str(error)) from None
         except ProtocolError as error:
-            raise LauncherFailed(f"cannot ask the launcher: {error}") from None
+            raise LauncherFailed(f"the request cannot be sent to the launcher: {error}") from None
         finally:
             self._pending.pop(id, None)
         if isinstance(answer, Failed):
@@ -326,7 +325,7 @@ class LauncherClient:
             return
         match message:
             case Exited(report):
-                # Soon, not now: a caller of `start` hears of the start before it hears of the end.
+                # Not at once: the caller of `start` must see the start, whose answer came before, first.
                 asyncio.get_running_loop().call_soon(self._on_exit_report, report)
             case Logged(instance, lines):
                 if instance in self._followed:
@@ -341,7 +340,7 @@ class LauncherClient:
             self._known[message.engine.instance] = message.engine
         pending = self._pending.get(id)
         if pending is None:
-            return  # whoever asked has given up
+            return  # its caller was cancelled
         if isinstance(message, Engines | Lines):
             pending.parts.append(message)
             if message.more:
@@ -350,7 +349,7 @@ class LauncherClient:
             pending.future.set_result(message)
 
     def _on_exit_report(self, report: ExitReport) -> None:
-        """Told once, and not while it is being started: what ended then is what a dying launcher had begun."""
+        """Report an engine's end, once; not during its start, when it is the end of what a dying launcher had begun."""
         known = self._known.pop(report.instance, None)
         if report.instance in self._ordered:
             return
@@ -379,7 +378,7 @@ class LauncherClient:
             self._spawn(self._resume())
 
     async def _read_packets(self) -> None:
-        """Until the end of the connection."""
+        """Handle packets until the connection ends."""
         assert self._socket
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):
@@ -387,7 +386,7 @@ class LauncherClient:
                 self._on_packet(packet)
 
     def _disconnect(self, error: LauncherFailed) -> None:
-        """Fail every request that is not answered; whether the launcher has done it is not known."""
+        """Fail every request without an answer; whether the launcher has carried it out is not known."""
         self._connected.clear()
         if self._socket:
             self._socket.close()
@@ -395,32 +394,32 @@ class LauncherClient:
         for pending in self._pending.values():
             if not pending.future.done():
                 pending.future.set_exception(error)
-                pending.future.exception()  # read once: the caller may just have given up
+                pending.future.exception()  # mark it as read: its caller may have been cancelled
 
     def _shut_connection(self) -> None:
-        """Shut a connection whose launcher has died: a sender that notices it before the reader waits for the next one.
+        """Shut a connection whose launcher has died, so that a sender that notices it waits for the next connection.
 
-        Asking again at once would fail without ever waiting, and so keep the event loop from noticing the end.
+        Sending again at once would fail without ever waiting, and the reader would never run to notice the end.
         """
         self._connected.clear()
         if self._socket:
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # the reader's end, whatever the error was
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reader
 
     async def _connect_again(self) -> None:
-        delay, said = FIRST_RETRY, ""
+        delay, logged = MIN_RETRY_SECONDS, ""
         while True:
             try:
                 return self._use_connection(await asyncio.to_thread(self._dial))
             except OSError as error:
-                if str(error) != said:
+                if str(error) != logged:  # once for each reason
                     log.warning("cannot connect to the launcher: %s; trying again", error)
-                said = str(error)
+                logged = str(error)
             await asyncio.sleep(delay)
-            delay = min(2 * delay, LAST_RETRY)
+            delay = min(2 * delay, MAX_RETRY_SECONDS)
 
     async def _resume(self) -> None:
-        """Catch up with what happened while the connection was lost."""
+        """Report engines that ended while the connection was lost, follow logs again, kill what was abandoned."""
         before, followed = set(self._known), set(self._followed)
         try:
             running = {engine.instance for engine in await self.list()}
@@ -429,11 +428,11 @@ class LauncherClient:
             for instance in followed & running:
                 await self._request(Follow(instance, 0), Done)
         except LauncherFailed as error:
-            log.warning("cannot learn what happened while there was no launcher: %s", error)
+            log.warning("cannot list the engines after the launcher was lost: %s", error)
         await self._kill_unconfirmed()
 
     async def _kill_unconfirmed(self) -> None:
-        """Kill every engine in ``_unconfirmed``; one that the launcher cannot kill now is left to the next launcher."""
+        """Kill every engine in ``_unconfirmed``; one that cannot be killed now is left to the next launcher."""
         for instance in tuple(self._unconfirmed):
             with contextlib.suppress(LauncherFailed):
                 await self._kill_until_gone(instance)
@@ -442,14 +441,14 @@ class LauncherClient:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A request on its way."""
+    """A request without an answer yet; ``parts``: the parts of the answer so far."""
 
     future: asyncio.Future[Message]
     parts: list[Any]
 
 
 class _PrivateLauncher:
-    """Starts launchers of one session; the next one kills what the last one left."""
+    """Starts the launchers of one session; each kills the engines that the last one left."""
 
     def __init__(self, options: tuple[str, ...]) -> None:
         self._options = options
@@ -457,10 +456,10 @@ class _PrivateLauncher:
         self._process: subprocess.Popen[bytes] | None = None
 
     def dial(self) -> socket.socket:
-        """Start one at the other end of a new connection. Raises OSError.
+        """Start a launcher at the other end of a new connection. Raises OSError.
 
-        It has a session of its own: Ctrl-C, a closed terminal or a kill of the process group reach us alone, and it
-        lives on to end the engines.
+        It has a session of its own: Ctrl-C, a closed terminal or a kill of the process group end the daemon alone, and
+        the launcher stays to end the engines.
         """
         if self._process:
             self._process.wait()
@@ -475,12 +474,15 @@ class _PrivateLauncher:
         return ours
 
     def reap(self) -> None:
-        """Wait for it: it ends by itself when the connection is closed. One that does not is killed."""
+        """Wait for the launcher, which exits when its connection is closed; kill it if it does not."""
         if self._process:
             try:
-                self._process.wait(PRIVATE_END)
+                self._process.wait(PRIVATE_END_SECONDS)
             except subprocess.TimeoutExpired:
-                log.error("the launcher has not ended %g s after its connection was closed, and is killed", PRIVATE_END)
+                log.error(
+                    "the launcher did not exit within %g s after its connection was closed: killed",
+                    PRIVATE_END_SECONDS,
+                )
                 self._process.kill()
                 self._process.wait()
 

@@ -6,23 +6,29 @@
       | the error pipe is closed by the exec: answer Started
     RUNNING
       | the main process ended
-    ENDING     the rest gets GRACE seconds, then SIGKILL; when the group is empty the unit is
+    ENDING     the rest gets GRACE_SECONDS, then SIGKILL; when the group is empty the unit is
                retired and the end reported: at once if it was asked for, else with the log's tail
 
-A failure or the time limit leads from PLACING and EXECUTING to ENDING as well,
-with SIGKILL at once; the answer is then Failed, after everything is gone.
-Nothing is let through the gate unless the job's result was `done`, and unless
-what the next launcher has to know (the main process, the user, the run directory)
-is written on the control group, where only root writes.
+The problem. A process has to be in its scope before it runs a line of the engine's code: its limits must hold from the
+start, and a process outside of the scope could never be ended with certainty. But systemd makes a scope around a
+process that exists. So the process is forked first and waits at a gate, a pipe, until the scope is there.
 
-An order may name a standby, a process that has the engine's modules imported already
-(``handover``): then that process is what is placed, and it takes the order in the
-place of executing the command. Should that fail, the same order begins anew without it.
+The invariants:
 
-We may be root, so what an engine is acted on by is checked each time anew: the
-run directory lies beneath one of ``roots`` and is tidied by the engine's user
-only (an engine whose user is not known is not tidied), and a main process found
-in a note counts only if it is in the engine's own group.
+- The gate opens only after the job's result was `done`, and after the notes for the next launcher (main process, user,
+  run directory) are written on the control group, where only root writes. A launcher that dies before has started
+  nothing: its end of the gate closes, and the child exits.
+- An order has one answer, and an engine that ran has one report of its end. A failed start is answered only after every
+  process of it is gone, so that the daemon may use its memory and its name again.
+- A failure or the time limit leads from PLACING and EXECUTING to ENDING, with SIGKILL at once.
+
+An order may name a standby, a process that has the engine's modules imported already (``handover``). That process is
+placed then, and takes the order instead of executing the command. If that fails, the same order begins again without
+it, as the ``successor`` under the same name.
+
+The launcher may be root, so everything that it does to an engine's files and processes is checked each time: the run
+directory lies beneath one of ``roots`` and is removed by a child that runs as the engine's user (it stays if that user
+is not known), and a main process found in a note counts only if it is in the engine's own group.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ from dataclasses import dataclass, field
 
 from vllmd.launcher.backend import Backend, Group, Placed
 from vllmd.launcher.cgroup import cgroup_of
-from vllmd.launcher.handover import LIMIT, READY, TAKEN, HandOver, Link, refusal, without_standby
+from vllmd.launcher.handover import HANDOVER_SECONDS, READY, TAKEN, HandOver, Link, refusal
 from vllmd.launcher.loop import Loop, Timer
 from vllmd.launcher.process import Ending, Process, memory_of
 from vllmd.launcher.protocol import (
@@ -70,21 +76,21 @@ from vllmd.launcher.spawn import (
 log = logging.getLogger(__name__)
 
 MAX_ENGINES = 1024
-GRACE = 0.5  # seconds between the main process's end and SIGKILL for what it left behind
-KILL_LIMIT = 20.0  # seconds for the kernel to end killed processes; a stuck driver can hold them
-RETIRE_LIMIT = 10.0  # seconds for systemd to forget the unit
-STATUS_TRIES, STATUS_WAIT = 20, 0.01  # for the exit status of one that is not our child
-TIDY_AGAIN, SWEEP_SOON, SWEEP_AGAIN = 10.0, 5.0, 30.0  # seconds
-TAIL_LINES = 50  # read where the end was not asked for: somebody will want to know why
+GRACE_SECONDS = 0.5  # between the main process's end and SIGKILL for the processes that it left
+KILL_SECONDS = 20.0  # for the kernel to end killed processes; a stuck driver can hold them
+RETIRE_SECONDS = 10.0  # for systemd to forget the unit
+STATUS_TRIES, STATUS_WAIT_SECONDS = 20, 0.01  # for the exit status of a process that is not our child
+TIDY_RETRY_SECONDS, FIRST_SWEEP_SECONDS, SWEEP_SECONDS = 10.0, 5.0, 30.0
+TAIL_LINES = 50  # of the log, in the report of an end that was not requested
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
 
-# Ours, next to the daemon's metadata; the dot keeps them apart from every metadata key.
+# The launcher's own notes beside the daemon's metadata; no key of metadata has a dot.
 PID, START, RUN_DIR, USER = "launcher.pid", "launcher.start", "launcher.run_dir", "launcher.user"
 Answer = Callable[[Started | Failed], None]
 
 
 class Phase(enum.Enum):
-    """Where an engine's life stands; the picture at the head of this file shows what follows what."""
+    """The stage of an engine's life; the picture at the head of this file has the transitions."""
 
     PLACING = enum.auto()
     EXECUTING = enum.auto()
@@ -94,10 +100,10 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True)
 class Engine:
-    """What the launcher knows of one engine.
+    """The launcher's state of one engine.
 
-    ``answer`` is owed to the client that ordered the engine, until it runs or is gone. ``link``: it is a standby.
-    ``handover``: it is being made of one.
+    ``answer`` must be called once, when the engine runs or is gone. ``link``: set for a standby. ``handover``: set
+    while a standby is becoming this engine.
     """
 
     instance: str
@@ -106,7 +112,7 @@ class Engine:
     group: Group | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     run_dir: str = ""
-    user: User | None = None  # None: found again, and its user is not known
+    user: User | None = None  # None: adopted, and its user is not known
     child: Child | None = None
     answer: Answer | None = None
     failure: Failed | None = None
@@ -114,14 +120,14 @@ class Engine:
     retiring: bool = False
     end_requested: bool = False
     exit_reported: bool = False  # its end has been reported; only systemd has not forgotten the unit yet
-    successor: tuple[StartOrder, Answer] | None = None  # ordered meanwhile under the same name
+    successor: tuple[StartOrder, Answer] | None = None  # an order for the same name that waits for this one's end
     timer: Timer | None = None
     link: Link | None = None
     handover: HandOver | None = None
-    standby: str = ""  # the one that it was made of
+    standby: str = ""  # the instance of the standby that it was made of
 
     def running(self) -> Running:
-        """The engine as the daemon is told of it."""
+        """The engine as a message to the daemon."""
         pid = self.process.pid if self.process else 0
         return Running(
             self.instance,
@@ -136,10 +142,10 @@ class Engine:
 
 
 class Supervisor:
-    """Owns the engines. ``report`` is called once for every one that had run and is gone.
+    """Owns the engines. ``report`` is called once for every engine that had run and is gone.
 
     ``roots``: the directories beneath which run directories may lie; none: anywhere. ``waiting`` is called when a
-    standby has come so far that an engine can be made of it, with the bytes that it holds.
+    standby is ready, with its memory in bytes.
     """
 
     def __init__(
@@ -158,22 +164,22 @@ class Supervisor:
         self._report = report
         self._roots = tuple(roots)
         self._engines: dict[str, Engine] = {}
-        self._unused: set[str] = set()  # run directories without an engine, at the last look
-        self._tidying = 0  # children that remove what engines have left
+        self._unused: set[str] = set()  # run directories without an engine, at the last sweep
+        self._tidying = 0  # children that are removing run directories
 
     def __len__(self) -> int:
         return len(self._engines)
 
     @property
     def busy(self) -> bool:
-        """Whether an engine is still there, or a child that removes what an engine has left in its run directory."""
+        """Whether an engine is still there, or a child that removes a run directory."""
         return bool(self._engines or self._tidying)
 
     def has(self, instance: str) -> bool:
         """Whether the engine is starting or running, or its end is still to be reported."""
         return instance in self._engines and not self._engines[instance].exit_reported
 
-    # --- what is asked of it ---
+    # --- requests ---
 
     def start(self, order: StartOrder, answer: Answer) -> None:
         """Start an engine. ``answer`` is called once, now or later."""
@@ -182,12 +188,12 @@ class Supervisor:
             previous.successor = (order, answer)
             return None
         try:
-            user = self._users.ordered(order.user)
-            self._check_place(order)
+            user = self._users.for_order(order.user)
+            self._check_order(order)
             standby = self._engines.get(order.standby)
             if standby and standby.link and standby.link.ready and standby.user == user:
                 return self._start_from_standby(order, user, standby, answer)
-            if standby and standby.link:  # it was given away for this, and is nobody's any more
+            if standby and standby.link:  # not usable for this order: the daemon will not name it again
                 self.kill(order.standby)
             link = Link() if order.waits else None
             child = self._spawn(order, user, link)
@@ -209,13 +215,13 @@ class Supervisor:
         return self._guarded(engine, lambda: self._backend.place(order, child.process, placed))()
 
     def _guarded(self, engine: Engine, step: Callable[[], None]) -> Callable[[], None]:
-        """The step of a start; a defect in it, or something that nobody has thought of, still becomes the answer."""
+        """The step of a start, which answers the order with Failed if it raises."""
 
         def guarded() -> None:
             try:
                 step()
             except Exception as error:
-                log.exception("%s: a step of its start failed", engine.instance)
+                log.exception("engine %s: a step of its start failed", engine.instance)
                 if engine.answer and engine.phase is not Phase.ENDING:
                     self._fail(engine, Failed(f"the launcher failed: {type(error).__name__}"))
 
@@ -224,7 +230,7 @@ class Supervisor:
     def signal(self, instance: str, number: int) -> None:
         """Send a signal to the engine's main process only. Raises KeyError if there is no such engine."""
         engine = self._engines[instance]
-        # systemd also asks us to stop a scope that it is retiring for us: that is not why the engine ended.
+        # In ENDING it is systemd that asks, for a scope that it retires: that did not end the engine.
         engine.end_requested |= number in ENDING_SIGNALS and engine.phase is not Phase.ENDING
         if number in ENDING_SIGNALS:
             self._cancel_restart(engine)
@@ -242,13 +248,13 @@ class Supervisor:
             engine.group.kill()
 
     def kill_all(self) -> None:
-        """Send SIGKILL to every process of every engine. One that is being made of a standby takes that one away."""
+        """Send SIGKILL to every process of every engine."""
         for instance in tuple(self._engines):
-            with contextlib.suppress(KeyError):
+            with contextlib.suppress(KeyError):  # a standby goes with the engine that is being made of it
                 self.kill(instance)
 
     def stop_requested(self, instance: str) -> None:
-        """systemd is stopping the scope and leaves the polite part to us: SIGTERM to the main process alone."""
+        """systemd is stopping the scope, whose controller the launcher is: send SIGTERM to the main process alone."""
         with contextlib.suppress(KeyError):
             self.signal(instance, signal.SIGTERM)
 
@@ -261,22 +267,22 @@ class Supervisor:
             if engine.group:
                 engine.group.annotate(metadata)
         except OSError as error:
-            log.warning("%s: metadata will not survive the launcher: %s", engine.instance, error)
+            log.warning("engine %s: metadata will not survive the launcher: %s", engine.instance, error)
 
     def list(self) -> list[Running]:
         """The engines that run, or whose end is still to be reported; engines that are still starting are left out."""
         return [engine.running() for engine in self._engines.values() if not engine.answer and not engine.exit_reported]
 
     def adopt(self) -> None:
-        """Take over what an earlier launcher left: main processes by number and start time, the rest to be ended."""
+        """Take over an earlier launcher's engines by their notes; one whose main process is gone is ended."""
         for found in self._backend.adopt():
             notes = found.group.annotations()
             engine = Engine(found.instance, Phase.RUNNING, _process_of(notes, found.group), found.group)
             engine.metadata = {key: value for key, value in notes.items() if "." not in key}
-            engine.run_dir, engine.user = notes.get(RUN_DIR, ""), self._users.noted(notes.get(USER))
+            engine.run_dir, engine.user = notes.get(RUN_DIR, ""), self._users.from_note(notes.get(USER))
             if engine.user is None:
                 log.warning(
-                    "%s: the user that it runs as is not known: its run directory stays", unit_of(found.instance)
+                    "%s: its user is not known, so its run directory will not be removed", unit_of(found.instance)
                 )
             self._engines[found.instance] = engine
             found.group.watch(lambda engine=engine: self._on_group_change(engine))  # type: ignore[misc]
@@ -285,36 +291,36 @@ class Supervisor:
             else:
                 engine.ending = Ending()
                 self._end(engine)
-            log.info("found %s again, main process %s", unit_of(found.instance), engine.running().pid or "gone")
-        self._sweep(SWEEP_SOON)
+            log.info("adopted %s, main process %s", unit_of(found.instance), engine.running().pid or "gone")
+        self._sweep(FIRST_SWEEP_SECONDS)
 
-    def _sweep(self, again: float = SWEEP_AGAIN) -> None:
-        """Now and again: what a launcher that died could not tidy any more, or a disk did not let it.
+    def _sweep(self, seconds_to_next: float = SWEEP_SECONDS) -> None:
+        """Remove run directories that a launcher left when it died, or a disk that was read-only for a time.
 
-        A directory without an engine may be that of one whose order is on its way, so it goes when it is seen a second
-        time. (Its age would not tell that: somebody may set the clock.)
+        A directory without an engine may belong to one whose order is on its way, so it is removed only if it was there
+        at the last sweep, too. (Its age does not tell: the wall clock may be set.)
         """
-        self._loop.later(again, self._sweep)
+        self._loop.later(seconds_to_next, self._sweep)
         kept = {os.path.basename(engine.run_dir) for engine in self._engines.values()}
         found: set[str] = set()
         for root in filter(os.path.isdir, self._roots):
-            with contextlib.suppress(OSError):  # gone, or not readable now; the next look is soon
+            with contextlib.suppress(OSError):  # gone, or not readable now; the next sweep is soon
                 found |= unused(root, kept)
-        left, self._unused = found & self._unused, found
-        for user in self._users.everybody() if left else ():
-            self._await_child(", ".join(self._roots), lambda user=user: sweep(left, user))  # type: ignore[misc]
+        stale, self._unused = found & self._unused, found
+        for user in self._users.all() if stale else ():
+            self._await_child(", ".join(self._roots), lambda user=user: sweep(stale, user))  # type: ignore[misc]
 
     # --- starting ---
 
-    def _check_place(self, order: StartOrder) -> None:
-        """Raises ValueError where there is no place for it."""
+    def _check_order(self, order: StartOrder) -> None:
+        """Raises ValueError if the name is in use, there are too many engines, or the run directory is not allowed."""
         if order.instance in self._engines:
-            raise ValueError(f"{unit_of(order.instance)} is in use or has not gone yet; take another instance name")
+            raise ValueError(f"{unit_of(order.instance)} is still in use; take another instance name")
         if len(self._engines) >= MAX_ENGINES:
             raise ValueError(f"there are {MAX_ENGINES} engines already")
         if order.run_dir and not self._is_run_dir(order.run_dir):
             roots = " or ".join(self._roots)
-            raise ValueError(f"run_dir {order.run_dir} is not beneath {roots}, which the launcher's --run-root says")
+            raise ValueError(f"run_dir {order.run_dir} is not beneath {roots} (the launcher's --run-root)")
 
     def _is_run_dir(self, path: str) -> bool:
         try:
@@ -344,31 +350,40 @@ class Supervisor:
 
     def _warn_of_limits(self, order: StartOrder) -> None:
         if (without := order.limits.keys() - set(self._backend.limits)) and not order.waits:
-            log.warning("%s: no effect here: %s (%s)", order.instance, ", ".join(sorted(without)), self._backend.detail)
+            names = ", ".join(sorted(without))
+            log.warning("engine %s: limits without effect here: %s (%s)", order.instance, names, self._backend.detail)
 
     def _on_placed(self, engine: Engine, group: Group | None, why: str) -> None:
-        """The start job has ended. Later than the time limit it changes nothing: the unit is being retired."""
+        """The start job has ended: write the notes, and open the gate."""
         if engine.phase is not Phase.PLACING:
-            return None
-        if group is None:  # perhaps because the process has ended, and has said why
+            return None  # the time limit was earlier: the unit is being retired
+        if group is None:  # perhaps because the process has ended, and has written why
             return self._fail(engine, (engine.child and _read_error(engine.child.errors)) or Failed(why))
         engine.group = group
         group.watch(lambda: self._on_group_change(engine))
         if engine.ending or engine.process is None:
-            return self._fail(engine, Failed("the process died before it was let through its gate"))
+            return self._fail(engine, Failed("the process ended while its scope was made"))
+        assert engine.user
+        pid, start = str(engine.process.pid), str(engine.process.start_time)
         try:
-            group.annotate(_notes_for_adoption(engine, engine.process))  # first: without them nobody finds it again
+            # The launcher's notes first: without them no next launcher finds the engine.
+            group.annotate({PID: pid, START: start, RUN_DIR: engine.run_dir, USER: engine.user.name})
             group.annotate(engine.metadata)
         except OSError as error:
             if not self._backend.dies_with_us:  # else there is no next launcher
-                return self._fail(engine, Failed(f"cannot note beside its processes what they are: {error.strerror}"))
+                return self._fail(engine, Failed(f"cannot write the engine's notes on its cgroup: {error.strerror}"))
         engine.phase = Phase.EXECUTING
-        return self._open_gate(engine)
+        if engine.handover:
+            return self._hand_over(engine, engine.handover)
+        assert engine.child
+        with contextlib.suppress(BrokenPipeError):  # the child has just ended; its pidfd reports that
+            os.write(engine.child.gate, b"G")
+        return None
 
     # --- standbys ---
 
     def _start_from_standby(self, order: StartOrder, user: User, standby: Engine, answer: Answer) -> None:
-        """Make an engine of the standby, which is a part of nothing else from here on."""
+        """Make an engine of the standby's process. Of the standby only its scope is left, until ``_hand_over``."""
         assert standby.link and standby.process
         process, link = standby.process, standby.link
         standby.process, standby.link, standby.exit_reported, standby.end_requested = None, None, True, True
@@ -383,12 +398,13 @@ class Supervisor:
         self._loop.watch(process.fd, self._guarded(engine, lambda: self._on_main_exit(engine)))
         self._loop.watch(link.fd, self._guarded(engine, lambda: self._on_handover_reply(engine)))
         engine.timer = self._loop.later(
-            LIMIT, lambda: self._fail(engine, Failed(f"the standby did not take the order in {LIMIT:g} s"))
+            HANDOVER_SECONDS,
+            lambda: self._fail(engine, Failed(f"the standby did not take the order in {HANDOVER_SECONDS:g} s")),
         )
         self._guarded(engine, lambda: self._prepare(engine, order, user))()
 
     def _prepare(self, engine: Engine, order: StartOrder, user: User) -> None:
-        """Have the run directory made, then the scope."""
+        """Make the run directory, by a child that runs as the engine's user, then the scope."""
         placed: Placed = lambda group, why: self._guarded(engine, lambda: self._on_placed(engine, group, why))()  # noqa: E731
         try:
             child = prepare(order, user)
@@ -401,14 +417,14 @@ class Supervisor:
             child.close()
             if engine.phase is not Phase.PLACING or engine.process is None:
                 return None
-            if ending not in (None, Ending(0)):  # None: another has reaped it; then the standby will say
-                return self._fail(engine, Failed("its run directory cannot be made"))
+            if ending not in (None, Ending(0)):  # None: it was reaped elsewhere; then the standby fails, if it failed
+                return self._fail(engine, Failed(f"the run directory {order.run_dir} cannot be made"))
             return self._backend.place(order, engine.process, placed)
 
         return self._loop.watch(child.fd, self._guarded(engine, done))
 
     def _hand_over(self, engine: Engine, handover: HandOver) -> None:
-        """The process is in the engine's scope: send it the order. What the standby leaves in its old scope ends."""
+        """The process is in the engine's scope: send it the order, and end the standby's old scope."""
         assert engine.user
         self._release_standby(handover.standby)
         order = self._with_markers(handover.order)
@@ -423,10 +439,10 @@ class Supervisor:
 
     def _on_handover_reply(self, engine: Engine) -> None:
         handover = engine.handover
-        if handover is None or (said := handover.link.receive()) is None:
+        if handover is None or (word := handover.link.receive()) is None:
             return None
-        if said != TAKEN or engine.phase is not Phase.EXECUTING:
-            return self._fail(engine, Failed(refusal(said)))
+        if word != TAKEN or engine.phase is not Phase.EXECUTING:
+            return self._fail(engine, Failed(refusal(word)))
         self._end_handover(engine)
         engine.phase = Phase.RUNNING
         _forget_start(self._loop, engine)
@@ -439,19 +455,23 @@ class Supervisor:
         engine.handover = None
 
     def _restart_without_standby(self, engine: Engine, handover: HandOver, why: Failed) -> None:
-        """The standby was of no use: when it is gone the order is carried out without it, under the same name."""
-        log.warning("%s: not made of the standby %s, but started without one: %s", engine.instance, handover.standby,
-                    why.message)  # fmt: skip
+        """The hand-over failed: once the process is gone, start the engine without a standby, under the same name."""
+        log.warning(
+            "engine %s: the standby %s could not be used, so it is started without one: %s",
+            engine.instance,
+            handover.standby,
+            why.message,
+        )
         self._end_handover(engine)
         self._release_standby(handover.standby)
         if engine.answer:
-            engine.successor = (without_standby(handover.order), engine.answer)
+            engine.successor = (dataclasses.replace(handover.order, standby=""), engine.answer)
         engine.answer, engine.failure = None, why
         engine.exit_reported = engine.end_requested = True
-        engine.run_dir = ""  # the successor's
+        engine.run_dir = ""  # it is the successor's: this engine's end must not remove it
 
     def _cancel_restart(self, engine: Engine) -> None:
-        """Cancel what would follow the engine's end: a start without the standby, or an order of the same name."""
+        """Cancel the start that would follow the engine's end: without its standby, or of a successor."""
         if engine.handover:
             self._release_standby(engine.handover.standby)
             self._end_handover(engine)
@@ -461,7 +481,7 @@ class Supervisor:
             answer(Failed("the engine was ended before it was started"))
 
     def _release_standby(self, instance: str) -> None:
-        """Forget a standby whose process has become an engine, or is about to be killed; its other processes end."""
+        """End a standby whose main process has become an engine or is about to be killed, with its other processes."""
         standby = self._engines.get(instance)
         if standby is None:
             return None
@@ -469,21 +489,22 @@ class Supervisor:
         if standby.group and standby.group.location():
             standby.group.kill()
             return self._end(standby)
-        standby.phase = Phase.ENDING  # without a group of its own, the members are counted by their kin: the process
+        # Without a cgroup, a standby's processes are the descendants of its main process, which is the engine's now.
+        standby.phase = Phase.ENDING
         return self._retire(standby)
 
     def _on_standby_message(self, engine: Engine) -> None:
-        """Read what a standby says: ``ready``, or a reason why it cannot be used."""
+        """Read a standby's word: ``ready``, or a reason why it cannot be used, or "" at its end."""
         link = engine.link
-        if link is None or (said := link.receive()) is None:
+        if link is None or (word := link.receive()) is None:
             return
-        if said == READY and not link.ready:
+        if word == READY and not link.ready:
             link.ready = True
             log.info("the standby %s is ready", engine.instance)
             self._waiting(engine.instance, memory_of(engine.process.pid) if engine.process else 0)
             return
-        if said:
-            log.warning("the standby %s cannot be used: it said %r", engine.instance, said)
+        if word:
+            log.warning("the standby %s cannot be used: it said %r", engine.instance, word)
         self._loop.unwatch(link.fd)
         link.ready = False
         if engine.process:
@@ -491,19 +512,8 @@ class Supervisor:
 
     # --- the gate ---
 
-    def _open_gate(self, engine: Engine) -> None:
-        if engine.handover:
-            return self._hand_over(engine, engine.handover)
-        assert engine.child
-        with contextlib.suppress(BrokenPipeError):  # it died just now; its pidfd tells
-            os.write(engine.child.gate, b"G")
-        return None
-
     def _on_error_pipe(self, engine: Engine) -> None:
-        """Read the error pipe.
-
-        Text: the start failed. Its end: the command has been executed, or the child was killed.
-        """
+        """Read the error pipe. Text: the start failed. Its end: the command was executed, or the child was killed."""
         assert engine.child
         try:
             data = os.read(engine.child.errors, 4096)
@@ -513,19 +523,19 @@ class Supervisor:
         if data:
             return self._fail(engine, read_failure(data))
         if engine.phase is not Phase.EXECUTING or engine.process is None:
-            return None  # killed at the gate: the pidfd tells
+            return None  # killed at the gate: the pidfd reports that
         engine.phase = Phase.RUNNING
         _forget_start(self._loop, engine)
         return _answer(engine, Started(engine.running()))
 
     def _on_start_timeout(self, engine: Engine, limit: float) -> None:
-        what = "systemd did not make the scope" if engine.phase is Phase.PLACING else "the command was not executed"
-        self._fail(engine, Failed(f"{what} within {limit:g} s; the process was never let go and has been killed"))
+        late = "systemd did not make the scope" if engine.phase is Phase.PLACING else "the command was not executed"
+        self._fail(engine, Failed(f"{late} within {limit:g} s; the process has been killed"))
 
     # --- ending ---
 
     def _fail(self, engine: Engine, failure: Failed) -> None:
-        """A start failed: everything goes at once, then the answer."""
+        """A start failed: kill every process of it; the answer follows when they are gone."""
         if engine.handover:
             self._restart_without_standby(engine, engine.handover, failure)
         engine.failure = engine.failure or failure
@@ -540,17 +550,18 @@ class Supervisor:
         self._loop.unwatch(engine.process.fd)
         engine.ending = engine.process.ending()
         if engine.ending is None and tries:
-            self._loop.later(STATUS_WAIT, lambda: self._on_main_exit(engine, tries - 1))
+            # Not our child, so its status is its parent's to read; in a moment it may be there.
+            self._loop.later(STATUS_WAIT_SECONDS, lambda: self._on_main_exit(engine, tries - 1))
             return None
         engine.ending = engine.ending or Ending()
         if engine.handover:
-            self._on_handover_reply(engine)  # it may have taken the order, and have ended already
+            self._on_handover_reply(engine)  # it may have taken the order before it ended
             if engine.handover:
                 return self._fail(engine, Failed(refusal("")))
         if engine.group:
-            engine.group.oom_killed()  # systemd removes the group soon: read it now
+            engine.group.oom_killed()  # remembered there: systemd removes the cgroup soon
         if engine.phase is Phase.EXECUTING and engine.child:
-            self._on_error_pipe(engine)  # its words, or the command was executed and has ended already
+            self._on_error_pipe(engine)  # an error, or the command was executed and has ended already
         elif engine.phase is Phase.PLACING and engine.child:
             engine.failure = _exit_reason(engine.child.errors, engine.ending)
         return self._end(engine)
@@ -561,20 +572,20 @@ class Supervisor:
         self._check_empty(engine)
 
     def _end(self, engine: Engine) -> None:
-        """Begin to end the engine, or go on with it."""
+        """Go to ENDING, if the engine is not there yet; the rest happens when its last process is gone."""
         if engine.phase is not Phase.ENDING:
             engine.phase = Phase.ENDING
             _forget_start(self._loop, engine)
-            grace = 0.0 if engine.failure else GRACE
+            grace = 0.0 if engine.failure else GRACE_SECONDS
             engine.timer = self._loop.later(grace, lambda: self._kill_rest(engine))
         self._check_empty(engine)
 
     def _kill_rest(self, engine: Engine) -> None:
         if engine.group and not engine.group.empty():
             if not engine.failure:
-                log.info("%s: killing what its main process left behind", engine.instance)
+                log.info("engine %s: killing the processes that its main process left", engine.instance)
             engine.group.kill()
-        engine.timer = self._loop.later(KILL_LIMIT, lambda: self._retire(engine))
+        engine.timer = self._loop.later(KILL_SECONDS, lambda: self._retire(engine))
         self._check_empty(engine)
 
     def _check_empty(self, engine: Engine) -> None:
@@ -584,24 +595,24 @@ class Supervisor:
             self._retire(engine)
 
     def _retire(self, engine: Engine) -> None:
-        """Free the unit's name, once every process has exited or cannot be killed."""
+        """Have systemd forget the unit, once every process has exited or cannot be killed."""
         if engine.retiring:
             return
         engine.retiring = True
         _cancel(engine)
-        engine.timer = self._loop.later(RETIRE_LIMIT, lambda: self._on_retired(engine))
+        engine.timer = self._loop.later(RETIRE_SECONDS, lambda: self._on_retired(engine))
         self._backend.retire(engine.instance, lambda: self._on_retired(engine))
 
     def _on_retired(self, engine: Engine) -> None:
         if self._engines.get(engine.instance) is not engine or engine.timer is None:
-            return None  # told already: systemd was later than the limit
+            return None  # it was retired by the time limit, and systemd is late
         _cancel(engine)
-        if engine.end_requested or engine.answer:  # nobody reads its last lines
+        if engine.end_requested or engine.answer:  # its last lines would explain nothing
             return self._finish(engine, ())
         try:
             self._backend.logs.tail(engine.instance, TAIL_LINES, lambda lines: self._finish(engine, lines))
         except OSError as error:
-            log.warning("%s: cannot read its log: %s", engine.instance, error)
+            log.warning("engine %s: cannot read its log: %s", engine.instance, error)
             return self._finish(engine, ())
 
     def _finish(self, engine: Engine, log_tail: tuple[str, ...]) -> None:
@@ -638,17 +649,17 @@ class Supervisor:
             self._tidy(engine.run_dir, engine.user)
 
     def _tidy(self, run_dir: str, user: User) -> None:
-        """Remove the run directory, which a killed engine leaves behind with its sockets."""
-        later = lambda: self._loop.later(TIDY_AGAIN, lambda: self._tidy(run_dir, user))  # noqa: E731
-        self._await_child(run_dir, lambda: tidy(run_dir, user), later)
+        """Remove the run directory, with the sockets that a killed engine leaves in it."""
+        retry = lambda: self._loop.later(TIDY_RETRY_SECONDS, lambda: self._tidy(run_dir, user))  # noqa: E731
+        self._await_child(run_dir, lambda: tidy(run_dir, user), retry)
 
     def _await_child(
-        self, path: str, fork: Callable[[], Process | None], again: Callable[[], object] = lambda: None
+        self, path: str, fork: Callable[[], Process | None], retry: Callable[[], object] = lambda: None
     ) -> None:
         try:
             child = fork()
         except OSError as error:
-            log.warning("cannot tidy %s: %s", path, error.strerror)
+            log.warning("cannot remove the run directory %s: %s", path, error.strerror)
             return
         if child is None:
             return
@@ -657,8 +668,8 @@ class Supervisor:
         def reap() -> None:
             self._tidying -= 1
             ending = child.ending()
-            if ending and ending.status == AGAIN:  # its disk is read-only, for now
-                again()
+            if ending and ending.status == AGAIN:  # its disk is read-only now
+                retry()
             self._loop.unwatch(child.fd)
             child.close()
 
@@ -666,7 +677,7 @@ class Supervisor:
 
 
 def _process_of(notes: Mapping[str, str], group: Group) -> Process | None:
-    """The main process that an earlier launcher wrote down; None if it is gone, or is none of the group's."""
+    """The main process in an earlier launcher's notes; None if it is gone, or not in the engine's group."""
     try:
         process = Process(int(notes[PID]), int(notes[START]))
     except (KeyError, ValueError, OverflowError, OSError):
@@ -678,14 +689,8 @@ def _process_of(notes: Mapping[str, str], group: Group) -> Process | None:
     return process
 
 
-def _notes_for_adoption(engine: Engine, process: Process) -> dict[str, str]:
-    """What a launcher that adopts the engine has to know, as metadata of its control group."""
-    assert engine.user
-    return {PID: str(process.pid), START: str(process.start_time), RUN_DIR: engine.run_dir, USER: engine.user.name}
-
-
 def _forget_start(loop: Loop, engine: Engine) -> None:
-    """Close the gate and the error pipe of a start; a child that still waits at the gate exits."""
+    """Close the gate and the error pipe of a start; a child that still waits at the gate then exits."""
     _cancel(engine)
     if engine.child:
         loop.unwatch(engine.child.errors)
@@ -709,9 +714,9 @@ def _read_error(errors: int) -> Failed | None:
 
 
 def _exit_reason(errors: int, ending: Ending) -> Failed:
-    """Why a child ended before its exec: what it wrote into its error pipe, else how it ended."""
-    if said := _read_error(errors):
-        return said
+    """Why a child ended before its exec: the error that it wrote into its pipe, else how it ended."""
+    if failure := _read_error(errors):
+        return failure
     how = f"signal {ending.signal}" if ending.signal else f"status {ending.status}"
     return Failed(f"the process ended with {how} before the command was executed")
 

@@ -1,4 +1,4 @@
-"""Where an engine's output goes, and how it is read again: the journal, or a pipe kept here."""
+"""The destination of an engine's output, which can be read again: the journal, or a pipe to the launcher."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ TakeLines = Callable[[Lines], None]
 
 STREAM_SOCKET = "/run/systemd/journal/stdout"
 KEPT = 500  # lines per engine
-TAIL_LIMIT = 3.0  # seconds; a tail is asked for while somebody waits
-TAIL_SIZE = 4 << 20  # characters of all its lines
+TAIL_SECONDS = 3.0  # for a tail, for which a user waits
+MAX_TAIL_CHARACTERS = 4 << 20
 MAX_TAILS, MAX_FOLLOWS = 32, 512  # processes of journalctl
-JOURNALCTL_MEMORY = 128 << 20  # bytes of its own
-END_LIMIT = 0.5  # seconds for it to end once it has closed its output
-FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds before another is started in the place of one that ended by itself
+JOURNALCTL_MEMORY_BYTES = 128 << 20
+END_SECONDS = 0.5  # for journalctl to end once it has closed its output
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0  # before a journalctl that ended by itself is started again
 _CHUNK = 1 << 16
 _PIPE = 1 << 20  # bytes that a pipe can hold, unless root has allowed more
 
 
 class Journal:
-    """journald takes the output itself, so neither daemon nor launcher can lose a line by dying.
+    """Output goes straight to journald, so no line is lost if the daemon or the launcher dies.
 
-    With the unit's name in the stream's head, every line of even the shortest life
-    is attributed to the scope; journald believes it from root only. A user's own
-    launcher therefore looks for the identifier instead.
+    The stream's head has the unit's name, so that every line is attributed to the scope, even of an engine that ends at
+    once. journald accepts that name from root only; a user's own launcher matches the identifier instead.
     """
 
     def __init__(self, loop: Loop, *, user: bool) -> None:
@@ -57,52 +56,52 @@ class Journal:
             stream.sendall("".join(f"{line}\n" for line in head).encode())
         except OSError as error:
             stream.close()
-            why = f"journald, which takes its output, does not answer at {STREAM_SOCKET}: {error.strerror}"
-            raise OSError(error.errno, why) from None
+            message = f"journald, for the engine's output, does not answer at {STREAM_SOCKET}: {error.strerror}"
+            raise OSError(error.errno, message) from None
         return stream.detach()
 
     def forget(self, instance: str) -> None:
-        """Nothing to forget: the journal keeps it."""
+        """Do nothing: the journal has limits of its own."""
 
     def tail(self, instance: str, lines: int, take: TakeLines) -> None:
-        """Give the last lines once, within ``TAIL_LIMIT``, those written just now included.
+        """Call ``take`` once, within ``TAIL_SECONDS``, with the last lines up to this moment.
 
-        Raises OSError where too many are asked for at a time.
+        Raises OSError if too many logs are being read.
         """
         if self._tails >= MAX_TAILS:
             raise OSError(errno.EAGAIN, f"{MAX_TAILS} logs are being read already")
         self._tails += 1
-        wanted = ("--lines", str(lines))
 
-        def ask(*options: str, then: Callable[[Lines, bool], None]) -> None:
+        def read(*options: str, then: Callable[[Lines, bool], None]) -> None:
             try:
-                _Tail(self._loop, self._journalctl(instance, *options, *wanted), lines, then)
+                argv = self._journalctl(instance, *options, "--lines", str(lines))
+                _Tail(self._loop, argv, lines, then)
             except OSError as error:
                 log.warning("cannot run journalctl: %s", error.strerror)
-                give((), True)
+                finish((), True)
 
-        def give(found: Lines, content: bool) -> None:
-            if not content:  # it met a record that it cannot hold, or that takes it too long
-                ask(then=lambda less, _: give(less, True))
+        def finish(found: Lines, complete: bool) -> None:
+            if not complete:  # a record was too large or took too long: without --all journalctl leaves its text out
+                read(then=lambda less, _: finish(less, True))
                 return
             self._tails -= 1
             take(found)
 
         try:
-            _Tail(self._loop, ["journalctl", "--sync"], 0, lambda *_: ask("--all", then=give))
+            _Tail(self._loop, ["journalctl", "--sync"], 0, lambda *_: read("--all", then=finish))
         except OSError:
             self._tails -= 1
             raise
 
     def follow(self, instance: str, lines: int, take: TakeLines) -> Callable[[], None]:
-        """Give the last lines (``KEPT`` or more: all of them) and all further ones. Returns what ends it.
+        """Call ``take`` with the last lines (``KEPT`` or more: all) and all further ones. Returns the function to stop.
 
-        Raises OSError where there are too many already.
+        Raises OSError if too many logs are being followed.
         """
         if self._follows >= MAX_FOLLOWS:
             raise OSError(errno.EAGAIN, f"{MAX_FOLLOWS} logs are being followed already")
-        # --lines looks from the end of the journal: of an engine that has just begun it would miss what is written
-        # meanwhile (seen on 252). From the beginning on nothing is missed.
+        # --lines searches from the end of the journal, and misses lines that are written meanwhile (seen on 252). For
+        # an engine that has just begun, everything from the beginning on misses nothing.
         shown = ["--no-tail"] if lines >= KEPT else ["--lines", str(lines)]
         follower = _Follower(self._loop, lambda *options: self._journalctl(instance, *options), shown, take)
         self._follows += 1
@@ -123,7 +122,7 @@ class Journal:
 
 
 class Pipes:
-    """Without journald: a pipe per engine, its last lines kept, and also after its end until it is forgotten."""
+    """Without journald: a pipe per engine, and its last lines, which are kept for a while after its end."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -136,20 +135,20 @@ class Pipes:
         return writer
 
     def forget(self, instance: str) -> None:
-        """Keep its lines a while longer, but not those of ever more ended engines."""
+        """Drop the lines of ended engines but the last eight."""
         ended = [name for name, pipe in self._pipes.items() if pipe.ended]
         for name in ended[:-8]:
             del self._pipes[name]
 
     def tail(self, instance: str, lines: int, take: TakeLines) -> None:
-        """Give the last lines at once."""
+        """Call ``take`` at once with the last lines."""
         pipe = self._pipes.get(instance)
         if pipe:
             pipe.read_all()
         take(tuple(pipe.kept)[-lines:] if pipe and lines > 0 else ())
 
     def follow(self, instance: str, lines: int, take: TakeLines) -> Callable[[], None]:
-        """Give the last lines and all further ones. Returns what ends it."""
+        """Call ``take`` with the last lines and all further ones. Returns the function to stop."""
         pipe = self._pipes.get(instance)
         if pipe is None:
             return lambda: None
@@ -168,13 +167,13 @@ class _Pipe:
         loop.watch(fd, self.read_once)
 
     def read_all(self) -> None:
-        """What is there now, also if the loop has not come to it yet."""
-        for _ in range(_PIPE // _CHUNK):  # an engine that goes on writing does not keep us
+        """Read all that is in the pipe now, before the loop comes to it."""
+        for _ in range(_PIPE // _CHUNK):  # bounded: the engine may go on writing
             if self.ended or not self._read():
                 return
 
     def read_once(self) -> None:
-        """What is there now, a chunk at most, so that a talkative engine does not keep the loop."""
+        """Read one chunk, so that an engine that writes much does not hold the loop."""
         self._read()
 
     def _read(self) -> bool:
@@ -190,7 +189,7 @@ class _Pipe:
         return bool(data)
 
     def _take(self, lines: Lines) -> None:
-        self.kept.extend(lines)  # all of them: the last words of an engine in a hurry tell why
+        self.kept.extend(lines)  # whatever the rate: an engine's last lines tell why it failed
         passed = self._rate.allow(lines) + (self._rate.end() if self.ended else ())
         if passed:
             for take in tuple(self.followers):
@@ -198,20 +197,25 @@ class _Pipe:
 
 
 class _Tail:
-    """A command whose last lines are wanted, within a limit; killed after it, whatever came by then is given.
+    """Runs a command for its last lines, and kills it after ``seconds``.
 
-    ``take`` also gets whether the command came to its end.
+    ``take`` gets the lines so far, and whether the command ended by itself with status 0.
     """
 
     def __init__(
-        self, loop: Loop, argv: Sequence[str], lines: int, take: Callable[[Lines, bool], None], end: float = TAIL_LIMIT
+        self,
+        loop: Loop,
+        argv: Sequence[str],
+        lines: int,
+        take: Callable[[Lines, bool], None],
+        seconds: float = TAIL_SECONDS,
     ) -> None:
         self._loop, self._take = loop, take
         self._records, self._lines, self._size, self._most = LineReader(LONGEST_RECORD), deque[str](), 0, lines
         self._process = _run(argv)
         assert self._process.stdout
         self._fd = self._process.stdout.fileno()
-        self._timer = loop.later(end, self._finish)
+        self._timer = loop.later(seconds, self._finish)
         loop.watch(self._fd, self._read)
 
     def _read(self) -> None:
@@ -220,14 +224,14 @@ class _Tail:
             if (line := message(record)) is not None:
                 self._keep(line)
         if not data:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it is just ending: how, tells whether that was all
-                self._process.wait(END_LIMIT)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is just ending; its status is needed
+                self._process.wait(END_SECONDS)
             self._finish()
 
     def _keep(self, line: str) -> None:
         self._lines.append(line)
         self._size += len(line)
-        while len(self._lines) > self._most or self._size > TAIL_SIZE:
+        while len(self._lines) > self._most or self._size > MAX_TAIL_CHARACTERS:
             self._size -= len(self._lines.popleft())
 
     def _finish(self) -> None:
@@ -238,15 +242,15 @@ class _Tail:
 
 
 class _Follower:
-    """journalctl --follow, its lines given in groups as they come.
+    """Runs journalctl --follow, and passes its lines on in groups as they come.
 
-    One that ends by itself has met a record that it cannot hold, or the kernel took its memory: another goes on
-    behind what was shown, and leaves out the text of what is very long.
+    If it ends by itself, a record was too large for its memory limit, or the kernel killed it for memory: it is started
+    again behind the last record, without --all, so that it leaves the text of very long records out.
     """
 
     def __init__(self, loop: Loop, journalctl: Callable[..., list[str]], shown: Sequence[str], take: TakeLines) -> None:
         self._loop, self._journalctl, self._shown, self._take = loop, journalctl, shown, take
-        self._cursor, self._pause, self._rate = "", FIRST_PAUSE, Rate(2 * BURST)  # journald has its own
+        self._cursor, self._pause, self._rate = "", MIN_PAUSE_SECONDS, Rate(2 * BURST)  # journald limits to BURST
         self._timer: Timer | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._begin("--all", *shown)
@@ -266,16 +270,16 @@ class _Follower:
         records = list(self._records.feed(data))
         if records:
             self._cursor = cursor(records[-1]) or self._cursor
-            self._pause = FIRST_PAUSE
+            self._pause = MIN_PAUSE_SECONDS
         lines = self._rate.allow(tuple(line for line in map(message, records) if line is not None))
         if lines:
             self._take(lines)
 
     def _ended(self) -> None:
-        log.warning("journalctl --follow has ended by itself; going on in %g s", self._pause)
+        log.warning("journalctl --follow has ended by itself; it is started again in %g s", self._pause)
         self._close()
         self._timer = self._loop.later(self._pause, self._resume)
-        self._pause = min(2 * self._pause, LAST_PAUSE)
+        self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
 
     def _resume(self) -> None:
         try:
@@ -291,7 +295,7 @@ class _Follower:
             self._process = None
 
     def stop(self) -> None:
-        """End the following: no more lines are read or passed on."""
+        """Stop: no more lines are read or passed on."""
         if self._timer:
             self._timer.cancel()
         self._close()
@@ -300,8 +304,8 @@ class _Follower:
 def _run(argv: Sequence[str]) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with contextlib.suppress(OSError):  # it has ended
-        # It holds a record whole; the journal itself, which it maps, does not count.
-        resource.prlimit(process.pid, resource.RLIMIT_DATA, (JOURNALCTL_MEMORY, JOURNALCTL_MEMORY))
+        # It reads a whole record into memory, of any size; the journal's files, which it maps, do not count.
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (JOURNALCTL_MEMORY_BYTES, JOURNALCTL_MEMORY_BYTES))
     return process
 
 

@@ -1,12 +1,11 @@
-"""What the daemon and the launcher say to each other: one JSON packet per message on AF_UNIX SOCK_SEQPACKET.
+"""The messages between the daemon and the launcher: one JSON packet per message on AF_UNIX SOCK_SEQPACKET.
 
-A packet is ``{"id": 7, "type": "Signal", "body": {...}}``. The client numbers its
-requests from 1; the answer has the same number; what nobody asked for has 0.
-Types, sizes and names are checked on both sides: a wrong packet is answered with
-``Failed`` and changes nothing. The launcher is root and the daemon parses what
-comes from the network, so nothing of a packet is believed: every number and
-length has a bound here, every text is Unicode without control characters, and
-whatever is built from a packet has passed all of it.
+A packet is ``{"id": 7, "type": "Signal", "body": {...}}``. The client numbers its requests from 1; an answer has the
+number of its request, any other message has 0. Types, sizes and names are checked on both sides: a malformed packet is
+answered with ``Failed`` and changes nothing.
+
+The launcher is root, and the daemon parses data from the network, so no packet is trusted: every number and length has
+a bound here, every text is Unicode without control characters, and a message object exists only if all checks passed.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from typing import Any
 from vllmd.frozen import frozen
 from vllmd.text import control_character
 
-PROTOCOL = 3  # raised when a daemon needs what an older launcher cannot do; 1 is that of 0.1.0
+PROTOCOL = 3  # raised when a daemon needs something that an older launcher cannot do; 1 is that of 0.1.0
 MAX_PACKET = 128 << 10  # bytes; the kernel's default send buffer takes 208 KiB
-MAX_ID = (1 << 53) - 1  # what every JSON library can count to
+MAX_ID = (1 << 53) - 1  # exact in every JSON library
 MAX_LINE = 8 << 10  # characters of a log line that are passed on
-MAX_LINES = 10_000  # that may be asked for at a time
+MAX_LINES = 10_000  # in one request
 LINES_PER_PACKET = MAX_PACKET // 2  # bytes
 ENGINES_PER_PACKET = MAX_PACKET // 2  # bytes
 
@@ -39,7 +38,7 @@ MAX_METADATA = 64, 16 << 10  # keys, and bytes as JSON: a cgroup takes 128 attri
 MAX_ARGUMENTS, MAX_ARGUMENT = 1024, 64 << 10  # words of argv or variables in env, bytes of one
 MAX_PATH, MAX_SOCKET = 4095, 107  # bytes, of any path and of a Unix socket's
 MAX_NUMBER = (1 << 63) - 1
-MAX_CPUS, MAX_NODE = 8192, 1023  # what the kernel can be built for
+MAX_CPUS, MAX_NODE = 8192, 1023  # the largest numbers that a kernel can be built for
 LIMITS: Mapping[str, tuple[tuple[type, ...], float, float]] = {  # types, lowest and highest
     "memory_max": ((int,), 0, MAX_NUMBER),  # bytes
     "memory_high": ((int,), 0, MAX_NUMBER),
@@ -60,7 +59,7 @@ def unit_of(instance: str) -> str:
 
 
 def instance_of(unit: str) -> str | None:
-    """The instance whose scope this is; None for any other unit."""
+    """The instance of a unit's name; None if the unit is no engine's scope."""
     if not (unit.startswith(UNIT_PREFIX) and unit.endswith(UNIT_SUFFIX)):
         return None
     instance = unit[len(UNIT_PREFIX) : -len(UNIT_SUFFIX)]
@@ -75,22 +74,24 @@ class ProtocolError(Exception):
         self.id = id
 
 
-# --- the nouns ---
+# --- the parts of messages ---
 
 
 @frozen
 class StartOrder:
-    """What to run. Times in seconds; raises ProtocolError for what could never work.
+    """The order to start one engine. Times in seconds. Raises ProtocolError for an order that could never work.
 
-    ``instance`` is unique for ever (``qwen3-1a2b``); the unit is ``vllmd-model-INSTANCE.scope``.
-    ``env`` is added to the launcher's base environment. ``run_dir`` is made, and removed, by the engine's user.
-    ``listen_uds``: a stale socket file in it that is unlinked first. ``user``: "" is the launcher's default.
-    ``limits``: fields of ``config.types.ScopeLimits`` that are set. ``metadata`` survives launcher and daemon.
-    ``timeout``: for the scope to be made and the command executed. ``stop_timeout``: between SIGTERM
-    and SIGKILL when systemd itself stops the scope. ``cpus``: those that it begins on, empty for all; ``node``: the
-    NUMA node from which it takes memory while there is some, -1 for any.
-    ``waits``: it is a standby (``launcher.handover``), which ends with the connection that it was ordered on.
-    ``standby``: the instance of a standby that is to become this engine; started as ever where that does not work.
+    - ``instance`` is never used twice (``qwen3-1a2b``); the unit is ``vllmd-model-INSTANCE.scope``.
+    - ``env`` is added to the launcher's base environment.
+    - ``run_dir`` is made, and removed, by the engine's user; ``listen_uds``: a stale socket in it, unlinked first.
+    - ``user``: "" is the launcher's default.
+    - ``limits``: fields of ``config.types.ScopeLimits`` that are set.
+    - ``metadata`` survives launcher and daemon.
+    - ``timeout``: for the scope to be made and the command executed; ``stop_timeout``: between SIGTERM and SIGKILL when
+      systemd itself stops the scope.
+    - ``cpus``: the initial CPU affinity, empty for all; ``node``: the preferred NUMA node, -1 for any.
+    - ``waits``: the engine is a standby (``launcher.handover``), which ends with the connection of its order.
+    - ``standby``: the instance of a standby that is to become this engine. If that fails, it is started without.
     """
 
     instance: str
@@ -139,10 +140,10 @@ class StartOrder:
 
 @frozen
 class Running:
-    """An engine that was started, or found again. ``cgroup`` is a path, "" where it has none of its own.
+    """An engine that was started or adopted. ``cgroup`` is a path, "" if it has none of its own.
 
-    ``ending``: its main process has ended (``pid`` may be 0 then); its Exited follows when the rest is gone.
-    ``uid``: the user id that it runs as; -1 if that is not known. ``standby``: the one that it was made of.
+    ``ending``: its main process has ended (``pid`` may be 0 then); Exited follows when its other processes are gone.
+    ``uid``: the user id that it runs as, -1 if that is not known. ``standby``: the instance that it was made of.
     """
 
     instance: str
@@ -157,11 +158,10 @@ class Running:
 
 @frozen
 class ExitReport:
-    """An engine's end. ``status`` and ``signal`` are None where nobody can know them.
+    """An engine's end. ``status`` and ``signal`` are None if they cannot be known.
 
-    ``empty``: no process of it is left (False only after every attempt to kill them failed).
-    ``oom``: the kernel killed one of its processes for memory. ``log_tail``: its last lines,
-    not read where the end was asked for by a signal or kill.
+    ``empty``: no process of it is left (False only after every attempt to kill them failed). ``oom``: the kernel killed
+    one of its processes for memory. ``log_tail``: its last lines; empty if a signal or kill requested the end.
     """
 
     instance: str
@@ -174,7 +174,7 @@ class ExitReport:
 
 @frozen
 class LauncherInfo:
-    """Which backend runs engines: ``systemd``, ``systemd-user`` or ``sessions``; which limits have effect there.
+    """The backend (``systemd``, ``systemd-user`` or ``sessions``), and the limits that have an effect there.
 
     ``protocol``: the launcher's PROTOCOL. A daemon waits for a launcher that is not older than itself.
     """
@@ -232,9 +232,9 @@ class Annotate:
 
 @frozen
 class Follow:
-    """Send the last ``lines`` and all further ones as Logged. Answered by Done.
+    """Send the last ``lines`` of an engine's log and all further ones as Logged. Answered by Done.
 
-    Of one that does not run (any more) only the last lines come.
+    For an engine that does not run only the last lines are sent.
     """
 
     instance: str
@@ -269,25 +269,25 @@ class Tail:
 
 @frozen
 class List:
-    """Ask for every engine that runs. Answered by Engines."""
+    """Request the list of engines that run. Answered by Engines."""
 
 
 @frozen
 class Info:
-    """Ask what this launcher is. Answered by LauncherInfo."""
+    """Request the launcher's properties. Answered by LauncherInfo."""
 
 
-# --- answers, and what comes unasked ---
+# --- answers, and messages to every client ---
 
 
 @frozen
 class Done:
-    """What was asked for has been done."""
+    """The request has been carried out."""
 
 
 @frozen
 class Failed:
-    """What was asked for was refused or did not work. ``permanent``: trying again cannot help."""
+    """The request was refused or failed. ``permanent``: trying again cannot help."""
 
     message: str
     permanent: bool = False
@@ -318,7 +318,7 @@ class Lines:
 
 @frozen
 class Exited:
-    """An engine has ended; sent unasked to every client."""
+    """An engine has ended; sent to every client."""
 
     report: ExitReport
 
@@ -333,10 +333,7 @@ class Logged:
 
 @frozen
 class Waiting:
-    """A standby has imported what it was told to, and waits for an order; sent unasked to every client.
-
-    ``memory``: bytes that it holds.
-    """
+    """A standby's imports are done, and it waits for an order; sent to every client. ``memory``: its own, in bytes."""
 
     instance: str
     memory: int = 0
@@ -354,7 +351,7 @@ _HINTS = {kind: typing.get_type_hints(kind) for kind in _BODIES}
 
 
 def encode(message: Message, id: int = 0) -> bytes:
-    """The packet. Raises ProtocolError if it would be too large."""
+    """The packet of a message. Raises ProtocolError if it would be too large."""
     body = dataclasses.asdict(message)
     packet = json.dumps({"id": id, "type": type(message).__name__, "body": body}, separators=(",", ":")).encode()
     if len(packet) > MAX_PACKET:
@@ -365,7 +362,7 @@ def encode(message: Message, id: int = 0) -> bytes:
 def decode(packet: bytes, *, newer: bool = False) -> tuple[int, Message]:
     """The number and the message. Raises ProtocolError, with the number where it could be read, and nothing else.
 
-    ``newer``: fields that are not known here are passed over; the daemon reads its launcher so, after an upgrade.
+    ``newer``: ignore unknown fields. The daemon reads a launcher's packets so, which may be newer after an upgrade.
     """
     if len(packet) > MAX_PACKET:
         raise ProtocolError(f"a packet of more than {MAX_PACKET} bytes")
@@ -387,7 +384,7 @@ def decode(packet: bytes, *, newer: bool = False) -> tuple[int, Message]:
 
 
 def pack_lines(lines: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    """The lines in groups that fit a packet each; an overlong line is cut and says so."""
+    """The lines in groups that fit a packet each; an overlong line is clipped."""
     group: list[str] = []
     size = 0
     for line in lines:
@@ -402,7 +399,7 @@ def pack_lines(lines: Iterable[str]) -> Iterator[tuple[str, ...]]:
 
 
 def clip(line: str, longest: int = MAX_LINE) -> str:
-    """The line, or its beginning and how long it was."""
+    """The line, or its beginning and its length."""
     return line if len(line) <= longest else f"{line[:longest]}... [{len(line)} characters]"
 
 
@@ -421,7 +418,7 @@ def pack_engines(engines: Iterable[Running]) -> Iterator[tuple[Running, ...]]:
 
 
 def brief(value: object) -> str:
-    """Python's way of writing what somebody sent, its beginning only."""
+    """The beginning of the repr of a value that was sent, for error messages."""
     text = repr(value if isinstance(value, str | int | float | None) else type(value).__name__)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -443,14 +440,16 @@ def check_standby(order: StartOrder) -> None:
 
 
 def check_lines(lines: int) -> None:
-    """Raises ProtocolError for a number of lines that nobody needs."""
+    """Raises ProtocolError for a number of lines that is too large."""
     if not 0 <= lines <= MAX_LINES:
         raise ProtocolError(f"lines must be from 0 to {MAX_LINES}")
 
 
 def check_text(where: str, text: str, longest: int) -> None:
-    """Raises ProtocolError for a control character (in a text that becomes a line somewhere it could begin
-    another), for what is no Unicode, and for more than ``longest`` bytes."""
+    """Raises ProtocolError for a control character, for text that is no Unicode, and for more than ``longest`` bytes.
+
+    Some texts become a line of a file or of the log, where a line end would begin another one.
+    """
     if found := control_character(text):
         raise ProtocolError(f"the control character {found} in {where}")
     if len(text.encode()) > longest:
@@ -516,7 +515,7 @@ def _build(kind: type[Any], body: object, where: str, newer: bool) -> Any:
 
 
 def _convert(hint: Any, value: object, where: str, newer: bool) -> Any:
-    """A JSON value as the annotation says; ProtocolError if it is something else."""
+    """A JSON value as the type ``hint``. Raises ProtocolError if it has another type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type[Any], hint), value, where, newer)
@@ -533,11 +532,11 @@ def _convert(hint: Any, value: object, where: str, newer: bool) -> Any:
 
 
 def _plain(kinds: tuple[Any, ...], value: object, where: str) -> object:
-    """A number, text, truth or nothing; whole numbers are fine where floats are wanted."""
+    """A number, string, boolean or null of one of the ``kinds``; an int is accepted as a float."""
     accepted = (*kinds, int) if float in kinds else kinds
     if type(value) not in accepted:
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ProtocolError(f"{where} must be {wanted}, not {type(value).__name__}")
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ProtocolError(f"{where} must be {expected}, not {type(value).__name__}")
     if isinstance(value, str):
         return _text(value, where)
     if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:  # NaN is not, either
@@ -546,7 +545,7 @@ def _plain(kinds: tuple[Any, ...], value: object, where: str) -> object:
 
 
 def _text(value: str, where: str) -> str:
-    """JSON can write halves of surrogate pairs, which nothing that we pass a text on to can."""
+    """Refuse halves of surrogate pairs, which JSON can express and UTF-8 cannot. Raises ProtocolError."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Engines in transient scopes of systemd, on the system bus or a user's; ``bus`` knows how it is spoken to.
+"""Engines in transient scopes of systemd, on the system bus or a user's; ``bus`` makes the calls.
 
 A scope is ``vllmd-model-INSTANCE.scope`` in ``vllmd.slice``, with
 
@@ -9,22 +9,22 @@ A scope is ``vllmd-model-INSTANCE.scope`` in ``vllmd.slice``, with
   stopped. ``After=`` would SIGTERM the engines first (the streams are cut) and
   would make a scope wait for the daemon's READY=1. Measured on systemd 252: see
   ``units/README.md``;
-* ``After=vllmd-launcher.service``: where both are stopped, as at a shutdown, we
-  stay until the scope is gone. Without it systemd may ask a launcher that is
-  just ending, and the engine learns nothing until it is killed;
-* ``Controller=`` us: systemd asks us (signal RequestStop) instead of sending
-  SIGTERM to every process, and we send it to the main process alone, because
-  workers of vLLM die of it at once. With us gone, or our connection to the bus
-  made anew, it falls back to SIGTERM for all.
+* ``After=vllmd-launcher.service``: if both are stopped, as at a shutdown, the
+  launcher stays until the scope is gone. Without it systemd may send RequestStop to
+  a launcher that is just ending, and the engine gets no signal until it is killed;
+* ``Controller=`` the launcher: systemd asks the launcher (signal RequestStop) instead
+  of sending SIGTERM to every process, and the launcher sends it to the main process
+  alone, because workers of vLLM die of it at once. If the launcher is gone, or has a
+  new connection to the bus, systemd falls back to SIGTERM for all.
 
-While the daemon has a job of its own, a scope needs care. ``PartOf=`` is resolved
+While the daemon's service has a job, a scope needs care. ``PartOf=`` is resolved
 when ``systemctl stop`` is given: a scope made later is not stopped with the daemon,
-and because of ``Before=`` its start waits until the daemon has gone. So nothing is
-started once the service has a stop job, and it is looked at again before anybody is
-let through the gate: then a stop that came in between has either taken the scope
-along, or is still there to be seen. A *restart* also holds scopes up, for as long as
-the daemon drains; it needs its engines meanwhile and leaves them running, so there
-the scope is made without regard to other jobs.
+and because of ``Before=`` its start waits until the daemon has ended. So nothing is
+started once the service has a stop job, and the job is checked again before the gate
+is opened: a stop in between has either taken the scope along, or its job is still
+there. A *restart* also delays scopes, for as long as the daemon drains; it needs its
+engines meanwhile and leaves them running, so the scope is made with the job mode
+``ignore-dependencies`` then.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from vllmd.launcher.protocol import LIMITS, UNIT_PREFIX, UNIT_SUFFIX, StartOrder
 log = logging.getLogger(__name__)
 
 SERVICE, LAUNCHER, SLICE = "vllmd.service", "vllmd-launcher.service", "vllmd.slice"
-PATIENCE = 0.1  # seconds for systemd to notice by itself that a scope is empty; it takes about one millisecond
-RETRY = 0.02  # seconds until systemd is asked again: for a name that it has not let go, or while it cannot be asked
+EMPTY_SECONDS = 0.1  # for systemd to notice by itself that a scope is empty; it takes about one millisecond
+RETRY_SECONDS = 0.02  # until the next try: for a name that is still in use, or while systemd cannot be reached
 NAME_TRIES = 50
-FAILED_COST = 10  # of them, for a job that failed: what fails for another reason fails again
-JOB_LOOK = 1.0  # seconds after which a job is looked for: its end may have been told while nobody listened
+FAILED_COST = 10  # tries that a failed job costs: a failure with another cause repeats itself
+JOB_CHECK_SECONDS = 1.0  # after which a job is looked up: its signal may be lost
 STOPPED = "vllmd is being stopped: no model is started any more"
 
 _PROPERTIES: dict[str, tuple[bytes, Callable[[Any], Any]]] = {
@@ -85,8 +85,8 @@ class Scopes:
         self._ask_to_stop = stop_requested
         self._jobs: dict[bytes, _Job] = {}
         self._loaded: set[str] = set()
-        self._folders: dict[str, Path] = {}  # of units, their groups
-        self._placing: dict[str, Timer] = {}  # units that systemd is to be asked for once more
+        self._folders: dict[str, Path] = {}  # unit -> its cgroup
+        self._placing: dict[str, Timer] = {}  # units whose creation is tried again
         self._retiring: dict[str, Callable[[], None]] = {}
         self._bus = Bus(loop, self, user=user)
         self.detail = f"scopes of systemd {self._bus.version} on the {'user' if user else 'system'} bus"
@@ -94,7 +94,7 @@ class Scopes:
     # --- what a backend does ---
 
     def place(self, order: StartOrder, process: Process, placed: Placed, tries: int = NAME_TRIES) -> None:
-        """Make the scope with the process in it. While systemd cannot be asked it is tried again, until `retire`."""
+        """Make the scope with the process in it. While systemd cannot be reached it is tried again, until `retire`."""
         if hierarchy() is None:
             placed(None, NO_VERSION_2)
             return
@@ -105,14 +105,14 @@ class Scopes:
             job = self._make(unit, self._properties(order, process.pid), service, slice)
         except BusError as error:
             exists = "already loaded" in str(error)  # UnitRemoved can come a moment before the name is free
-            if exists and _is_in(process, unit):  # a call whose answer was lost had done it
+            if exists and _is_in(process, unit):  # an earlier call, whose answer was lost, has made it
                 self._made(unit, process, "done", placed)
                 return
             if error.lost:
-                self._loaded.add(unit)  # perhaps
+                self._loaded.add(unit)  # the call may have been carried out
             if error.lost or (exists and tries):
                 again = tries - 1 if exists else tries
-                self._placing[unit] = self._loop.later(RETRY, lambda: self.place(order, process, placed, again))
+                self._placing[unit] = self._loop.later(RETRY_SECONDS, lambda: self.place(order, process, placed, again))
                 return
             placed(None, f"systemd refused to make {unit}: {error}")
             return
@@ -122,17 +122,17 @@ class Scopes:
         self._loaded.add(unit)
 
         def ended(result: str) -> None:
-            # systemd cannot put a process into a group that it is just removing: that of the last unit of this name.
+            # systemd cannot put a process into the cgroup of the last unit of this name, which it is just removing.
             if result == "failed" and tries > 0:
                 again = lambda: self.place(order, process, placed, tries - FAILED_COST)  # noqa: E731
-                self._placing[unit] = self._loop.later(RETRY, again)
+                self._placing[unit] = self._loop.later(RETRY_SECONDS, again)
             else:
                 self._made(unit, process, result, placed, was_down=_is_down(service))
 
         self._await(job, unit, ended)
 
     def _make(self, unit: str, properties: Mapping[bytes, Any], service: Unit, slice: Unit) -> bytes | None:
-        """The job, or None if nothing may be started. Raises BusError."""
+        """The path of the job that makes the scope, or None if nothing may be started. Raises BusError."""
         if service.job == "stop":
             return None
         mode = b"fail"
@@ -143,9 +143,10 @@ class Scopes:
         return self._bus.start_scope(unit, mode, properties)
 
     def _made(self, unit: str, process: Process, result: str, placed: Placed, *, was_down: bool = False) -> None:
-        """``done`` alone is not enough: a process that died meanwhile leaves a scope that nobody is in.
+        """The job has ended. ``done`` alone is not enough: a process that died meanwhile leaves an empty scope.
 
-        ``was_down``: the service was, before the scope was asked for; then it is somebody else's daemon that wants it.
+        ``was_down``: the service was down before the call, so the daemon was started in another way (by hand, a test),
+        and its being down now is no stop.
         """
         if result != "done":
             placed(None, f"systemd's job to make {unit} ended with {result!r}")
@@ -155,7 +156,7 @@ class Scopes:
         except BusError as error:
             if error.lost:
                 again = lambda: self._made(unit, process, result, placed, was_down=was_down)  # noqa: E731
-                self._placing[unit] = self._loop.later(RETRY, again)
+                self._placing[unit] = self._loop.later(RETRY_SECONDS, again)
             else:
                 placed(None, f"systemd does not say what {SERVICE} is doing: {error}")
             return
@@ -169,9 +170,7 @@ class Scopes:
             placed(None, f"the process died while systemd made {unit}")
 
     def retire(self, instance: str, retired: Callable[[], None]) -> None:
-        """Wait until systemd has noticed that the scope is empty and has forgotten it, which frees its name; else stop
-        it.
-        """
+        """Wait until systemd has forgotten the empty scope, which frees its name; after a while stop the unit."""
         unit = unit_of(instance)
         if again := self._placing.pop(unit, None):
             again.cancel()
@@ -179,23 +178,23 @@ class Scopes:
             retired()
             return
         self._retiring[unit] = retired
-        self._loop.later(PATIENCE, lambda: self._stop(unit))
+        self._loop.later(EMPTY_SECONDS, lambda: self._stop(unit))
 
     def _stop(self, unit: str) -> None:
-        """Of a scope around a zombie, or one that is still being made, systemd notices nothing by itself.
+        """Stop a unit that systemd does not remove by itself: one around a zombie, or one that is still being made.
 
-        As its controller we would be asked to end processes that there are none of, and systemd would wait for the
-        scope to become empty, which it is, until its stop timeout.
+        It is abandoned first. Otherwise systemd would ask its controller, this launcher, to end processes that do not
+        exist, and would wait until the stop timeout for a change of a scope that is empty already.
         """
         if unit not in self._retiring:
             return
-        with contextlib.suppress(BusError):  # it is still being made; what follows will tell
+        with contextlib.suppress(BusError):  # fails while the scope is still being made; ``stop`` works then, too
             self._bus.abandon(unit)
         try:
             job = self._bus.stop(unit)
         except BusError as error:
             if error.lost:
-                self._loop.later(RETRY, lambda: self._stop(unit))
+                self._loop.later(RETRY_SECONDS, lambda: self._stop(unit))
                 return
             if "not loaded" not in str(error):
                 log.warning("cannot stop %s: %s", unit, error)
@@ -204,27 +203,23 @@ class Scopes:
         self._await(job, unit, lambda _: self.unit_removed(unit))
 
     def adopt(self) -> Sequence[Found]:
-        """The scopes of an earlier launcher; even one without processes, which may linger for ever otherwise."""
+        """The scopes of an earlier launcher, empty ones included, which would stay for ever."""
         try:
             units = self._bus.matching(f"{UNIT_PREFIX}*{UNIT_SUFFIX}")
             found = [(instance_of(unit.name), self._group(unit)) for unit in units]
         except BusError as error:
-            raise OSError(f"cannot ask systemd what runs: {error}") from None
+            raise OSError(f"cannot list the engines' scopes: {error}") from None
         self._loaded |= {unit.name for unit in units}
         self._folders |= {unit_of(instance): Path(group.location()) for instance, group in found if instance}
-        self._remove_left_groups()
-        return [Found(instance, group) for instance, group in found if instance]
-
-    def _remove_left_groups(self) -> None:
-        """Empty groups of scopes that systemd does not know any more."""
-        root = hierarchy()
+        root = hierarchy()  # remove empty cgroups of scopes that systemd does not know any more
         for folder in root.glob(f"{SLICE}/{UNIT_PREFIX}*{UNIT_SUFFIX}") if root else ():
             if folder.name not in self._loaded:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+        return [Found(instance, group) for instance, group in found if instance]
 
     def abandoned(self) -> bool:
-        """Whether the daemon's service is down and stays down: nothing starts it, and nothing is going to."""
+        """Whether the daemon's service is down and stays down: it has no job."""
         try:
             (service,) = self._bus.units(SERVICE)
         except BusError:
@@ -244,8 +239,8 @@ class Scopes:
         limits = {_PROPERTIES[name][0]: _PROPERTIES[name][1](value) for name, value in order.limits.items()}
         return {
             b"PIDs": [pid],
-            # systemd writes it into the transient unit's file and believes each line of that at its next reload: so it
-            # is made here, of the checked instance, and never of a text that somebody sent.
+            # systemd writes it into the transient unit's file and parses each line of that at its next reload. So it is
+            # made of the checked instance, never of a text from a packet.
             b"Description": f"vllmd engine {order.instance}".encode(),
             b"Slice": SLICE.encode(),
             b"PartOf": [SERVICE.encode()],
@@ -262,17 +257,17 @@ class Scopes:
         assert root, "systemd runs, so cgroup v2 is mounted"
         return WatchedCgroup(root / (self._bus.control_group(unit).strip("/") or "gone"), self._watcher)
 
-    # --- jobs, and what systemd says of them ---
+    # --- jobs and systemd's signals ---
 
     def _await(self, job: bytes, unit: str, finish: Callable[[str], None]) -> None:
-        self._jobs[job] = _Job(unit, finish, self._loop.later(JOB_LOOK, lambda: self._look_for(job)))
+        self._jobs[job] = _Job(unit, finish, self._loop.later(JOB_CHECK_SECONDS, lambda: self._check_job(job)))
 
-    def _look_for(self, job: bytes) -> None:
-        """A job that its unit has no more has ended, though nobody told: how, the unit's state shows."""
+    def _check_job(self, job: bytes) -> None:
+        """Look a job up. If its unit does not have it any more, it has ended, and the unit's state shows how."""
         waiting = self._jobs.get(job)
         if waiting is None:
             return
-        waiting.look.cancel()
+        waiting.check.cancel()
         try:
             (unit,) = self._bus.units(waiting.unit)
         except BusError:
@@ -280,26 +275,26 @@ class Scopes:
         if unit and not unit.job:
             self.job_removed(job, "done" if unit.active == "active" else "lost")
         else:
-            waiting.look = self._loop.later(JOB_LOOK, lambda: self._look_for(job))
+            waiting.check = self._loop.later(JOB_CHECK_SECONDS, lambda: self._check_job(job))
 
     def reconnected(self) -> None:
-        """Whatever was told meanwhile is lost."""
+        """Signals may be lost: look all jobs up."""
         for job in tuple(self._jobs):
-            self._look_for(job)
+            self._check_job(job)
         for unit in tuple(self._retiring):
             self._stop(unit)
 
     def job_removed(self, job: bytes, result: str) -> None:
         """A job of systemd's has ended with ``result``, such as ``done`` or ``failed``."""
         if waiting := self._jobs.pop(job, None):
-            waiting.look.cancel()
+            waiting.check.cancel()
             waiting.finish(result)
 
     def unit_removed(self, unit: str) -> None:
         """systemd has forgotten the unit, so its name is free."""
         self._loaded.discard(unit)
         if folder := self._folders.pop(unit, None):
-            with contextlib.suppress(OSError):  # systemd leaves it behind where it was not quite empty in that moment
+            with contextlib.suppress(OSError):  # systemd leaves a cgroup that was not quite empty in that moment
                 folder.rmdir()
         if retired := self._retiring.pop(unit, None):
             retired()
@@ -312,16 +307,16 @@ class Scopes:
 
 
 class _Job:
-    """Somebody waits for its end."""
+    """A job of systemd's; ``finish`` is called with its result, ``check`` looks it up if no signal came."""
 
-    __slots__ = ("finish", "look", "unit")
+    __slots__ = ("check", "finish", "unit")
 
-    def __init__(self, unit: str, finish: Callable[[str], None], look: Timer) -> None:
-        self.unit, self.finish, self.look = unit, finish, look
+    def __init__(self, unit: str, finish: Callable[[str], None], check: Timer) -> None:
+        self.unit, self.finish, self.check = unit, finish, check
 
 
 def _is_down(unit: Unit) -> bool:
-    """Whether nothing of the unit runs and nothing is about to start it."""
+    """Whether the unit is inactive and has no job."""
     return unit.active in ("inactive", "failed") and not unit.job
 
 
@@ -332,7 +327,7 @@ def _is_in(process: Process, unit: str) -> Cgroup | None:
 
 
 def _unescape(label: bytes) -> str:
-    """``vllmd_2dmodel`` is how D-Bus writes ``vllmd-model`` in a path; "" for what it does not write so."""
+    """The name in a D-Bus path, which has ``vllmd_2dmodel`` for ``vllmd-model``; "" if it is malformed."""
     head, *parts = label.split(b"_")
     try:
         text = head + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in parts)

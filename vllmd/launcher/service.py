@@ -1,12 +1,11 @@
-"""The launcher as a service: who may connect, what each message does, when it may end.
+"""The launcher as a service: which users may connect, what each message does, when the launcher may exit.
 
-One thread. A client is a connection on which packets are answered in their own
-time; every client hears of every exit. A client that does not read is dropped
-rather than waited for.
+One thread. Requests on a connection are answered in any order, and each exit of an engine is sent to every client. A
+client that does not read is disconnected rather than waited for.
 
-Every packet has exactly one answer, whatever was in it: what is wrong with it, or
-with us, is the answer. What a client can make us hold (packets, followed logs,
-answers under way) is bounded, and so is what it can make us log.
+Every packet has exactly one answer, whatever is in it; an error of the launcher's own is one, too. Everything that a
+client can make the launcher hold (packets, followed logs, unfinished answers) is bounded, and so is what it can make it
+log.
 """
 
 from __future__ import annotations
@@ -60,14 +59,14 @@ from vllmd.systemd.throttle import Throttle
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS = 64
-MAX_QUEUED = 16 << 20  # bytes for a client that does not read; then it is dropped
-MAX_QUEUED_LOGS = 2 << 20  # bytes; log lines are dropped earlier
+MAX_QUEUED_BYTES = 16 << 20  # for a client that does not read; beyond it the client is disconnected
+MAX_QUEUED_LOG_BYTES = 2 << 20  # beyond it log lines are dropped
 MAX_FOLLOWED = 256  # logs that a client may follow at a time
-MAX_WORDS = 2000  # characters of what went wrong
+MAX_ERROR_CHARACTERS = 2000
 
 
 class Service:
-    """Accepts clients on ``listener`` (or has the one given), and ends by itself when it is not needed."""
+    """Accepts clients, hands their requests to the ``supervisor``, and exits when it is not needed."""
 
     def __init__(
         self,
@@ -78,9 +77,9 @@ class Service:
         users: Users | None = None,
         roots: Sequence[str] = (),
     ) -> None:
-        """``uids``: who may connect. ``idle_exit``: seconds with neither clients nor engines.
+        """``uids``: the users that may connect. ``idle_exit``: seconds without clients and engines until it exits.
 
-        ``users`` and ``roots`` are the supervisor's.
+        ``users`` and ``roots`` are those of the ``Supervisor``.
         """
         self._loop = loop
         self._backend = backend
@@ -95,14 +94,14 @@ class Service:
     # --- connections ---
 
     def listen(self, listener: socket.socket) -> None:
-        """Serve whoever may connect there."""
+        """Accept clients on ``listener`` from now on."""
         listener.setblocking(False)
         self._listeners.append(listener)
         self._loop.watch(listener.fileno(), lambda: self._accept(listener))
         self.consider_idle()
 
     def serve(self, connection: socket.socket, gone: Callable[[], None] | None = None) -> None:
-        """Serve this one; ``gone`` is called when it leaves."""
+        """Serve the client on ``connection``; ``gone`` is called when it disconnects."""
         connection.setblocking(False)
         client = Client(self._loop, connection, self._handle, self._left, self._malformed, gone)
         self._clients.append(client)
@@ -112,7 +111,7 @@ class Service:
         connection, _ = listener.accept()
         pid, uid, _ = credentials(connection)
         if uid not in self._uids or len(self._clients) >= MAX_CLIENTS:
-            self._refused.say(logging.WARNING, "refused a connection of process %d, user id %d", pid, uid)
+            self._refused.say(logging.WARNING, "refused a connection from process %d of user id %d", pid, uid)
             connection.close()
             return
         self.serve(connection)
@@ -120,20 +119,20 @@ class Service:
     def _left(self, client: Client) -> None:
         self._clients.remove(client)
         for instance in client.standbys:
-            with contextlib.suppress(KeyError):  # it is gone, or has become an engine
+            with contextlib.suppress(KeyError):  # it has ended, or has become an engine
                 self.supervisor.kill(instance)
         self.consider_idle()
 
     def report(self, report: ExitReport) -> None:
-        """Tell everybody of an engine's end."""
+        """Log an engine's end, and send it to every client."""
         self._reported.say(logging.INFO, "%s", _sentence(report), fields={"MODEL_INSTANCE": report.instance})
         for client in tuple(self._clients):
-            client.unfollow(report.instance)  # it writes no more; journalctl --follow would stay for ever
+            client.unfollow(report.instance)  # it writes nothing more, and journalctl --follow would never end
             client.send(Exited(_fitting(report)))
         self.consider_idle()
 
     def standby_waits(self, instance: str, memory: int) -> None:
-        """Tell everybody that a standby can be used."""
+        """Tell every client that a standby is ready."""
         for client in tuple(self._clients):
             client.send(Waiting(instance, memory))
 
@@ -143,8 +142,11 @@ class Service:
         return len(self._clients)
 
     def consider_idle(self) -> None:
-        """End after a while of nothing. A connection that arrives meanwhile stays in the listener's queue,
-        which is systemd's, and starts the next launcher."""
+        """Exit after ``idle_exit`` seconds without clients and engines.
+
+        A connection that arrives in the very moment of the exit stays in the queue of the listener, which is systemd's,
+        and starts the next launcher.
+        """
         if self._idle:
             self._idle.cancel()
         self._idle = None
@@ -154,7 +156,7 @@ class Service:
     # --- messages ---
 
     def _handle(self, client: Client, id: int, message: Message) -> None:
-        """Answer one request, once. What is wrong with it is the answer."""
+        """Answer one request, once, with Failed if it cannot be carried out."""
         answered = False
 
         def reply(answer: Reply) -> None:
@@ -201,7 +203,7 @@ class Service:
                 assert_never(request)
 
     def _follow(self, client: Client, instance: str, lines: int) -> None:
-        """Of an engine that has ended there is nothing to wait for, only what it wrote."""
+        """Follow the log of an engine; of one that has ended, send the last lines."""
         logs = self._backend.logs
         if self.supervisor.has(instance):
             client.follow(instance, lambda take: logs.follow(instance, lines, take))
@@ -220,13 +222,13 @@ class Service:
     def _start(self, client: Client, order: protocol.StartOrder, reply: Callable[[Reply], None]) -> None:
         def answer(outcome: Started | Failed) -> None:
             if client.closed and isinstance(outcome, Started):
-                # A client that came after the one that ordered it has the list already, without this engine in it.
-                log.warning("%s started when nobody waited for it any more: killed", order.instance)
+                # A newer client may have asked for the list before this engine was in it, and would never know of it.
+                log.warning("engine %s started after its client had disconnected: killed", order.instance)
                 self.supervisor.kill(order.instance)
                 return
-            what = "started" if isinstance(outcome, Started) else f"not started: {outcome.message}"
+            result = "started" if isinstance(outcome, Started) else f"not started: {outcome.message}"
             instance = order.instance
-            self._reported.say(logging.INFO, "%s %s", instance, what, fields={"MODEL_INSTANCE": instance})
+            self._reported.say(logging.INFO, "engine %s %s", instance, result, fields={"MODEL_INSTANCE": instance})
             reply(outcome)
             self.consider_idle()
 
@@ -250,13 +252,13 @@ class Client:
     ) -> None:
         """``gone`` is called when the client has left, after ``left``."""
         self.gone = gone
-        self.standbys: set[str] = set()  # that it has ordered; they end with it
+        self.standbys: set[str] = set()  # ordered by this client; they end with it
         self._loop, self._connection, self._handle, self._left = loop, connection, handle, left
         self._malformed = malformed
         self._queue: deque[bytes] = deque()
         self._queued = 0  # bytes in it
         self._follows: dict[str, Callable[[], None]] = {}
-        self._missed: dict[str, int] = {}  # lines of a followed log that there was no room for
+        self._dropped: dict[str, int] = {}  # lines of a followed log that there was no room for
         loop.watch(connection.fileno(), self._read)
 
     @property
@@ -265,7 +267,7 @@ class Client:
         return self._connection.fileno() < 0
 
     def send(self, message: Message, id: int = 0) -> None:
-        """Queue it and send what can be sent now."""
+        """Queue the message, and send as much as the socket takes now."""
         if self.closed:
             return
         try:
@@ -274,14 +276,14 @@ class Client:
             packet = protocol.encode(failed(str(error)), id)
         self._queue.append(packet)
         self._queued += len(packet)
-        if self._queued > MAX_QUEUED:
-            log.warning("a client does not read its answers: dropped")
+        if self._queued > MAX_QUEUED_BYTES:
+            log.warning("a client does not read its answers (%d bytes of them): disconnected", self._queued)
             self.close()
         else:
             self._flush()
 
     def follow(self, instance: str, begin: Callable[[Callable[[tuple[str, ...]], None]], Callable[[], None]]) -> None:
-        """Send this log from now on; once per instance. Raises OSError where that is too much."""
+        """Send the engine's log from now on, once per instance. Raises OSError if too many logs are followed."""
         self.unfollow(instance)
         if len(self._follows) >= MAX_FOLLOWED:
             raise OSError(errno.EAGAIN, f"{MAX_FOLLOWED} logs are followed on this connection already")
@@ -290,15 +292,15 @@ class Client:
     def unfollow(self, instance: str) -> None:
         """Send this client no more lines of the engine."""
         self._follows.pop(instance, lambda: None)()
-        self._missed.pop(instance, None)
+        self._dropped.pop(instance, None)
 
     def send_lines(self, instance: str, lines: tuple[str, ...]) -> None:
-        """Send lines of a log; those that there is no room for are counted, and said with the next."""
-        if self._queued > MAX_QUEUED_LOGS:
-            self._missed[instance] = self._missed.get(instance, 0) + len(lines)
+        """Send lines of a log. Lines that there is no room for are counted, and the next ones begin with the count."""
+        if self._queued > MAX_QUEUED_LOG_BYTES:
+            self._dropped[instance] = self._dropped.get(instance, 0) + len(lines)
             return
-        if missed := self._missed.pop(instance, 0):
-            lines = (left_out(missed), *lines)
+        if dropped := self._dropped.pop(instance, 0):
+            lines = (left_out(dropped), *lines)
         for group in protocol.pack_lines(lines):
             self.send(Logged(instance, group))
 
@@ -318,7 +320,7 @@ class Client:
             self._malformed.say(logging.WARNING, "a malformed packet: %s", error)
             self.send(failed(f"malformed packet: {error}", permanent=True), error.id)
         except Exception as error:
-            log.exception("a packet could not be read")
+            log.exception("a packet could not be decoded")
             self.send(failed(f"malformed packet: {type(error).__name__}", permanent=True))
         else:
             self._handle(self, id, message)
@@ -337,7 +339,7 @@ class Client:
         self._loop.watch_write(self._connection.fileno(), None)
 
     def close(self) -> None:
-        """Close the connection of a client that has left, or is dropped."""
+        """Close the connection, and end all that the client follows."""
         if self.closed:
             return
         self._loop.unwatch(self._connection.fileno())
@@ -350,9 +352,9 @@ class Client:
 
 
 def allowed_uids(users: Sequence[str]) -> frozenset[int]:
-    """The users that may connect: those named; without any, our own. Raises ValueError if there is no such user.
+    """The ids of the users that may connect: ``users``, or else the launcher's own. Raises ValueError.
 
-    Root is nobody special: it needs no launcher, and a socket that only the daemon may use tells who asked.
+    Root has no privilege here: it needs no launcher, and so every request is the daemon's.
     """
     uids = set()
     for user in users:
@@ -364,8 +366,8 @@ def allowed_uids(users: Sequence[str]) -> frozenset[int]:
 
 
 def failed(message: str, *, permanent: bool = False) -> Failed:
-    """The answer to what cannot be done; it may quote what was sent."""
-    return Failed(protocol.clip(message, MAX_WORDS), permanent)
+    """The answer to a request that cannot be carried out. ``message`` may quote the request, so it is clipped."""
+    return Failed(protocol.clip(message, MAX_ERROR_CHARACTERS), permanent)
 
 
 def _fitting(report: ExitReport) -> ExitReport:
@@ -382,9 +384,10 @@ def _reply_lines(reply: Callable[[Reply], None], lines: tuple[str, ...]) -> None
 
 
 def _sentence(report: ExitReport) -> str:
+    """An engine's end, for the log."""
     how = f"status {report.status}" if report.signal is None else f"signal {report.signal}"
     if report.status is None and report.signal is None:
-        how = "a status that nobody could read"
-    left = "" if report.empty else "; processes of it could not be killed"
+        how = "an unknown status"
+    survivors = "" if report.empty else "; some of its processes could not be killed"
     oom = "; the kernel killed a process of it for memory" if report.oom else ""
-    return f"{report.instance} ended with {how}{oom}{left}"
+    return f"engine {report.instance} ended with {how}{oom}{survivors}"

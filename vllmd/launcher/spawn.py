@@ -1,8 +1,11 @@
-"""Fork a child that makes itself ready, waits at a gate, and becomes the engine only when it is let through.
+"""Fork a child that drops its privileges, waits at a gate, and executes the engine when the gate opens.
 
-The gate is a pipe: the letter G opens it; its end (the launcher died, or gave
-up) means exit. What goes wrong in the child comes back, in words, through a
-second pipe, which the successful exec closes.
+The gate is a pipe: the letter G opens it; its end (the launcher died, or gave up) means exit. An error in the child
+comes back as text through a second pipe, which a successful exec closes.
+
+Everything in the engine's directories is done by the child as the engine's user, never by the launcher as root: that
+user could put a link there at any time. Between fork and exec only the child's own thread exists, and no lock of
+another one can be held, because the launcher has no other threads.
 """
 
 from __future__ import annotations
@@ -16,26 +19,26 @@ import pwd
 import resource
 import signal
 import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from vllmd.launcher.affinity import settle
+from vllmd.launcher.affinity import set_affinity
 from vllmd.launcher.own_users import PREFIX, OwnUsers
 from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
 from vllmd.launcher.protocol import Failed, StartOrder, clip
 from vllmd.text import printable
 
 MARKER = "VLLMD_INSTANCE"
-LINK = "VLLMD_STANDBY_LINK"  # tells a standby which descriptor its end of the pair of sockets is
-NOT_DONE = 1  # status of a child that could not do what it was forked for
-AGAIN = 75  # status of a child that could not tidy up, and may later
-KEY_FILE = "vllmd-key.yaml"  # what an engine's command writes for it, see engines/sglang.py
+LINK = "VLLMD_STANDBY_LINK"  # the descriptor of a standby's end of the pair of sockets
+NOT_DONE = 1  # status of a child that failed
+AGAIN = 75  # status of a child that failed because the disk is read-only now (EX_TEMPFAIL)
+KEY_FILE = "vllmd-key.yaml"  # written by an engine's command, see engines/sglang.py
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
 _PERMANENT |= {errno.ENAMETOOLONG, errno.EINVAL}
-MAX_WORDS = 600  # characters of what went wrong: as JSON it fits a pipe's page, which is written and read in one piece
-# What a service manager or we ourselves put into our environment is not for an engine.
+MAX_ERROR_CHARACTERS = 600  # as JSON they fit a pipe's page, which is written and read in one piece
+# Variables of the launcher's own, from its service manager or its daemon, which no engine gets.
 _OURS = (
     "LISTEN_",
     "NOTIFY_",
@@ -51,10 +54,10 @@ _OURS = (
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """The user that an engine runs as. ``name``: as ordered and noted. ``ours``: the launcher's own user.
+    """The user that an engine runs as. ``name``: as in orders and notes. ``ours``: the launcher's own user.
 
     ``sockets``: the group of the folders in which run directories and homes are made, which only the daemon has
-    beside the launcher; None: there is none. ``makes_home``: the home is made at the user's first start.
+    beside the launcher; None for none. ``makes_home``: the home is made at the user's first start.
     """
 
     name: str
@@ -78,14 +81,14 @@ OURSELVES = User("", os.getuid(), os.getgid(), (), "", ours=True)
 
 
 class Users:
-    """The users that engines may run as: those named on the command line, those made up, or nobody but ourselves.
+    """The users that engines may run as: those named on the command line, models' own users, or the launcher's user.
 
-    Every fork of the launcher gets a ``User`` from here and from nowhere else: for a name that is not allowed there
-    is none, so nothing can be done as root in the name of an engine whose user is not known.
+    Every fork of the launcher gets its ``User`` from here. For a name that is not allowed there is none, so nothing can
+    be done as root for an engine whose user is not known.
     """
 
     def __init__(self, names: Sequence[str] = (), own: OwnUsers | None = None, socket_group: str = "") -> None:
-        """Raises ValueError, in words, for a user or a group that does not exist, or is root."""
+        """Raises ValueError, with a message for operators, for a user or a group that does not exist, or is root."""
         self._allowed: dict[str, User] = {}
         self._own = own
         self._sockets = _group(socket_group)
@@ -101,34 +104,34 @@ class Users:
     def __bool__(self) -> bool:
         return bool(self._allowed)
 
-    def ordered(self, name: str) -> User:
+    def for_order(self, name: str) -> User:
         """The user that an order names; "" is the first one. Raises ValueError for one that is not allowed."""
         if not name:
             return self._default
         if name.startswith(PREFIX):
             if self._own is None or not self._allowed:
                 raise ValueError("no model can have a user of its own here: the launcher has no --own-users")
-            return self._made_up(name, self._own.number(name.removeprefix(PREFIX)))
+            return self._own_user(name, self._own.allocate(name.removeprefix(PREFIX)))
         if name not in self._allowed:
             raise ValueError(f"user {name!r} is not allowed; allowed are: {', '.join(self._allowed) or 'none'}")
         return self._allowed[name]
 
-    def everybody(self) -> tuple[User, ...]:
-        """The users named on the command line, and those made up so far."""
-        made_up = self._own.everybody() if self._own else {}
-        return (*self._allowed.values(), *(self._made_up(PREFIX + name, uid) for name, uid in made_up.items()))
+    def all(self) -> tuple[User, ...]:
+        """The users named on the command line, and models' own users so far."""
+        own = self._own.all() if self._own else {}
+        return (*self._allowed.values(), *(self._own_user(PREFIX + name, uid) for name, uid in own.items()))
 
-    def noted(self, name: str | None) -> User | None:
-        """The user in a launcher's note beside an engine; None for one that is not allowed, and without a note."""
+    def from_note(self, name: str | None) -> User | None:
+        """The user in a launcher's note on an engine's cgroup; None for one that is not allowed, and without a note."""
         if name == OURSELVES.name and not self._allowed:
             return OURSELVES
         if name and name.startswith(PREFIX):
-            number = self._own.noted(name.removeprefix(PREFIX)) if self._own else None
-            return None if number is None else self._made_up(name, number)
+            number = self._own.find(name.removeprefix(PREFIX)) if self._own else None
+            return None if number is None else self._own_user(name, number)
         return self._allowed.get(name or "")
 
-    def _made_up(self, name: str, number: int) -> User:
-        """With the default user's groups, less his own: they give access to devices."""
+    def _own_user(self, name: str, number: int) -> User:
+        """A model's own user. It has the default user's supplementary groups, which give access to devices."""
         assert self._own
         groups = tuple(group for group in self._default.groups if group != self._default.gid)
         home = self._own.home(name.removeprefix(PREFIX))
@@ -136,7 +139,7 @@ class Users:
 
 
 def _group(name: str) -> int | None:
-    """Raises ValueError for a group that does not exist, or is root's."""
+    """The id of a group, None for "". Raises ValueError for a group that does not exist, or is root's."""
     if not name:
         return None
     try:
@@ -150,7 +153,7 @@ def _group(name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A child at its gate. ``errors`` is the pipe on which it says what went wrong; both are the caller's to close."""
+    """A child at its gate. ``errors`` is the pipe for its error; the caller closes both descriptors."""
 
     process: Process
     gate: int
@@ -160,7 +163,7 @@ class Child:
 def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool, link: int | None = None) -> Child:
     """Fork a child that becomes ``user``, writes to ``output``, and waits at its gate. Raises OSError.
 
-    ``link``: a descriptor that its command inherits, and is told of as ``LINK``.
+    ``link``: a descriptor that its command inherits, and finds in the variable ``LINK``.
     """
     gate_reader, gate_writer = os.pipe()
     try:
@@ -198,45 +201,43 @@ def _held(pid: int) -> Process:
 
 
 def prepare(order: StartOrder, user: User) -> Process:
-    """A child that, as the engine's user, makes what a start needs in the file system, as every start does.
+    """Fork a child that, as the engine's user, makes the run directory and the home. It ends with status 0 if it could.
 
-    It ends with 0 if that is done. For an engine that is there already, as a standby. Raises OSError.
+    For an engine that becomes of a standby; others do it themselves (``spawn``). Raises OSError.
     """
     return _in_child(user, lambda: _prepare_folders(order, user))
 
 
 def tidy(run_dir: str, user: User) -> Process:
-    """A child that, as the engine's user, removes what it left in its run directory: sockets, its key, and then the
-    empty directory.
+    """Fork a child that, as the engine's user, removes the sockets, the key and then the empty run directory.
 
-    Files are left alone: whoever named a directory with data in it does not lose them. Raises OSError.
+    Other files stay, and the directory with them: it may have been one with data in it. Raises OSError.
     """
     return _in_child(user, lambda: _empty(run_dir))
 
 
 def unused(root: str, kept: Collection[str]) -> set[str]:
-    """The paths of the directories in ``root`` that are not called like one of ``kept``. Raises OSError."""
+    """The paths of the directories in ``root`` whose names are not in ``kept``. Raises OSError."""
     return {entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False) and entry.name not in kept}
 
 
 def sweep(run_dirs: Collection[str], user: User) -> Process | None:
-    """A child that, as the engine's user, tidies those of these run directories that are that user's.
+    """Fork a child that, as ``user``, removes those of the run directories that belong to that user.
 
-    Such a one stays behind when an engine ends while there is no launcher. None if there is nothing to do. Raises
-    OSError.
+    They stay behind when an engine ends while there is no launcher. None if there is nothing to do. Raises OSError.
     """
-    left = []
+    own = []
     for path in run_dirs:
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(path).st_uid == user.uid:
-                left.append(path)
+                own.append(path)
 
     def empty_all() -> None:
-        for path in left:
+        for path in own:
             with contextlib.suppress(OSError):
                 _empty(path)
 
-    return _in_child(user, empty_all) if left else None
+    return _in_child(user, empty_all) if own else None
 
 
 def _in_child(user: User, work: Callable[[], None]) -> Process:
@@ -262,12 +263,12 @@ def _empty(run_dir: str) -> None:
 
 
 def read_failure(data: bytes) -> Failed:
-    """What the child said went wrong. It ran as the engine's user by then, so it is not taken at its word."""
+    """The error that a child wrote into its pipe. It ran as the engine's user, so the bytes are not trusted."""
     try:
         message, permanent = json.loads(data)
     except (ValueError, TypeError, RecursionError):
-        return Failed("the process failed before the command was executed, and what it said cannot be read")
-    return Failed(printable(str(message)[:MAX_WORDS]), permanent is True)
+        return Failed("the process failed before the command was executed, and its error cannot be read")
+    return Failed(printable(str(message)[:MAX_ERROR_CHARACTERS]), permanent is True)
 
 
 # --- in the child ---
@@ -276,31 +277,41 @@ def read_failure(data: bytes) -> Failed:
 def _become_engine(order: StartOrder, user: User, fds: tuple[int, int, int, int | None], die_with_us: bool) -> NoReturn:
     gate, errors, output, link = fds
     try:
+        # 1. A process of its own: signals, session, descriptors.
         _reset_signals()
         if die_with_us:
             prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         os.setsid()
         _redirect(output, keep={gate, errors} | ({link} if link is not None else set()))
+        # 2. The engine's user, its directories, as many open files as are allowed.
         _become(user, lambda: _prepare_folders(order, user))
         if order.cwd or order.run_dir:
             os.chdir(order.cwd or order.run_dir)
-        _raise_file_limit()
+        hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+        # 3. The gate, which opens when the process is in its scope. Being moved there resets its CPUs, so those are set
+        #    only now.
         if os.read(gate, 1) != b"G":
             os._exit(125)
-        settle(order.cpus, order.node)  # only now: being moved into its group sets CPUs anew
-        told = environment(order, user)
+        set_affinity(order.cpus, order.node)
+        # 4. The command.
+        env = environment(order, user)
         if link is not None:
             os.set_inheritable(link, True)
-            told[LINK] = str(link)
-        _execute(order, told)
+            env[LINK] = str(link)
+        try:
+            os.execvpe(order.argv[0], order.argv, env)
+        except OSError as error:  # without its file name, which is that of the last folder of PATH
+            raise OSError(error.errno, error.strerror) from None
     except BaseException as error:
-        _report(errors, order, user, error)
+        permanent = isinstance(error, OSError) and error.errno in _PERMANENT
+        os.write(errors, json.dumps([_describe(order, user, error)[:MAX_ERROR_CHARACTERS], permanent]).encode())
     finally:
         os._exit(127)
 
 
 def _reset_signals() -> None:
-    """Python's own handlers would write into the launcher's wake-up pipe; its ignored signals would stay ignored."""
+    """Restore the defaults. The launcher's handlers would write into its wake-up pipe; ignored signals stay ignored."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         with contextlib.suppress(OSError, ValueError):
@@ -309,7 +320,7 @@ def _reset_signals() -> None:
 
 
 def _redirect(output: int, keep: set[int]) -> None:
-    """stdin from nowhere, stdout and stderr to ``output``; other children's gates in particular are closed."""
+    """stdin from /dev/null, stdout and stderr to ``output``; all others are closed, such as other children's gates."""
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((output, 1), (output, 2), (null, 0)):
         os.dup2(source, target)
@@ -320,10 +331,10 @@ def _redirect(output: int, keep: set[int]) -> None:
 
 
 def _become(user: User, prepare: Callable[[], None] = lambda: None, *, keeping: bool = False) -> None:
-    """Become the user, for good. ``keeping``: also the group of sockets; for what ends without an exec.
+    """Become the user, for good. ``keeping``: keep the group of sockets, for a child that does not exec.
 
-    ``prepare`` is called as that user already, so that no link in a folder of the user's own can lead root astray, but
-    with the group of sockets, which lets it make and remove its own files beside those of others, and not touch theirs.
+    ``prepare`` is called as that user already, so that root follows no link in one of the user's folders, but with the
+    group of sockets, which lets it make and remove its own files beside those of other users, and not touch theirs.
     """
     if user.ours:
         prepare()
@@ -331,7 +342,7 @@ def _become(user: User, prepare: Callable[[], None] = lambda: None, *, keeping: 
     more = () if user.sockets is None else (user.sockets,)
     os.setgroups((*user.groups, *more))
     os.setresgid(user.gid, user.gid, user.gid)
-    os.setresuid(-1, user.uid, -1)  # root only in name, until ``prepare`` is done
+    os.setresuid(-1, user.uid, -1)  # the effective id alone: root comes back after ``prepare``
     prepare()
     os.setresuid(-1, 0, -1)
     if not keeping:
@@ -345,7 +356,7 @@ def _prepare_folders(order: StartOrder, user: User) -> None:
         with contextlib.suppress(FileExistsError):
             os.mkdir(user.home, 0o750)
         if os.stat(user.home, follow_symlinks=False).st_uid != user.uid:
-            raise PermissionError(errno.EPERM, "it belongs to somebody else", user.home)
+            raise PermissionError(errno.EPERM, "it belongs to another user", user.home)
     if order.run_dir:
         os.makedirs(order.run_dir, mode=0o750, exist_ok=True)
     if order.listen_uds:
@@ -353,25 +364,9 @@ def _prepare_folders(order: StartOrder, user: User) -> None:
             os.unlink(order.listen_uds)
 
 
-def _raise_file_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _execute(order: StartOrder, env: Mapping[str, str]) -> NoReturn:
-    try:
-        os.execvpe(order.argv[0], order.argv, env)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror) from None  # without a file name: the last one that was tried
-
-
-def _report(errors: int, order: StartOrder, user: User, error: BaseException) -> None:
-    permanent = isinstance(error, OSError) and error.errno in _PERMANENT
-    os.write(errors, json.dumps([_describe(order, user, error)[:MAX_WORDS], permanent]).encode())
-
-
 def _describe(order: StartOrder, user: User, error: BaseException) -> str:
-    command = clip(order.argv[0], MAX_WORDS // 3)
+    """The error of a start, for operators: which command or folder, and what to do."""
+    command = clip(order.argv[0], MAX_ERROR_CHARACTERS // 3)
     if not isinstance(error, OSError):
         return f"{command} could not be started: {error!r}"
     root = os.path.dirname(order.run_dir)
@@ -390,7 +385,7 @@ def _describe(order: StartOrder, user: User, error: BaseException) -> str:
 
 
 def environment(order: StartOrder, user: User) -> dict[str, str]:
-    """The order's variables over a clean base, or, where the user stays the same, over that user's environment."""
+    """The order's variables over a clean base, or over the launcher's own environment if the user stays the same."""
     login = user.name.removeprefix(PREFIX)
     if not user.ours:
         base = {"PATH": PATH, "HOME": user.home, "USER": login, "LOGNAME": login, "SHELL": "/bin/sh"}

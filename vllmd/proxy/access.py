@@ -1,12 +1,12 @@
-"""Authorisation as a table: what a route needs, what a caller has, and nothing else decides.
+"""Authorisation: a route needs a scope, a caller has scopes, and nothing else decides.
 
 Three questions, each answered in one place:
 
-1. Who sent the request? An ``Authenticator`` (``gate``) says: a ``Caller``. It never says no to a route.
-2. What does the route need? Its row in the route table says (``routing.Route``): a scope, and whether it concerns
-   one model, each model by itself, or the machine as a whole.
-3. May this caller use this route? ``authorise`` compares the two before the body is read. For what only the body or
-   the answer tells, the model's name, handlers ask ``Caller.check`` and ``Caller.may_use``.
+1. Who is the caller? The ``Authenticator`` (``gate``) returns a ``Caller``. It does not refuse routes.
+2. What does the route need? Its row in the route table (``routing.Route``) has a scope, and whether it concerns one
+   model, each model by itself, or the machine as a whole.
+3. May this caller use this route? ``authorise`` compares the two before the body is read. The model's name is known
+   only from the body or the answer; handlers check it with ``Caller.check`` and ``Caller.may_use``.
 
 So a new way to sign in makes a ``Caller`` and needs no change in any handler, and a new route needs a row.
 
@@ -39,22 +39,22 @@ GRANTS: Mapping[str, frozenset[str]] = {
 
 
 class Reach(enum.Enum):
-    """What a route concerns, for callers who may use some models only."""
+    """The models that a route concerns, for callers that may use only some."""
 
-    NOTHING = "no model: nothing of it has to be held back"
-    ONE = "one model, which the request names: its handler checks the name"
-    EACH = "each model by itself: its handler leaves out those that the caller may not use"
-    MACHINE = "the machine, or all models together: only for callers who may use every model"
+    NOTHING = "no model"
+    ONE = "one model, which the request names: the handler checks the name"
+    EACH = "each model by itself: the handler leaves out those that the caller may not use"
+    MACHINE = "the machine, or all models together: only for callers that may use every model"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The sender of a request, and what the sender may do.
+    """The sender of a request, and its permissions.
 
-    ``name`` is the API key's, "" without one. ``models``: the only ones it may use, by their configured names;
-    None: all. ``refusal`` makes what the caller is told of a scope that it lacks; None: that its key does not open it.
-    ``page``: signed in to the page, and ``name`` is the user's or the key's that did so; a session never opens models.
-    ``digest``: of the API key that it came by, "" without one.
+    ``name`` is the API key's, "" without one. ``models``: those that it may use, by their configured names; None: all.
+    ``refusal`` makes the error for a scope that the caller lacks; None: Forbidden, naming the key. ``page``: signed in
+    to the page; ``name`` is then that of the user or the key that signed in. A session never has the scope models.
+    ``digest``: of the API key, "" without one.
     """
 
     name: str = ""
@@ -65,30 +65,30 @@ class Caller:
     digest: str = ""
 
     def may_use(self, model: str) -> bool:
-        """Whether the configured model is among its own."""
+        """Whether the caller may use ``model``, a configured name."""
         return self.models is None or model in self.models
 
     def check(self, model: str, asked: str = "") -> None:
-        """Raise Forbidden unless it may use ``model``, which it called ``asked``."""
+        """Raise Forbidden unless the caller may use ``model``, which it called ``asked``."""
         if not self.may_use(model):
             raise Forbidden(f"the key {self.name!r} may not use the model {asked or model!r}", param="model")
 
     def may_see_key(self, name: str) -> bool:
-        """Whether it is told what the key called ``name`` did: its own, or all if it sees what operators see."""
+        """Whether the caller may see what the key ``name`` did: its own key, or any with the scope read."""
         return name == self.name or (READ in self.scopes and self.models is None)
 
 
-ANYBODY = Caller(scopes=EVERYTHING)  # where nobody is asked: tests, and what the daemon does by itself
+ANYBODY = Caller(scopes=EVERYTHING)  # for requests without authentication: tests, and the daemon's own
 NOBODY = Caller(models=frozenset(), refusal=lambda: Unauthorized("no API key was given"))
 
 
 def granted(scopes: Iterable[str]) -> frozenset[str]:
-    """What a key with these scopes opens."""
+    """The routes' scopes that a key with ``scopes`` may use."""
     return frozenset({OPEN}) | PUBLIC | {scope for given in scopes for scope in GRANTS[given]}
 
 
 def authorise(caller: Caller, scope: str, reach: Reach) -> None:
-    """Raise what the caller is to be told if it may not use a route of this scope and reach."""
+    """Raise Forbidden, or the caller's own refusal, if it may not use a route of this scope and reach."""
     if scope not in caller.scopes:
         if caller.refusal is not None:
             raise caller.refusal()

@@ -1,4 +1,4 @@
-"""What is noted of a request for a model on its way, for whoever looks into it later: ``vllmd.records``."""
+"""Notes about one request for a model, for the request log, traces and ``vllmd.records``."""
 
 from __future__ import annotations
 
@@ -40,11 +40,10 @@ class Trace(NamedTuple):
 
 
 class Account:
-    """One request: when it was let through, to whom, how often it was sent, what it took.
+    """One request: when it was admitted, to which replica it was sent last, how often, and its tokens.
 
-    ``admitted`` is in seconds of the monotonic clock, None before that; ``replica`` the one that it was sent to last;
-    ``answered``: that one's answer has begun, with a byte of its body.
-    ``request`` and ``answer`` are there only while bodies are recorded.
+    ``admitted`` is in seconds of the monotonic clock, None before. ``answered``: the first byte of the replica's answer
+    has come. ``request`` and ``answer`` are set only while bodies are recorded.
     """
 
     __slots__ = ("admitted", "answer", "answered", "replica", "request", "sends", "stream", "tokens", "trace")
@@ -68,18 +67,18 @@ class Account:
 
 
 class Recorder(Protocol):
-    """What decides whether bodies are recorded."""
+    """Decides whether bodies are recorded."""
 
     @property
     def active(self) -> bool:
         """Whether bodies of any requests are being recorded."""
 
     def begin(self, account: Account, model: str, key: str, body: bytes) -> bool:
-        """Whether this model's or this key's bodies are recorded; if so note this one, and have the answer's noted."""
+        """Whether the bodies of this model or key are recorded; if so, notes ``body``, and sets ``account.answer``."""
 
 
 class Tracer(Protocol):
-    """What decides which requests are traced."""
+    """Decides which requests are traced."""
 
     def begin(self, request: Request) -> Trace | None:
-        """The trace of a request that has just arrived, None if it is not to be recorded."""
+        """The trace of a request that has just arrived, None if it is not traced."""

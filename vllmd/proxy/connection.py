@@ -15,7 +15,7 @@ from typing import Protocol, cast
 from vllmd.credentials import credentials
 from vllmd.errors import BadRequest, InternalError, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
-from vllmd.proxy.departures import CONTINUE, VANISHED, HalfClosed, has_vanished
+from vllmd.proxy.departures import CONTINUE, VANISHED_SECONDS, HalfClosed, has_vanished
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import RequestHead
 from vllmd.proxy.http import Headers, Peer, Request
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CUT_SHORT = "malformed request: the connection ended in the middle of it"
 UNCHARGED_HEAD_BYTES = 4 << 10  # a head that is not larger takes nothing of the memory for bodies
 DISCARDED_BODY_BYTES = 64 << 10  # read and dropped on a route that takes no body
-NO_ROOM = "too many large requests are being held; come back later"
+NO_ROOM = "too many large requests wait at the moment; try again later"
 LINGER_SECONDS = 2.0  # for a refused client to read the refusal before its connection is reset
 _ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number in itertools.count(1))
 new_id = _ids.__next__  # the id of a request that brought none: unique, but guessable
@@ -356,7 +356,7 @@ class Connection(asyncio.Protocol):
     def close_if_vanished(self) -> None:
         """Close the connection if its client has vanished in the middle of an answer."""
         if self._exchange is not None and has_vanished(self.transport.get_extra_info("socket")):
-            log.info("client %s has vanished: it acknowledged nothing for %g s", self.peer, VANISHED)
+            log.info("client %s has vanished: it acknowledged nothing for %g s", self.peer, VANISHED_SECONDS)
             self.transport.abort()
 
     def abort(self, *, reset: bool) -> None:

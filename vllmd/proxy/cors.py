@@ -1,13 +1,13 @@
-"""Requests that a browser sends for a page: which pages may use this server, and read what it answers.
+"""Which web pages may use this server and read its answers (CORS).
 
-None of another origin, unless the configuration names it. Three ways around that are closed here and in ``hosts``:
+No page of another origin, unless the configuration names it. Three ways around that are closed here and in ``hosts``:
 
-- What a browser sends for any page without asking first (forms, images, WebSockets, links) would reach a model
-  although the page cannot read the answer. A browser says that it does so: ``Sec-Fetch-Site`` tells where the page
-  is, ``Origin`` which one it is. No route that loads, moves or asks a model takes such a request.
-- A page whose own name is made to point here (DNS rebinding) has the same origin as we do: ``hosts`` looks at the name.
-- A page of a public address that calls a private one asks with a preflight of its own (private network access); it is
-  answered for the pages that may.
+- A browser sends some requests for any page without a preflight (forms, images, WebSockets, links). They would reach a
+  model although the page cannot read the answer. ``Sec-Fetch-Site`` and ``Origin`` reveal them, and no route that uses
+  or changes a model accepts them.
+- A page whose own name is made to point here (DNS rebinding) has the same origin as we do: ``hosts`` checks the name.
+- A page of a public address that calls a private one sends a preflight of its own (private network access); it is
+  answered for the pages that are allowed.
 
 Credentials in the browser's sense (cookies) are never allowed: a page sends its key itself, in a header.
 """
@@ -32,7 +32,7 @@ class Cors:
         self.configure(origins)
 
     def configure(self, origins: Iterable[str]) -> None:
-        """Go by these from now on."""
+        """Replace the set of origins."""
         self.origins = frozenset(origin.lower().rstrip("/") for origin in origins)
 
     def mark(self, request: Request) -> None:
@@ -61,7 +61,7 @@ class Cors:
         raise Forbidden(f"{page} may not use this server; server.cors_origins names those that may")
 
     def preflight(self, request: Request, methods: Iterable[str]) -> Response | None:
-        """The answer to a browser that asks beforehand; None if that is not what it asks, or it may not."""
+        """The answer to a preflight; None if the request is none, or of an origin that is not allowed."""
         if not self.origins or not self._allowed(request) or "access-control-request-method" not in request.headers:
             return None
         fields = [("access-control-allow-methods", ", ".join(sorted(methods))), ("access-control-max-age", KEPT)]

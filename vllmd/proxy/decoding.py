@@ -1,9 +1,9 @@
-"""Request bodies in another form than plain UTF-8, made plain before anybody looks into them.
+"""Decode request bodies to plain UTF-8, before they are parsed.
 
-``Content-Encoding`` gzip, deflate or zstd (Codex sends zstd), and JSON in UTF-16 or UTF-32: where the Content-Type says
-so, with a byte-order mark, or by where its NULs are, as Python's own reader knows it. What comes out has the limit
-that bodies have, and is counted as it comes: a body of a kilobyte that would become a terabyte ends there. The work is
-done in turns, and the engine gets the plain body.
+``Content-Encoding`` gzip, deflate or zstd (Codex sends zstd), and JSON in UTF-16 or UTF-32: by the Content-Type, by a
+byte-order mark, or by the places of its NULs, as Python's own reader does it. The decoded body has the limit of any
+body, and is counted as it grows: a body of a kilobyte that would become a terabyte is refused early. The work is done
+in turns of the event loop, and the engine gets the decoded body.
 
 zstd is libzstd's (``zstd``): every Linux with a package manager has it, and no Python before 3.14 does.
 """
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from vllmd.errors import BadRequest, TooLarge
 from vllmd.proxy.peek import Turns
 
-PIECE = 64 << 10  # bytes that come out between two turns
-MOST_MEMBERS = 10_000  # of a gzip file; of twenty bytes each, and nothing in them, millions would fit a body
+PIECE_BYTES = 64 << 10  # decoded between two turns
+MAX_MEMBERS = 10_000  # of a gzip file; a body has room for millions of empty ones, of twenty bytes each
 CODINGS = ("gzip", "x-gzip", "deflate", "zstd")
 CHARSET = re.compile(r';\s*charset\s*=\s*"?([A-Za-z0-9_-]+)"?', re.IGNORECASE)
 BOMS = (  # the longer ones first: UTF-32's begins like UTF-16's
@@ -44,7 +44,7 @@ NULS: dict[
 
 
 def decode_body(body: bytes, coding: str, most: int, grew: Callable[[int], None]) -> Turns[bytes]:
-    """``body`` without its Content-Encoding. ``grew`` is told how long the plain body has become.
+    """``body`` without its Content-Encoding. ``grew`` is called with the length of the plain body so far.
 
     Raises BadRequest for a coding that is not known or a body that is not in it, TooLarge beyond ``most`` bytes.
     """
@@ -52,7 +52,7 @@ def decode_body(body: bytes, coding: str, most: int, grew: Callable[[int], None]
     decoder = codings.get(coding.strip().lower())
     if decoder is None:
         known = ", ".join(CODINGS)
-        raise BadRequest(f"the Content-Encoding {coding[:100]!r} is not understood; send the body as it is, or {known}")
+        raise BadRequest(f"the Content-Encoding {coding[:100]!r} is not known; send the body without one, or {known}")
     out = bytearray()
     for piece in decoder(body):
         out += piece
@@ -64,36 +64,38 @@ def decode_body(body: bytes, coding: str, most: int, grew: Callable[[int], None]
 
 
 def _zlib(body: bytes) -> Iterator[bytes]:
-    """gzip of one or more members, zlib, and the bare deflate that some send under its name."""
+    """gzip of one or more members, zlib, and bare deflate, which some clients send under the name of zlib."""
     view, bits = memoryview(body), 47  # 47: gzip or zlib, whichever it is
     if body[:2] != b"\x1f\x8b" and not (len(body) > 1 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0):
         bits = -15
     pos = members = 0
     while pos < len(view):
         members += 1
-        if members > MOST_MEMBERS:
-            raise BadRequest(f"the compressed body has more than {MOST_MEMBERS} members")
-        found = zlib.decompressobj(bits)
+        if members > MAX_MEMBERS:
+            raise BadRequest(f"the compressed body has more than {MAX_MEMBERS} members")
+        member = zlib.decompressobj(bits)
         rest: bytes | memoryview = b""
         try:
-            while not found.eof:
+            while not member.eof:
                 if not rest:
-                    rest = view[pos : pos + PIECE]  # what a member leaves over is copied: not all that follows it
+                    # A piece, not all of the rest: zlib copies what follows a member, which for many small members
+                    # would be quadratic.
+                    rest = view[pos : pos + PIECE_BYTES]
                     pos += len(rest)
-                piece = found.decompress(rest, PIECE)
-                if not piece and not found.unconsumed_tail and not found.eof and pos == len(view):
+                piece = member.decompress(rest, PIECE_BYTES)
+                if not piece and not member.unconsumed_tail and not member.eof and pos == len(view):
                     raise BadRequest("the compressed body ends in the middle")
-                rest = found.unconsumed_tail
+                rest = member.unconsumed_tail
                 yield piece
         except zlib.error as error:
             raise BadRequest(f"the body is not compressed as its Content-Encoding says: {error}") from None
-        pos -= len(found.unused_data)
+        pos -= len(member.unused_data)
 
 
 def _zstd(body: bytes) -> Iterator[bytes]:
     from vllmd.proxy import zstd  # few clients compress, and ctypes takes memory
 
-    yield from zstd.decompressed(body, PIECE)
+    yield from zstd.decompressed(body, PIECE_BYTES)
 
 
 def charset_of(body: bytes, content_type: str) -> str:
@@ -112,8 +114,8 @@ def to_utf8(body: bytes, charset: str, most: int, grew: Callable[[int], None]) -
     decoder = codecs.getincrementaldecoder(charset)()
     out = bytearray()
     try:
-        for at in range(0, len(body), PIECE):
-            text = decoder.decode(body[at : at + PIECE], at + PIECE >= len(body))
+        for at in range(0, len(body), PIECE_BYTES):
+            text = decoder.decode(body[at : at + PIECE_BYTES], at + PIECE_BYTES >= len(body))
             out += (text.removeprefix("\ufeff") if not at else text).encode()
             if len(out) > most:
                 raise TooLarge(f"the body is larger than {most} bytes when it is decoded")

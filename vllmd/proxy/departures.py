@@ -1,17 +1,17 @@
-"""Whether a client that says nothing more is still there.
+"""Whether a silent client is still there.
 
-**It has said that it says no more.** A client may shut its sending side and wait for its answer (``printf ... | nc``),
-or be gone: on the network both look alike.
+**A client has shut its sending side.** It waits for its answer (``printf ... | nc``), or it has exited: on the network
+both look alike.
 
-- Of a client on this machine the kernel knows whether a process still holds its end; a Unix socket tells by itself.
-- One elsewhere is told from it by a byte that is sent there, since a client that is gone has its kernel answer with a
-  reset. Mostly those are the answer's, or a stream's signs of life. Before the answer, HTTP/1.1 has ``100 Continue``,
-  which every client reads over (RFC 9110, 15.2): it is sent from time to time.
-- Where nothing may be sent (HTTP/1.0 before its answer, an engine that falls silent in the middle of one), it takes
-  until the client's kernel forgets the connection, a minute mostly, and answers TCP's keepalive with a reset.
+- For a client on this machine the kernel knows whether a process still holds its end; a Unix socket reports it.
+- On another machine, a byte has to be sent: the kernel of a client that has exited answers with a reset. Mostly these
+  bytes are the answer's, or a stream's signs of life. Before the answer, HTTP/1.1 has ``100 Continue``, which every
+  client ignores (RFC 9110, 15.2): it is sent from time to time.
+- Where nothing may be sent (HTTP/1.0 before its answer, an engine that pauses in the middle of one), it takes until the
+  client's kernel forgets the connection, a minute mostly, and answers TCP's keepalive with a reset.
 
-**It vanished**, with its machine or its network, while an answer was on its way: nothing of it is acknowledged. A
-client that is there and takes nothing does acknowledge, that it has no room; ``send_timeout`` is for that one.
+**A client has vanished**, with its machine or its network, while an answer was on its way: nothing is acknowledged. A
+client that is there and reads nothing does acknowledge, that it has no room; ``send_timeout`` is for that case.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.peers import is_held
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-FIRST_LOOK, MOST_BETWEEN = 0.02, 15.0  # seconds; each wait is twice as long as the one before
-VANISHED = 90.0  # seconds without an acknowledgement of what was sent
-SWEEP = 30.0  # seconds between two looks for such clients
+FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.02, 15.0  # between two checks; each wait is twice as long as the last one
+VANISHED_SECONDS = 90.0  # without an acknowledgement of sent data
+SWEEP_SECONDS = 30.0  # between two checks for such clients
 _CLOSED = 7  # TCP_CLOSE
-_TCP_INFO = struct.Struct("=BxxB20xI28xI")  # state, probes, packets not acknowledged, milliseconds since the last word
+_TCP_INFO = struct.Struct("=BxxB20xI28xI")  # state, probes, unacknowledged packets, milliseconds since the last packet
 
 
 class HalfClosed:
-    """Looks from time to time whether a client is still there that has said that it says no more, until the answer is
-    over; closes the connection of one that is not."""
+    """Checks a client that has shut its sending side, until its answer is over; closes the connection if it is gone."""
 
     def __init__(self, transport: asyncio.Transport, exchange: Exchange) -> None:
         self._transport = transport
         self._exchange = exchange
         self._socket: socket.socket = transport.get_extra_info("socket")
-        self._wait = FIRST_LOOK
-        asyncio.get_running_loop().call_later(self._wait, self._look)
+        self._wait = FIRST_WAIT_SECONDS
+        asyncio.get_running_loop().call_later(self._wait, self._check)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         transport, exchange = self._transport, self._exchange
         if exchange.over or transport.is_closing():
             return
@@ -53,11 +52,11 @@ class HalfClosed:
             return
         if there is None and not exchange.status and exchange.takes_chunks:
             transport.write(CONTINUE)
-        asyncio.get_running_loop().call_later(self._wait, self._look)
-        self._wait = min(2 * self._wait, MOST_BETWEEN)
+        asyncio.get_running_loop().call_later(self._wait, self._check)
+        self._wait = min(2 * self._wait, MAX_WAIT_SECONDS)
 
     def _is_there(self) -> bool | None:
-        """None if it cannot be known but by sending it something."""
+        """Whether a process holds the client's end; None if only a byte that is sent could tell."""
         sock = self._socket
         if sock.family == socket.AF_UNIX:
             poll = select.poll()
@@ -69,7 +68,7 @@ class HalfClosed:
 
 
 def tcp_info(sock: socket.socket) -> tuple[int, int, int, int]:
-    """State, probes without an answer, packets not acknowledged, milliseconds since the peer said anything."""
+    """State, unanswered probes, unacknowledged packets, and milliseconds since the peer's last packet."""
     state, probes, unacknowledged, silent = _TCP_INFO.unpack(
         sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     )
@@ -81,4 +80,4 @@ def has_vanished(sock: socket.socket) -> bool:
     if sock.family == socket.AF_UNIX:
         return False
     _, probes, unacknowledged, silent = tcp_info(sock)
-    return bool(probes or unacknowledged) and silent > VANISHED * 1000
+    return bool(probes or unacknowledged) and silent > VANISHED_SECONDS * 1000

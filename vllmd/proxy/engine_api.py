@@ -1,4 +1,4 @@
-"""Which paths of an engine's own API are passed on under ``/upstream``: those on its kind's list, and no others.
+"""The paths of an engine's own API that are passed on under ``/upstream``: those on its kind's list, and no others.
 
 A rule is a method and a path such as ``GET /assets/{rest:path}``. Paths are compared segment by segment, as they stand
 in the request line, each percent-decoded by itself:
@@ -6,9 +6,9 @@ in the request line, each percent-decoded by itself:
 - ``{name}`` is one segment without a slash in it, ``{name:file}`` one with a dot in it (``index.html``);
 - ``{name:path}`` is one or more segments, and the only place where ``%2F`` may stand: some engines take it for a
   slash, others for part of a name, and here either reading is on the list;
-- whatever else stands there stands for itself, in this very case.
+- any other segment matches itself, case included.
 
-What is passed on is the path as it came: an engine's own files and names are spelled in many ways.
+The path is passed on as it came, since an engine's own files and names are spelled in many ways.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Where a message's body ends: by length, by chunks, or by the end of the connection. Pure.
 
-``scan(data)`` is told the bytes as they come and returns the index in ``data`` after the body's last
-byte, or -1 while it goes on. With ``keep`` the payload, free of framing, collects in ``pieces``.
+``scan(data)`` takes the bytes as they come and returns the index in ``data`` after the body's last byte, or -1 while
+the body goes on. With ``keep`` the payload, free of framing, collects in ``pieces``.
+
+A stream is scanned at every token, so ``Chunked`` has three ways, each as correct as the last one: a lookup for one
+whole chunk (``scan``), a loop over whole chunks (``_chunks``), and a state machine for everything else (``_step``).
 """
 
 from __future__ import annotations
@@ -13,22 +16,22 @@ from typing import Protocol
 SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e]{0,256})?\r\n")
 SIZE_LINE_PREFIX = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t\x20-\x7e]{0,256})?\r?)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
-MAX_TRAILERS = 4096
+MAX_TRAILER_BYTES = 4096
 NO_RUN = re.compile(rb"(?!)")
 HEX = frozenset(b"0123456789abcdefABCDEF")
-SIZES_KEPT = 4096
-_sizes: dict[bytes, int] = {}  # what plain size lines, line end included, say; a stream has but a few of them
+MAX_SIZES_KEPT = 4096
+_sizes: dict[bytes, int] = {}  # plain size lines, line end included -> the size; a stream has but a few of them
 _joints: dict[bytes, int] = {}  # the same lines behind the line end of the chunk before them
-_runs: dict[bytes, re.Pattern[bytes]] = {}  # what finds the end of several chunks that begin with the same joint
-LONGEST_IN_RUN, MOST_RUNS = 4096, 256  # bytes of a chunk, and sizes of chunks, of which runs are looked for
+_runs: dict[bytes, re.Pattern[bytes]] = {}  # joint -> the pattern of several chunks that each begin with it
+MAX_RUN_CHUNK_BYTES, MAX_RUNS = 4096, 256  # runs are looked for of chunks up to that size, and of so many sizes
 
 
 class BadFraming(ValueError):
-    """The bytes are no chunked body; the message says what is wrong."""
+    """The bytes are no chunked body; the message says why."""
 
 
 class Framing(Protocol):
-    """Finds the end of one body in the bytes as they come. Counts, so it serves one body only."""
+    """Finds the end of one body in the bytes as they come. Has a state, so each body needs a new one."""
 
     keep: bool
     pieces: list[bytes]
@@ -78,13 +81,13 @@ class UntilEof:
         self.pieces: list[bytes] = []
 
     def scan(self, data: bytes) -> int:
-        """-1: only the end of the connection ends it."""
+        """Always -1: only the end of the connection ends the body."""
         if self.keep:
             self.pieces.append(data)
         return -1
 
     def finished_by_eof(self) -> bool:
-        """That is how it ends."""
+        """Always: no other end is possible."""
         return True
 
 
@@ -92,7 +95,7 @@ class Chunked:
     """A chunked body (RFC 9112, 7.1), strictly: line ends are CRLF, sizes are plain hex, trailers are well-formed.
 
     Chunk extensions and trailers are recognised and left out of ``pieces``. ``seen`` counts all bytes and
-    ``payload`` the body's own, so that a reader can refuse a body made of crumbs.
+    ``payload`` the body's own, so that a reader can refuse a body of tiny chunks.
     """
 
     __slots__ = ("_held", "_left", "_step", "_trailers", "keep", "payload", "pieces", "seen")
@@ -105,7 +108,8 @@ class Chunked:
         self._held = b""  # a line that has not come whole yet
         self._left = 0  # bytes of the present chunk still to come
         self._trailers = 0
-        # Of the class, not bound: an object that refers to itself waits for the cycle collector, one at each stream.
+        # A function of the class, not a bound method: that would be a reference to itself, and each stream would leave
+        # an object for the cycle collector.
         self._step: Callable[[Chunked, bytes, int], int] = Chunked._size
 
     def scan(self, data: bytes) -> int:
@@ -135,7 +139,7 @@ class Chunked:
 
     @property
     def between(self) -> bool:
-        """Whether what comes next is a chunk's size line, from its first byte on."""
+        """Whether the next byte begins a chunk's size line."""
         return self._step is Chunked._size and not self._held
 
     @property
@@ -212,8 +216,8 @@ class Chunked:
 
     def _trailer(self, data: bytes, pos: int) -> int:
         end = data.find(b"\n", pos)
-        if (len(data) if end < 0 else end) - pos + self._trailers > MAX_TRAILERS:
-            raise BadFraming(f"more than {MAX_TRAILERS} bytes of trailers")
+        if (len(data) if end < 0 else end) - pos + self._trailers > MAX_TRAILER_BYTES:
+            raise BadFraming(f"more than {MAX_TRAILER_BYTES} bytes of trailers")
         if end < 0:
             return self._hold(data, pos)
         line = data[pos : end + 1]
@@ -234,24 +238,24 @@ class Chunked:
 
 
 def _run(joint: bytes, size: int) -> re.Pattern[bytes]:
-    """What matches whole chunks of ``size`` bytes, as many as follow each other, each with ``joint`` before it."""
+    """The pattern of consecutive whole chunks of ``size`` bytes, each with ``joint`` before it."""
     run = _runs.get(joint)
     if run is None:
-        if size > LONGEST_IN_RUN or len(_runs) >= MOST_RUNS:
+        if size > MAX_RUN_CHUNK_BYTES or len(_runs) >= MAX_RUNS:
             return NO_RUN
         run = _runs[joint] = re.compile(b"(?s:%b.{%d})+" % (joint, size))
     return run
 
 
 def _plain_size(line: bytes) -> int:
-    """What a size line without extensions says; 0 for the last chunk's and for all that is not plain.
+    """The size in a size line without extensions; 0 for the last chunk's, and for any line that is not plain.
 
-    int() takes 0x5, 1_0 and spaces, too.
+    The digits are checked first, because int() accepts 0x5, 1_0 and spaces, too.
     """
     digits = line[:-2]
     if line[-2:] != b"\r\n" or digits[:1] in b"0" or not HEX.issuperset(digits):
         return 0
-    if len(_sizes) >= SIZES_KEPT:
+    if len(_sizes) >= MAX_SIZES_KEPT:
         _sizes.clear()
         _joints.clear()
     size = int(digits, 16)

@@ -5,9 +5,8 @@ different messages (RFC 9112, 11): bare line feeds, folded lines, two lengths, a
 transfer coding, targets that are no plain path. A fresh ``h11.Connection`` reads one head and is
 thrown away: bodies never pass through it.
 
-Clients and engines repeat themselves: on one connection the same head comes again and again, with another length
-at most. ``HeadMemo`` remembers the last one, so h11 reads a head once per connection, not once per request, and
-what was worked out from it (``Headers.onward``) holds on.
+On one connection the same head comes again and again, with another length at most. ``HeadMemo`` remembers the last one:
+h11 reads a head once per connection, not once per request, and values derived from it (``Headers.onward``) are kept.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class RequestHead:
         )
 
     def framing(self) -> Length | Chunked:
-        """What finds the end of its body, keeping the payload."""
+        """The scanner for the end of its body; it keeps the payload."""
         return Chunked(keep=True) if self.length is None else Length(self.length, keep=True)
 
 
@@ -110,11 +109,12 @@ class ResponseHead:
     def with_length(self, length: int) -> ResponseHead:
         """The same head with another Content-Length."""
         headers = self.headers.with_length(length)
-        told, keep_alive, kind = self.dated, self.keep_alive, self.content_type
-        return ResponseHead(self.status, headers, length, False, told, keep_alive, kind, self.has_location)
+        return ResponseHead(
+            self.status, headers, length, False, self.dated, self.keep_alive, self.content_type, self.has_location
+        )
 
     def framing(self) -> Framing:
-        """What finds the end of its body; it counts, so it serves once."""
+        """A new scanner for the end of its body."""
         if self.chunked:
             return Chunked()
         return UntilEof() if self.length is None else Length(self.length)
@@ -124,9 +124,9 @@ H = TypeVar("H", RequestHead, ResponseHead)
 
 
 class HeadMemo(Generic[H]):
-    """Remembers a connection's last head and what it meant; a head that differs in its length alone means the same.
+    """Remembers a connection's last head and its parsed form, which serves a head that differs in its length alone.
 
-    ``parse`` reads a head that is new.
+    ``parse`` reads a new head.
     """
 
     __slots__ = ("_head", "_parse", "_raw", "_shape")
@@ -138,7 +138,7 @@ class HeadMemo(Generic[H]):
         self._head: H | None = None
 
     def read(self, raw: bytes) -> H:
-        """What ``raw``, which ends with its blank line, says. Raises what ``parse`` raises."""
+        """The parsed form of ``raw``, which ends with its blank line. Raises what ``parse`` raises."""
         if raw == self._raw and self._head is not None:
             return self._head
         digits = PLAIN_LENGTH.search(raw)
@@ -149,12 +149,10 @@ class HeadMemo(Generic[H]):
             head = self._parse(raw)
         if len(raw) <= MEMO_SIZE:
             self._head, self._raw = head, raw
-            self._shape = shape if digits is not None and self._counts(head) else NO_SHAPE
+            # In an answer to HEAD, a 204 and a 304 the Content-Length is not the body's length.
+            counts = isinstance(head, RequestHead) or (head.length is not None and head.status not in BODYLESS)
+            self._shape = shape if digits is not None and counts else NO_SHAPE
         return head
-
-    def _counts(self, head: H) -> bool:
-        """Whether a Content-Length says how long the body is."""
-        return isinstance(head, RequestHead) or (head.length is not None and head.status not in BODYLESS)
 
 
 def parse_request_head(head: bytes) -> RequestHead:
@@ -167,7 +165,7 @@ def parse_request_head(head: bytes) -> RequestHead:
     version = event.http_version.decode("ascii")
     if version not in ("1.0", "1.1"):
         raise BadRequest(f"HTTP/{version} is not spoken here; HTTP/1.1 is")
-    fields = _noted(headers.raw)
+    fields = _joined(headers.raw)
     host = fields.get(b"host", b"").decode("latin-1")
     if HOST.fullmatch(host) is None:
         raise BadRequest("malformed request: the Host field is no host")
@@ -178,7 +176,7 @@ def parse_request_head(head: bytes) -> RequestHead:
     connection = fields.get(b"connection", b"").lower()
     expect = fields.get(b"expect", b"").lower()
     if expect not in (b"", b"100-continue"):
-        raise BadRequest("nothing but 'Expect: 100-continue' can be expected")
+        raise BadRequest("the only Expect that is understood is '100-continue'")
     return RequestHead(
         event.method.decode("ascii"),
         target,
@@ -206,7 +204,7 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
     if event.status_code > LAST_STATUS:
         raise BadFraming(f"HTTP has no status {event.status_code}")
     headers = Headers(list(event.headers))
-    fields = _noted(headers.raw)
+    fields = _joined(headers.raw)
     length, chunked = _response_length(event.status_code, fields, method)
     keep_alive = event.http_version == b"1.1" and b"close" not in fields.get(b"connection", b"").lower()
     return ResponseHead(
@@ -222,7 +220,7 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
 
 
 def parse_upgrade_head(head: bytes) -> RawHeaders:
-    """Read an upstream's ``101`` to a WebSocket handshake; its fields. Raises BadFraming if it is anything else."""
+    """The fields of an upstream's ``101`` to a WebSocket handshake. Raises BadFraming if it is any other answer."""
     head = normalize_head(head)
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=len(head) + 1)
     connection.send(h11.Request(method="GET", target="/", headers=[("host", "-"), ("upgrade", "websocket")]))
@@ -285,7 +283,7 @@ def _read(role: type[h11.CLIENT] | type[h11.SERVER], head: bytes) -> object:
 
 
 def _refuse_ambiguity(head: bytes) -> None:
-    """What h11 forgives and another reader might not."""
+    """Refuse what h11 accepts and another reader might read in another way."""
     if BARE_LINE_END.search(head):
         raise BadRequest("malformed request: a line that does not end with CRLF")
     if FOLDED_LINE.search(head):
@@ -294,12 +292,12 @@ def _refuse_ambiguity(head: bytes) -> None:
         raise BadRequest("malformed request: a control character")
 
 
-def _noted(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """The fields that decide about the connection; repeated ones joined, as lists are."""
-    noted: dict[bytes, bytes] = {}
+def _joined(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The fields by name; the values of a repeated one joined by commas (RFC 9110, 5.3)."""
+    fields: dict[bytes, bytes] = {}
     for name, value in headers:
-        noted[name] = noted[name] + b"," + value if name in noted else value
-    return noted
+        fields[name] = fields[name] + b"," + value if name in fields else value
+    return fields
 
 
 def _request_length(head: bytes, fields: dict[bytes, bytes], version: str) -> int | None:
@@ -318,7 +316,7 @@ def _request_length(head: bytes, fields: dict[bytes, bytes], version: str) -> in
 
 
 def _response_length(status: int, fields: dict[bytes, bytes], method: str) -> tuple[int | None, bool]:
-    """The body's length, None if it is not told, and whether it is chunked."""
+    """The body's length, None if the head does not have it, and whether the body is chunked."""
     if method == "HEAD" or status in BODYLESS or status < 200:
         return 0, False
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
@@ -334,7 +332,7 @@ def _response_length(status: int, fields: dict[bytes, bytes], method: str) -> tu
 
 
 def forwardable(headers: Iterable[tuple[bytes, bytes]], *, but: frozenset[bytes] = frozenset()) -> RawHeaders:
-    """The fields that may go on to the next hop: none that ``Connection`` names, none in ``but``."""
+    """The fields for the next hop: without those that ``Connection`` names, and those in ``but``."""
     headers = list(headers)
     barred = HOP_BY_HOP | but
     for name, value in headers:
@@ -344,7 +342,7 @@ def forwardable(headers: Iterable[tuple[bytes, bytes]], *, but: frozenset[bytes]
 
 
 def write_fields(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """``headers``, which were read strictly, as lines."""
+    """``headers`` as lines. They must have been read strictly: nothing is checked here."""
     return b"".join([b"%b: %b\r\n" % pair for pair in headers])
 
 
@@ -354,7 +352,7 @@ def write_request_head(method: str, target: str, headers: Iterable[tuple[bytes, 
 
 
 def write_response_head(status: int, headers: Pairs, framing: Pairs) -> bytes:
-    """Our own answer's head. Raises ValueError if a field could break out of its line."""
+    """The head of an answer of the daemon's own. Raises ValueError for a field that could break out of its line."""
     lines = [status_line(status), date_line()]
     for name, value in (*headers, *framing):
         if FIELD_NAME.fullmatch(name) is None or FIELD_VALUE.fullmatch(value) is None:

@@ -1,8 +1,8 @@
-"""By which names a server without keys may be called.
+"""The host names under which a server without keys may be called.
 
-A web page can have its own name point to any address (DNS rebinding). Its browser then takes us for the page's own
-server, and lets it read every answer: nothing tells such a request from an honest one but the name in ``Host``.
-Whoever has a key has shown it; without keys the name must be one that no page of a stranger can have.
+A web page can have its own name point to any address (DNS rebinding). Its browser then takes this server for the page's
+own, and lets the page read every answer. Only the name in ``Host`` tells such a request from an honest one. A caller
+with a key needs no such check; without keys the name must be one that no foreign page can have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOCALHOST = re.compile(r"([a-z0-9_-]+\.)*localhost")  # nobody can have a name b
 # engine's runs a script: a page of an engine (``/upstream/NAME/``) has another origin, and cannot act as an operator.
 PAGE_HOST = "vllmd.localhost"
 ETC_HOSTS = Path("/etc/hosts")
-MOST_MET = 64
+MAX_ACCEPTED_KEPT = 64
 
 
 class Hosts:
@@ -33,18 +33,18 @@ class Hosts:
         self.configure(names)
 
     def configure(self, names: Iterable[str]) -> None:
-        """Go by these from now on."""
+        """Replace the names that the configuration adds."""
         self._names = self._machine | {_plain(name) for name in names}
-        self._met: set[str] = set()  # fields that were found to be ours: clients repeat themselves
+        self._accepted: set[str] = set()  # Host fields that were accepted: clients repeat themselves
 
     def check(self, request: Request) -> None:
         """Raise Misdirected for a request under another name. Over a Unix socket there are no names."""
         host = request.headers.get("host")
-        if request.peer.local or not host or host in self._met:
+        if request.peer.local or not host or host in self._accepted:
             return
         if self.ours(host):
-            if len(self._met) < MOST_MET:
-                self._met.add(host)
+            if len(self._accepted) < MAX_ACCEPTED_KEPT:
+                self._accepted.add(host)
             return
         raise Misdirected(
             f"this server is not {host[:200]!r}: without keys it answers under addresses, localhost and its machine's "
@@ -59,7 +59,7 @@ class Hosts:
 
 
 def shares_the_page(request: Request) -> bool:
-    """Whether a browser takes the answer for one of the same origin as the page's."""
+    """Whether the answer has the same origin as the daemon's own page, for the browser."""
     return request.fenced or _plain(request.headers.get("host")) == PAGE_HOST
 
 

@@ -1,4 +1,4 @@
-"""HTTP's nouns: what a request is and what an answer is. ``admin/`` speaks in these too."""
+"""Requests, responses and header fields. ``admin/`` uses these too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllmd.errors import BadRequest, VllmdError
 from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
-AT_A_TIME = 200  # members of a list that are written in one turn of the loop
+MEMBERS_PER_TURN = 200  # of a list, written in one turn of the loop
 # Of HTTP's dates (RFC 9110, 5.6.7), whatever the language of this machine is.
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -46,13 +46,15 @@ class Peer:
 class Headers:
     """Header fields in their order. Names are lower case, values stripped; both are bytes on the wire.
 
-    Six things are worked out of them once for all messages whose fields differ in nothing but their length, as
-    those of one connection mostly do: ``onward``, what goes on to the next hop (``forward`` and ``answer`` write it);
-    ``found``, who sent them, and by whose word (an authenticator writes it); ``from_page``, whether a browser may
-    have sent them for a page; ``plain_json``, whether they say that the body is JSON in UTF-8 and not coded;
-    ``keep_alive``, what ``x-vllmd-keep-alive`` says (None: nobody has looked); ``sent``, what they became in the
-    head of a request to an engine, and of which engine and model, of which path and whether traced
-    (``forward.request_head``).
+    Values derived from them are memoised here, since the messages of one connection mostly have the same fields but for
+    their length (``heads.HeadMemo``). None: not derived yet.
+
+    - ``onward``: the lines for the next hop (set by ``forward`` and ``answer``);
+    - ``found``: the sender, and the authenticator's state that this is by;
+    - ``from_page``: whether a browser may have sent them for a web page (``cors``);
+    - ``plain_json``: whether they announce JSON in UTF-8 without a Content-Encoding (``model_requests``);
+    - ``keep_alive``: the value of ``x-vllmd-keep-alive`` (``keep_alive``);
+    - ``sent``: the head for an engine, with the address, target, path and trace that it is for (``forward``).
     """
 
     __slots__ = ("found", "from_page", "keep_alive", "onward", "plain_json", "raw", "sent")
@@ -76,21 +78,21 @@ class Headers:
 
     def but(self, name: str, *more: tuple[str, str]) -> Headers:
         """The same without the fields called ``name``, and with ``more``."""
-        wanted = name.encode("ascii")
-        kept = [pair for pair in self.raw if pair[0] != wanted]
+        dropped = name.encode("ascii")
+        kept = [pair for pair in self.raw if pair[0] != dropped]
         return Headers([*kept, *((key.encode("ascii"), value.encode("latin-1")) for key, value in more)])
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of ``name`` (any case), or ``default``."""
-        wanted = name.lower().encode("ascii")
+        sought = name.lower().encode("ascii")
         for key, value in self.raw:
-            if key == wanted:
+            if key == sought:
                 return value.decode("latin-1")
         return default
 
     def __contains__(self, name: str) -> bool:
-        wanted = name.lower().encode("ascii")
-        return any(key == wanted for key, _ in self.raw)
+        sought = name.lower().encode("ascii")
+        return any(key == sought for key, _ in self.raw)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return ((key.decode("latin-1"), value.decode("latin-1")) for key, value in self.raw)
@@ -100,12 +102,12 @@ class Headers:
 class Request:
     """One request, whole: ``body`` has been read, up to the limit.
 
-    ``target`` is the request line's, untouched; ``path`` is percent-decoded and free of dot segments;
-    ``params`` are the route pattern's; ``caller`` is who sent it, as found before its route was looked at;
-    ``upgrade`` is the protocol it wants to change to, "" for none. ``route`` is the pattern that its path matched;
-    ``answer_fields`` are carried by every answer to it. ``max_body`` is what its route takes of a body, in bytes: None
-    for the server's own limit, 0 for nothing, and then what comes is dropped. ``received`` is how much of a body came.
-    ``fenced``: the page is served at the same address under any name, so no script of an engine's may run there.
+    ``target`` is the request line's, untouched; ``path`` is percent-decoded and free of dot segments; ``route`` is the
+    pattern that the path matched, and ``params`` are the pattern's. ``caller``: the sender. ``upgrade``: the protocol
+    of its Upgrade field, "" for none. ``answer_fields`` are put into every answer to it. ``max_body``: the route's
+    limit for the body, in bytes; None for the server's own, 0: a body is dropped. ``received``: bytes of the body that
+    came. ``fenced``: the daemon's page is served at the same address under any name, so no script of an engine's may
+    run there.
     """
 
     method: str
@@ -160,7 +162,7 @@ def parse_json(body: bytes) -> Any:
 
 @dataclass(slots=True)
 class Response:
-    """An answer. An iterator as ``body`` is sent piece by piece as it comes, each at once."""
+    """An answer. If ``body`` is an iterator, each of its pieces is sent at once."""
 
     status: int = 200
     body: bytes | AsyncIterator[bytes] = b""
@@ -185,14 +187,13 @@ async def list_response(
 ) -> Response:
     """``value`` as compact JSON. Its member ``name`` may be a list of thousands: it is written in turns of the loop.
 
-    ``default`` makes JSON of what JSON does not know. ``make`` makes of each item of the list, in its turn, what is
-    written.
+    ``default`` is that of ``json.dumps``. ``make`` makes the JSON value of each item of the list, in its turn.
     """
     items, written = cast(Sequence[object], value[name]), list[str]()
-    for start in range(0, len(items), AT_A_TIME):
+    for start in range(0, len(items), MEMBERS_PER_TURN):
         if start:
             await asyncio.sleep(0)
-        some = [make(item) for item in items[start : start + AT_A_TIME]]
+        some = [make(item) for item in items[start : start + MEMBERS_PER_TURN]]
         written.append(json.dumps(some, separators=(",", ":"), default=default)[1:-1])
     members = {
         key: json.dumps(each, separators=(",", ":"), default=default) for key, each in value.items() if key != name
@@ -207,7 +208,7 @@ def text_response(text: str, status: int = 200, content_type: str = "text/plain;
 
 
 def error_body(error: VllmdError, path: str) -> dict[str, Any]:
-    """The error as the clients of the API at ``path`` expect it: Anthropic's, Ollama's, or else OpenAI's."""
+    """The error in the form of the API at ``path``: Anthropic's, Ollama's, or else OpenAI's."""
     if path.startswith(OLLAMA_PATH) and not path.startswith(OWN_PATH):
         return error.to_ollama()
     return error.to_anthropic() if path.startswith(ANTHROPIC_PATH) else error.to_openai()

@@ -13,18 +13,18 @@ from vllmd.config.types import ServerConfig
 RECEIVE = 64 << 10
 
 
-# A peer whose machine or network vanished says nothing: after half a minute of silence the kernel asks it, and gives
-# it up after three more questions. What was sent to an engine's machine and not acknowledged has two minutes; what was
-# sent to a client, ``departures.VANISHED``.
+# A peer whose machine or network vanished is silent: after half a minute the kernel sends probes, and closes the
+# connection after three without an answer. Data that an engine's machine does not acknowledge has two minutes; data to
+# a client, ``departures.VANISHED_SECONDS``.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # seconds, and a number
 UNACKNOWLEDGED = 120.0  # seconds
 
 
 def keep_alive(sock: socket.socket, unacknowledged: float = 0.0) -> None:
-    """Have the kernel notice that the peer of a TCP connection is gone.
+    """Have the kernel close a TCP connection whose peer is gone.
 
-    What it has not acknowledged for ``unacknowledged`` seconds says so, too. That time would replace the one by
-    questions, and runs for a peer that is there and only takes nothing, so clients have none.
+    With ``unacknowledged`` also one whose peer has acknowledged nothing for so many seconds. That time replaces the one
+    of the probes, and also runs for a peer that is there and only takes nothing, so it is not set for clients.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE:
@@ -34,25 +34,25 @@ def keep_alive(sock: socket.socket, unacknowledged: float = 0.0) -> None:
 
 
 def read_small(transport: asyncio.BaseTransport) -> None:
-    """Have ``transport`` ask for ``RECEIVE`` bytes at a time, if it is one that can be told."""
+    """Have ``transport`` read ``RECEIVE`` bytes at a time, if it is asyncio's own, which has such an attribute."""
     if hasattr(transport, "max_size"):
         transport.max_size = RECEIVE
 
 
 def clients_files() -> int:
-    """The number of a file descriptor up to which clients' connections may take them.
+    """The file descriptor from which on clients' connections are refused: two fifths of the limit.
 
-    A request takes another one, to its engine; and engines are started and looked at, and operators connect, however
-    many clients there are. The kernel gives the lowest number that is free, so the number tells how many are taken.
+    Each request needs a second one, to its engine, and some must be left to start and probe engines and for operators.
+    The kernel assigns the lowest free number, so a descriptor's number says how many are in use.
     """
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 2**31 if soft == resource.RLIM_INFINITY else soft * 2 // 5
 
 
 class Limits:
-    """What the configuration says of the HTTP side ``now``: beyond that a client gets 4xx or 503, or is cut off.
+    """Holds the server's configuration ``now``. All share one object, so that a reload reaches them.
 
-    All share one object, so that a reload reaches them; a deadline that is running already stays.
+    A deadline that is running already is not changed by a reload.
     """
 
     __slots__ = ("now",)

@@ -1,7 +1,7 @@
-"""Paths that clients send by habit -> the path that is meant, or a word on where to go.
+"""Paths that clients send by habit of another server -> the path that is meant, or a hint what to use instead.
 
-Only asked where no route has the path as it was sent. What comes out is looked up in the route table like any other
-path, and judged by that route's scope: a forgiven path opens nothing that its plain form does not.
+Used only where no route has the path as it was sent. The result is looked up in the route table like any other path,
+and has the scope of that route: no path opens anything that its plain form does not.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SLOTS = "it shows what others ask; GET /upstream/NAME{path} has it, for keys wi
 _ADAPTER = "adapters are the configuration's (adapters of a model), not a client's; its name in a request loads it"
 _USAGE = "GET /admin/usage tells who used how much, for keys with the scope read"
 _KEPT = "nothing of a client's is kept here: each request has all that it needs, see /docs"
-# What OpenAI's own service keeps for its clients, with all that is below.
+# Objects that OpenAI's own service keeps for its clients, with all paths below them.
 KEPT = tuple(
     f"/v1/{name}"
     for name in ("files", "batches", "uploads", "assistants", "threads", "vector_stores", "conversations", "containers",
                  "evals", "fine_tuning", "videos", "messages/batches")
 )  # fmt: skip
-# What vLLM or llama-server serve and vllmd does not, and what to do instead.
+# Paths that vLLM or llama-server serve and vllmd does not, and what to use instead.
 REFERRED = {
     **dict.fromkeys(
         ("/", "/v1"), "each path says more, such as /v1/models, which lists the models; GET /docs lists the paths"
@@ -73,7 +73,7 @@ REFERRED = {
     "/tools": "tools run in the client",
 }
 
-# What to ask a model that does not serve a route that other engines have.
+# Routes that only some engines serve -> what to use with a model of another engine.
 INSTEAD = {
     "/completion": "POST /v1/completions",
     "/infill": "POST /v1/completions, with the model's own marks of prefix and suffix",
@@ -86,7 +86,7 @@ INSTEAD = {
 
 
 def candidates(path: str) -> Iterator[str]:
-    """What ``path`` may mean, the likeliest first; ``path`` itself is not among it."""
+    """The paths that ``path`` may mean, the likeliest first, without ``path`` itself."""
     tidy = V1_AGAIN.sub("/v1", SLASHES.sub("/", path))
     if len(tidy) > 1:
         tidy = tidy.removesuffix("/")
@@ -103,16 +103,16 @@ def candidates(path: str) -> Iterator[str]:
 
 
 def _tail(path: str) -> Iterator[str]:
-    """From the API's own root on, without what somebody else's reverse proxy would have taken away from before it.
+    """``path`` from the API's own root on, without a prefix that the reverse proxy of another server would remove.
 
-    Of several roots it is the first behind which there is no ``/v1/``.
+    Of several roots, the first one without a ``/v1/`` behind it.
     """
     if found := ROOT.search(path, max(1, path.rfind("/v1/") - len("/api"))):
         yield path[found.start() :]
 
 
 def alternative_for(path: str) -> str:
-    """Where to go instead; "" where nobody can say."""
+    """The hint what to use instead of ``path``, "" for none."""
     for each in (path, *candidates(path)):
         if each in REFERRED:
             return REFERRED[each].replace("{path}", each)

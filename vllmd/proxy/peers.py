@@ -1,18 +1,18 @@
-"""Which process listens where an engine should: asked of the kernel, before a byte is sent.
+"""Check which process listens at an engine's address, by the kernel, before a byte is sent.
 
-A request carries somebody's prompt, and its answer is taken for the model's. So a connection to an engine is used only
-if the engine's user listens at its other end (``Address.owner``):
+A request carries a client's prompt, and the answer is taken for the model's. So a connection to an engine is used only
+if a process of the engine's user (``Address.owner``) listens at its other end:
 
-- **Unix sockets.** The file is looked at by a handle and then connected to through that handle, so that no link is
-  followed and nothing can be put in its place in between. It must belong to the engine's user, and so must the process
-  that listens (``SO_PEERCRED``).
-- **TCP.** Who listens on a port is asked of the kernel (``sock_diag``, by its own rule which of several listeners gets
-  a connection) before and after connecting: the same socket both times, so it has this connection. It must be the
-  engine's user's, or root's: Docker's proxy is root.
+- **Unix sockets.** The file is opened as a handle (``O_PATH``), checked, and connected to through that handle, so that
+  no link is followed and the file cannot be replaced in between. It must belong to the engine's user, and so must the
+  listening process (``SO_PEERCRED``).
+- **TCP.** The kernel is asked for the listener of the port (``sock_diag``, by its own rule which of several listeners
+  gets a connection) before and after connecting. If it is the same socket both times, it has this connection. It must
+  belong to the engine's user or to root, as Docker's proxy does.
 
 An engine must never make the daemon call itself, neither where both run as one user nor by a second name for the
-daemon's own socket: ``register_own_sockets`` remembers those. Among processes of one user nothing more is promised,
-since each of them can do to an engine whatever it likes.
+daemon's own socket: ``register_own_sockets`` notes those. Between processes of one user nothing more is checked: each
+of them can do anything to an engine.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ NOBODY = 0xFFFFFFFF
 
 
 class Impostor(UpstreamFailed):
-    """Somebody else is where the engine should be."""
+    """A process of another user listens at the engine's address."""
 
 
 class Listener(NamedTuple):
-    """A TCP socket: its owner's user id, and the number that no other ever has, 0 if no process has it open."""
+    """A TCP socket: its owner's user id, and its inode, which no other socket ever has; 0 if no process has it open."""
 
     uid: int
     inode: int
@@ -73,7 +73,7 @@ def register_own_sockets(sockets: Iterable[socket.socket]) -> None:
 
 
 async def connected(address: Address) -> socket.socket:
-    """A connected socket whose other end is ``address.owner``'s. Raises Impostor, OSError."""
+    """Connect to a process of the user ``address.owner``. Raises Impostor, OSError."""
     if address.uds:
         return await _unix(address.uds, _owner(address))
     found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
@@ -105,7 +105,7 @@ async def _unix(path: str, owner: int) -> socket.socket:
             sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{handle}")
             uid = credentials(sock).uid
-            if uid == NOBODY:  # asyncio takes a full queue of connections for a connection
+            if uid == NOBODY:  # the listener's queue is full: sock_connect returns without a connection then
                 raise BlockingIOError(errno.EAGAIN, "its queue of connections is full")
             if uid != owner:
                 raise Impostor(f"{user_named(uid)} listens on {path}, not the engine's user {user_named(owner)}")
@@ -128,7 +128,7 @@ async def _tcp(family: socket.AddressFamily, place: tuple[object, ...], owner: i
         await asyncio.get_running_loop().sock_connect(sock, place)
         after = listener(family, host, port)
         if after is None and before is None:  # no sock_diag here: the kernel's list is long, and reading it is slow
-            before = after = await asyncio.to_thread(_listed, host, port)
+            before = after = await asyncio.to_thread(listener_from_proc, host, port)
         if after is None or after != before:  # an engine that has just begun or ended to listen: nothing was sent
             raise ConnectionAbortedError(errno.ECONNABORTED, "who listens there changed while a connection was made")
         _check(after, owner, host, port)
@@ -149,7 +149,7 @@ def listener_of(host: str, port: int) -> Listener | None:
     """The process that listens on a TCP address, for messages; None if there is none, or if that is unknown."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.suppress(OSError):
-        return listener(family, host, port) or _listed(host, port)
+        return listener(family, host, port) or listener_from_proc(host, port)
     return None
 
 
@@ -164,8 +164,8 @@ def user_named(uid: int) -> str:
 
 
 @functools.cache
-def _asked() -> socket.socket:
-    """Where the kernel is asked, one question after the other. Raises OSError where that is not allowed."""
+def _diag_socket() -> socket.socket:
+    """The socket for queries to the kernel, one after the other. Raises OSError where that is not allowed."""
     kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
     kernel.setblocking(False)
     return kernel
@@ -179,8 +179,9 @@ def listener(family: socket.AddressFamily, host: str, port: int) -> Listener | N
         packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
     else:
         packed = socket.inet_aton(host).ljust(16, b"\0")
-    # As the server's end of a connection from nowhere: that finds no connection, so the listener.
-    return _diagnosed(family, 1 << _LISTEN, struct.pack("!HH", port, 0) + packed + bytes(16))
+    # The query is for the server's end of a connection from address and port 0. There is none, so the kernel finds the
+    # listener that would get it.
+    return _query(family, 1 << _LISTEN, struct.pack("!HH", port, 0) + packed + bytes(16))
 
 
 def is_held(peer: tuple[str, int], ours: tuple[str, int]) -> bool | None:
@@ -192,19 +193,19 @@ def is_held(peer: tuple[str, int], ours: tuple[str, int]) -> bool | None:
     family = socket.AF_INET6 if ":" in hosts[0] else socket.AF_INET
     place = struct.pack("!HH", peer[1], ours[1])
     place += b"".join(socket.inet_pton(family, host).ljust(16, b"\0") for host in hosts)
-    found = _diagnosed(family, _ANY, place)
+    found = _query(family, _ANY, place)
     return None if found is None else found.inode != 0
 
 
-def _diagnosed(family: socket.AddressFamily, states: int, place: bytes) -> Listener | None:
+def _query(family: socket.AddressFamily, states: int, place: bytes) -> Listener | None:
     """The TCP socket with these ports and addresses; None if there is none, or the kernel cannot be asked."""
     body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, states) + place + bytes(4) + b"\xff" * 8
     try:
-        kernel = _asked()
+        kernel = _diag_socket()
         kernel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + body)
-        answer = kernel.recv(8192)  # it is there when the question has been sent
+        answer = kernel.recv(8192)  # at once: the kernel answers within ``send``
     except OSError:
-        _asked.cache_clear()  # whatever comes yet is not the answer to another question
+        _diag_socket.cache_clear()  # an answer that comes late must not be taken for that of the next query
         return None
     _, kind, *_ = _HEADER.unpack_from(answer)
     if kind == _NLMSG_ERROR:
@@ -212,12 +213,12 @@ def _diagnosed(family: socket.AddressFamily, states: int, place: bytes) -> Liste
     return Listener(*struct.unpack_from("=II", answer, _HEADER.size + _UID_INODE))
 
 
-def _listed(host: str, port: int) -> Listener | None:
-    """The same from /proc/net, of which a kernel without sock_diag has only the whole.
+def listener_from_proc(host: str, port: int) -> Listener | None:
+    """As ``listener``, for a kernel without sock_diag: read the list of all TCP sockets in /proc/net.
 
-    Raises OSError where we have no file descriptor to read it.
+    Raises OSError if this process has no file descriptor left to read it.
     """
-    wanted = [_hex(host), *(_hex("0.0.0.0") if ":" not in host else "", "0" * 32)]
+    places = [_hex(host), *(_hex("0.0.0.0") if ":" not in host else "", "0" * 32)]
     found: dict[str, Listener] = {}
     for name in ("tcp", "tcp6"):
         try:
@@ -231,7 +232,7 @@ def _listed(host: str, port: int) -> Listener | None:
             place, _, number = fields[1].partition(":")
             if int(number, 16) == port and int(fields[3], 16) == _LISTEN:
                 found.setdefault(place, Listener(int(fields[7]), int(fields[9])))
-    return next((found[place] for place in wanted if place in found), None)
+    return next((found[place] for place in places if place in found), None)
 
 
 def _hex(host: str) -> str:

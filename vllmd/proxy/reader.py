@@ -9,17 +9,17 @@ from vllmd.proxy.framing import BadFraming, Chunked, Length
 from vllmd.proxy.heads import HeadMemo, RequestHead, parse_request_head
 from vllmd.proxy.limits import Limits
 
-CRUMBS = 64 << 10  # framing bytes allowed beyond the payload's own number
-PIECE = 64 << 10  # bytes of a body looked at in one step
-CHUNKED_PIECE = 16 << 10  # the same where its end is not known beforehand, and the next request may follow
+MAX_FRAMING_EXCESS = 64 << 10  # framing bytes allowed beyond the payload's own number
+PIECE_BYTES = 64 << 10  # of a body, scanned in one step
+CHUNKED_PIECE_BYTES = 16 << 10  # the same where its end is not known beforehand, and the next request may follow
 TOKEN = frozenset(b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode())
 TLS_HANDSHAKE = 0x16
 
 
 class RequestReader:
-    """``feed`` it, then ask for ``head`` and, when that was accepted, for ``body``, each until it is not None.
+    """Call ``feed``, then ``head`` and, if the head is accepted, ``body``, each until it is not None.
 
-    Every error it raises is final: what follows on the connection cannot be told apart.
+    Every error is final: the next request on the connection could not be told from the rest of this one.
     """
 
     __slots__ = (
@@ -30,7 +30,7 @@ class RequestReader:
         "_heads",
         "_keep",
         "_limits",
-        "_most",
+        "_max_payload",
         "_next",
         "_scanned",
         "head_size",
@@ -40,26 +40,26 @@ class RequestReader:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._heads = HeadMemo(parse_request_head)
-        self._data: bytes | bytearray = b""  # fed and not yet asked for: as it came, until more comes
-        self._begun = False  # bytes of the next head have been seen
+        self._data: bytes | bytearray = b""  # fed and not yet consumed: as it came, until more comes
+        self._begun = False  # bytes of the next head have come
         self._scanned = 0  # bytes of an unfinished head already searched
         self._next: RequestHead | None = None  # the head whose body has not begun to be read
-        self._keep = True  # whether its payload is wanted
+        self._keep = True  # whether its payload is kept
         self._framing: Length | Chunked | None = None  # of a body that comes in pieces
-        self._most = limits.now.max_body  # payload bytes that the present body may have
-        self._body = bytearray()  # what has come of a body that comes in several pieces
+        self._max_payload = limits.now.max_body  # of the present body, in bytes
+        self._body = bytearray()  # the payload so far of a body that comes in several pieces
         self.received = 0  # payload bytes of the present body
         self.head_size = 0  # bytes of the present request's head
 
     @property
     def pending(self) -> int:
-        """Bytes fed and not yet asked for."""
+        """Bytes fed and not yet consumed."""
         return len(self._data)
 
     def feed(self, data: bytes) -> None:
         """More bytes from the client."""
         if not self._data:
-            self._data = data  # mostly a whole request, which need not be copied into a buffer
+            self._data = data  # mostly a whole request: no copy into a buffer
             return
         if isinstance(self._data, bytes):
             self._data = bytearray(self._data)
@@ -92,7 +92,7 @@ class RequestReader:
             del data[:size]
 
     def head(self) -> RequestHead | None:
-        """The next request's head; the length that it announces is the caller's to judge.
+        """The next request's head, None while it is not whole. The caller checks the length that it announces.
 
         Raises BadRequest, HeadTooLarge.
         """
@@ -105,16 +105,15 @@ class RequestReader:
                 data = self._data
             self._begun = True
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
-        if end > self._limits.now.max_head or (
-            end < 0 and len(data) > self._limits.now.max_head + 3
-        ):  # its blank line may come
+        most = self._limits.now.max_head
+        if end > most or (end < 0 and len(data) > most + 3):  # 3: of the blank line, whose last byte is missing
             raise HeadTooLarge(f"the request's head is larger than {self._limits.now.max_head} bytes")
         if data[:2] == b"\r\n":
             raise BadRequest("malformed request: no request line")
         if end < 0:
             if data.find(b"\n\n", max(0, self._scanned - 1)) >= 0:
                 raise BadRequest("malformed request: a line that does not end with CRLF")
-            if data and data[0] not in TOKEN:  # no method begins like that: nothing good will come of waiting
+            if data and data[0] not in TOKEN:  # no method begins like that: refuse it without waiting for the rest
                 if data[0] == TLS_HANDSHAKE:
                     raise SpokenTls("this is TLS, and plain HTTP is spoken here: the URL must begin with http://")
                 raise BadRequest("malformed request: no request line")
@@ -125,27 +124,27 @@ class RequestReader:
         self._scanned = 0
         self._begun = False
         self._next, self._framing, self._keep = head, None, True
-        self._most = self._limits.now.max_body
+        self._max_payload = self._limits.now.max_body
         self.received = 0
         return head
 
-    def discard(self, most: int) -> None:
-        """Keep nothing of the present body, which may have ``most`` bytes: its route takes none."""
-        self._most, self._keep = most, False
+    def discard(self, max_payload: int) -> None:
+        """Keep nothing of the present body, of up to ``max_payload`` bytes: its route takes none."""
+        self._max_payload, self._keep = max_payload, False
 
     def drop_body(self) -> None:
-        """Let go of what has come of the present body: the request was refused."""
+        """Free the payload so far of the present body: the request was refused."""
         self._next, self._framing, self._body = None, None, bytearray()
 
-    def limit(self, most: int) -> None:
-        """Take at most ``most`` bytes of the present body."""
-        self._most = most
+    def limit(self, max_payload: int) -> None:
+        """Accept at most ``max_payload`` bytes of the present body."""
+        self._max_payload = max_payload
 
     def body(self) -> bytes | None:
         """The body of the last head, None while it goes on. Raises BadRequest, TooLarge.
 
-        What comes in many pieces is collected in one buffer that grows, never as a list of pieces: a piece of two
-        bytes is an object of forty, and the memory that bodies take is to be what they bring.
+        Many pieces are collected in one buffer that grows, never in a list: a piece of two bytes is an object of forty,
+        and the memory of a body must be about its size, which is what ``body_memory`` counts.
         """
         framing, data = self._framing, self._data
         if framing is None:
@@ -153,7 +152,7 @@ class RequestReader:
             if head is None or head.length == 0:
                 return b""
             length = head.length
-            if length is not None and length <= len(data) and length <= self._most:  # the common case: it came whole
+            if length is not None and length <= len(data) and length <= self._max_payload:  # the common case: whole
                 self.received, self._next = length, None
                 body = self._take(length)
                 return body if self._keep else b""
@@ -183,16 +182,16 @@ class RequestReader:
         return body
 
     def _next_piece(self, framing: Length | Chunked) -> bytes:
-        """Of the bytes in hand as many as can be the body's, not all of what another request's may follow in."""
+        """The next bytes that may belong to the body. The rest, which may be the next request, is not copied."""
         data = self._data
-        most = min(framing.left, PIECE) if isinstance(framing, Length) else CHUNKED_PIECE
+        most = min(framing.left, PIECE_BYTES) if isinstance(framing, Length) else CHUNKED_PIECE_BYTES
         if len(data) <= most:
             return bytes(data)
         with memoryview(data) as view:
             return bytes(view[:most])
 
     def _check_size(self, framing: Length | Chunked, *, whole: bool) -> None:
-        if self.received > self._most:
-            raise TooLarge(f"the body is larger than {self._most} bytes")
-        if isinstance(framing, Chunked) and not whole and framing.seen > 2 * framing.payload + CRUMBS:
+        if self.received > self._max_payload:
+            raise TooLarge(f"the body is larger than {self._max_payload} bytes")
+        if isinstance(framing, Chunked) and not whole and framing.seen > 2 * framing.payload + MAX_FRAMING_EXCESS:
             raise BadRequest("malformed request: the body's chunks are too small")

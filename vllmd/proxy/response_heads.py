@@ -1,15 +1,15 @@
-"""Engines' heads: collected from pieces, and put right where RFC 9112 lets a recipient do so.
+"""Engines' heads: collected from pieces, and normalised where RFC 9112 lets a recipient do so.
 
-A request's head is read strictly, because another reader may be before us. An answer's head comes from an engine that
-was configured, often one that somebody wrote by hand, and nobody reads it but us and, from us, the client. So what has
-but one meaning is taken in every form that the RFC allows a recipient to take, and written anew in the plain form:
+A request's head is read strictly, because a proxy before us may read it in another way. An answer's head comes from an
+engine that was configured, often one written by hand, and has no other reader than the daemon. So everything with only
+one meaning is accepted in every form that the RFC allows a recipient to accept, and written anew in the plain form:
 
 - lines that end with LF alone (2.2), and empty lines before the status line;
 - a status line without a reason phrase, or with other white space between its words (4);
 - white space between a field's name and the colon (5.1), folded lines (5.2), a bare CR or another control character
   within a line (2.2, and RFC 9110, 5.5): a space, or nothing.
 
-What has several meanings stays an error (``heads.parse_response_head``).
+A head with several meanings stays an error (``heads.parse_response_head``).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def normalize_head(head: bytes) -> bytes:
 
 
 class HeadCollector:
-    """Collects one answer's head, however it is cut, in time that grows with its bytes; 1xx answers are left out."""
+    """Collects one answer's head from pieces, in time that grows with its bytes; 1xx answers are left out."""
 
     __slots__ = ("_data", "_scanned", "_taken")
 
@@ -66,7 +66,7 @@ class HeadCollector:
         self.reset()
 
     def reset(self) -> None:
-        """Begin with the next answer."""
+        """Forget the answer, for the next one."""
         self._data = bytearray()
         self._scanned = 0  # bytes that were searched already
         self._taken = 0  # bytes of 1xx answers

@@ -4,9 +4,9 @@ Only where they differ: an alias or a suffix of a name. In sound JSON the bytes 
 inside a string (the quotes would be escaped), so they are replaced wherever they stand, nested objects included
 (Anthropic's and Responses' streams have the name inside another object).
 
-What may be the beginning of those bytes is held back until more has come, and nothing else: not a line, for an event
-may be of 30 MiB (images, audio), and who holds it until its end looks through it again at each piece, or makes the
-client wait. So an answer takes time by its bytes, however it is cut.
+Only what may be the beginning of those bytes is held back until more has come. Holding a whole line would be simpler,
+but an event may have 30 MiB (images, audio): the client would wait, and each piece would mean another search through
+it. So the time for an answer grows with its bytes, however it is cut.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AFTER_KEY = re.compile(rb'"model"[ \t]{0,16}(:[ \t]{0,16})?')
 
 
 class Rewriter:
-    """Bytes of one answer in, renamed bytes out."""
+    """Replaces the name ``served`` by ``asked`` in the bytes of one answer."""
 
     def __init__(self, served: str, asked: str) -> None:
         self._forms = sorted(form.encode() for form in {json.dumps(served), json.dumps(served, ensure_ascii=False)})
@@ -28,11 +28,11 @@ class Rewriter:
         self._pattern = re.compile(rb'(?<!\\)"model"([ \t]{0,16}):([ \t]{0,16})(?:' + names + rb")")
         self._longest = len(KEY) + 1 + 2 * MOST_SPACE + max(map(len, self._forms))
         self._asked = json.dumps(asked).encode()
-        self._held = b""  # the beginning of a name, perhaps
-        self._escape = b""  # a backslash, if that is what came before it
+        self._held = b""  # perhaps the beginning of a name
+        self._escape = b""  # the backslash before it, if there is one
 
     def feed(self, data: bytes) -> bytes:
-        """What of ``data`` and of what was held can be told already."""
+        """The bytes of ``data``, and of those held back, that can pass now."""
         text = self._escape + self._held + data if self._held or self._escape else data
         skip, cut = len(self._escape), self._tail(text)
         whole, self._held = text[:cut], text[cut:]
@@ -40,7 +40,7 @@ class Rewriter:
         return self.renamed(whole)[skip:]
 
     def rest(self) -> bytes:
-        """What is left at the end."""
+        """The bytes held back, at the end of the answer."""
         rest, self._held = self._held, b""
         return rest
 
@@ -49,7 +49,7 @@ class Rewriter:
         return self._pattern.sub(lambda m: b'"model"' + m[1] + b":" + m[2] + self._asked, data)
 
     def _tail(self, text: bytes) -> int:
-        """Where in ``text`` what may be an unfinished name begins; its length if there is none."""
+        """The index in ``text`` where an unfinished name may begin; its length if there is none."""
         if text.endswith(b"\n"):  # of an event, or of an answer
             return len(text)
         at = text.find(b'"', max(0, len(text) - 2 * self._longest))

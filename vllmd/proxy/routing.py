@@ -24,14 +24,14 @@ from vllmd.proxy.http import Request, Response
 LocalHandler = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Exchange], Awaitable[None]]
 
-# Scopes of routes that a page of another site may have its browser ask for: they load, move and ask no model.
+# Scopes of routes that web pages of other sites may request: they use no model and change nothing.
 FOR_PAGES = frozenset({OPEN, HEALTH})
-OPERATORS = frozenset({READ, ADMIN})  # scopes whose streams end when the caller has lost them
-RECHECK = 1.0  # seconds after which an operator's stream asks whether its caller is still allowed
-LONGEST_TOLD = 200  # characters of a path that an error repeats
-LONGEST_MISSPELT, NEAR = 40, 0.8  # characters of a path that is compared with ours, and how alike two must be
+OPERATORS = frozenset({READ, ADMIN})  # scopes whose streams end when the caller has lost the scope
+RECHECK_SECONDS = 1.0  # between two checks that the caller of an operator's stream may still have it
+MAX_QUOTED_CHARACTERS = 200  # of a path, in an error
+MAX_MISSPELT_CHARACTERS, MIN_SIMILARITY = 40, 0.8  # for a path in "did you mean"
 LISTED = "GET /v1/models lists the models, GET /docs the paths"
-LOCAL_BODY = 1 << 20  # bytes of a body for ourselves: settings of a model, an operator's order
+MAX_LOCAL_BODY_BYTES = 1 << 20  # of a body that the daemon itself reads: settings of a model, an operator's command
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
 
@@ -39,9 +39,8 @@ PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 class Route:
     """One row of the table.
 
-    ``scope`` and ``reach`` say who may, see ``access``. ``doc`` has more of OpenAPI's operation fields.
-    ``max_body``: bytes of a body that it takes, None for the server's own limit; a body that comes although it takes
-    none is dropped unread.
+    ``scope`` and ``reach`` decide which callers may use it, see ``access``. ``doc`` has more of OpenAPI's operation
+    fields. ``max_body``: bytes of a body, None for the server's own limit, 0: a body is dropped unread.
     """
 
     method: str
@@ -63,7 +62,7 @@ class NoSuchMethod(MethodNotAllowed):
 
 
 class Router:
-    """The route table; it also has every request's sender looked at before the body is read."""
+    """The route table. Every request's sender is authorised here, before the body is read."""
 
     def __init__(self, authenticator: Authenticator | None = None, cors: Cors | None = None) -> None:
         self.authenticator = authenticator or AllowAll()
@@ -83,7 +82,7 @@ class Router:
         doc: Mapping[str, object] | None = None,
         reach: Reach = Reach.ONE,
     ) -> None:
-        """Have ``handler`` answer; a GET's answers HEAD too. It gets a body if ``doc`` says that it takes one."""
+        """Add a route of the daemon's own; a GET answers HEAD too. A body is read only if ``doc`` has a requestBody."""
 
         async def respond(exchange: Exchange) -> None:
             response = await handler(exchange.request)
@@ -92,11 +91,11 @@ class Router:
                 response.body = while_allowed(response.body, still)
             await exchange.respond(response)
 
-        most = LOCAL_BODY if doc and "requestBody" in doc else 0
+        most = MAX_LOCAL_BODY_BYTES if doc and "requestBody" in doc else 0
         self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}, reach, max_body=most))
 
     def add_raw(self, route: Route) -> None:
-        """Have the route's handler speak on the exchange itself."""
+        """Add a route whose handler writes to the exchange itself."""
         self.routes.append(route)
         if "{" not in route.pattern:
             self._fixed.setdefault(route.pattern, {})[route.method] = route
@@ -109,7 +108,7 @@ class Router:
         self._patterns.append((expression, {route.method: route}))
 
     def begin(self, request: Request) -> Handler:
-        """The handler for ``request``, whose head alone has been read; fills its ``params`` and ``caller``.
+        """The handler for ``request``, whose head alone has been read. Sets its ``params``, ``caller`` and ``route``.
 
         Raises NotFound, MethodNotAllowed, Forbidden, Unauthorized and what the authenticator raises.
         """
@@ -134,14 +133,14 @@ class Router:
         return route.handler
 
     def recheck(self, request: Request, scope: str, reach: Reach) -> None:
-        """Raise what the request would be refused with if it came now, and where its caller may use fewer models."""
+        """Raise what would refuse the request if it came now, and Forbidden if its caller may use fewer models now."""
         now, before = self.authenticator.identify(request), request.caller.models
         authorise(now, scope, reach)
         if now.models is not None and (before is None or not before <= now.models):
-            raise Forbidden(f"the key {now.name!r} may not use all models any more that it could; ask anew")
+            raise Forbidden(f"the key {now.name!r} may use fewer models than before; send the request again")
 
     def _find(self, request: Request) -> dict[str, Route]:
-        """The routes of the request's path; one that clients write otherwise by habit is put right first."""
+        """The routes of the request's path, or, for a path of another server, of the one that is meant (``paths``)."""
         methods = self._at(request, request.path)
         if methods is not None:
             return methods
@@ -152,17 +151,17 @@ class Router:
                 request.path = path
                 request.answer_fields = (*request.answer_fields, ("x-vllmd-path", quote(path)))
                 return methods
-        where = paths.alternative_for(request.path) or self._near(request.path) or LISTED
-        raise NotFound(f"there is no {request.path[:LONGEST_TOLD]} here: {where}")
+        hint = paths.alternative_for(request.path) or self._similar(request.path) or LISTED
+        raise NotFound(f"there is no {request.path[:MAX_QUOTED_CHARACTERS]} here: {hint}")
 
-    def _near(self, path: str) -> str:
-        """The path of a client's that was probably meant, as a question; "" if none is much like it."""
-        if len(path) > LONGEST_MISSPELT:
+    def _similar(self, path: str) -> str:
+        """The route for clients whose path is most similar, as a question; "" if none is similar enough."""
+        if len(path) > MAX_MISSPELT_CHARACTERS:
             return ""
-        import difflib  # for mistakes only
+        import difflib  # only mistakes pay for it
 
         known = [fixed for fixed, methods in self._fixed.items() if any(r.scope == MODELS for r in methods.values())]
-        close = difflib.get_close_matches(path, known, n=1, cutoff=NEAR)
+        close = difflib.get_close_matches(path, known, n=1, cutoff=MIN_SIMILARITY)
         return f"did you mean {close[0]}? GET /docs lists the paths" if close else ""
 
     def _at(self, request: Request, path: str) -> dict[str, Route] | None:
@@ -179,12 +178,12 @@ class Router:
 
 
 async def while_allowed(
-    pieces: AsyncIterator[bytes], still: Callable[[], None], every: float = RECHECK
+    pieces: AsyncIterator[bytes], still: Callable[[], None], every: float = RECHECK_SECONDS
 ) -> AsyncIterator[bytes]:
-    """``pieces`` until ``still`` raises. It is asked every so many seconds, and before a piece that comes later.
+    """``pieces`` until ``still`` raises, which is called every so many seconds, and before a piece that comes later.
 
-    What an operator follows may go on for days: it ends when the key of the caller is revoked or the session is over.
-    Answers of models are not held to this; they end by themselves.
+    An operator may follow a stream for days. It ends when the caller's key is revoked or the session is over. Answers
+    of models end by themselves, and are not checked.
     """
     loop = asyncio.get_running_loop()
     coming = asyncio.ensure_future(anext(pieces, None))

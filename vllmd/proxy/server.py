@@ -1,4 +1,4 @@
-"""The accept loop: listeners in, connections kept count of, and the ways to stop."""
+"""The accept loop: accepts connections on listeners, counts them, and drains them at a stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from vllmd.errors import OUT_OF_FILES, BadRequest, TooManyRequests, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.connection import Connection
-from vllmd.proxy.departures import SWEEP
+from vllmd.proxy.departures import SWEEP_SECONDS
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.heads import write_response_head
 from vllmd.proxy.http import error_response
@@ -21,17 +21,18 @@ from vllmd.proxy.routing import Router
 
 log = logging.getLogger(__name__)
 
-ACCEPTS = 64  # connections taken per turn of the loop, so that those being served get theirs
-BREATH = 0.5  # seconds without accepting after that
-HANDSHAKE_LIMIT = 10.0  # seconds for TLS; a client that connects and says nothing holds a place no longer
+ACCEPTS_PER_TURN = 64  # of the loop, so that connections being served get theirs
+ACCEPT_PAUSE_SECONDS = 0.5  # without accepting, when no file descriptor was left
+HANDSHAKE_SECONDS = 10.0  # for TLS; a silent client counts as a connection no longer
 
 
 class Server:
     """Serves ``router`` on listeners that are open already: systemd's, or the daemon's own.
 
-    It never closes or unlinks a listener, so what it does not accept waits for the next one who does.
-    ``on_exchange`` hears of every request that ended. ``memory`` is for request bodies; several servers may share it.
-    Connections whose file descriptor has the number ``files`` or a higher one are refused (``limits.clients_files``).
+    Listeners are never closed or unlinked here: connections that are not accepted wait in their queues for the next
+    process that accepts. ``on_exchange`` is called for every request that ended. ``memory`` is for request bodies;
+    several servers may share it. A connection whose file descriptor is ``files`` or higher is refused
+    (``limits.clients_files``).
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Server:
         self._opening: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
         self._empty = asyncio.Event()
-        self._breath: asyncio.TimerHandle | None = None
+        self._accept_pause: asyncio.TimerHandle | None = None
         self._sweeping: asyncio.TimerHandle | None = None
         self._accepting = False
         self.tls: ssl.SSLContext | None = None  # for connections that are accepted from now on
@@ -81,31 +82,28 @@ class Server:
     def stop_accepting(self) -> None:
         """Leave new connections in the listeners' queues; those accepted are served on."""
         self._accepting = False
-        if self._breath is not None:
-            self._breath.cancel()
-            self._breath = None
+        if self._accept_pause is not None:
+            self._accept_pause.cancel()
+            self._accept_pause = None
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener.fileno())
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPTS):
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._accept_failed(error)
+                log.error("cannot accept connections on %s: %s", listener.getsockname(), error)
+                if error.errno in OUT_OF_FILES:  # some will come free; meanwhile clients wait in the queue
+                    self.stop_accepting()
+                    loop = asyncio.get_running_loop()
+                    self._accept_pause = loop.call_later(ACCEPT_PAUSE_SECONDS, self.start)
                 return
-            self._take(sock, address)
+            self._serve(sock, address)
 
-    def _accept_failed(self, error: OSError) -> None:
-        """Out of file descriptors: some will come free; meanwhile clients wait in the queue."""
-        log.error("cannot accept: %s", error)
-        if error.errno in OUT_OF_FILES:
-            self.stop_accepting()
-            self._breath = asyncio.get_running_loop().call_later(BREATH, self.start)
-
-    def _take(self, sock: socket.socket, address: object) -> None:
+    def _serve(self, sock: socket.socket, address: object) -> None:
         self.accepted += 1
         refusal = self._too_many(sock, address)
         if refusal is not None:
@@ -121,7 +119,7 @@ class Server:
 
     def _too_many(self, sock: socket.socket, address: object) -> VllmdError | None:
         if self.connections >= self.limits.now.max_connections or sock.fileno() >= self._files:
-            return Unavailable("too many connections; come back later", retry_after=5)
+            return Unavailable("too many connections; try again later", retry_after=5)
         most = self.limits.now.max_connections_per_address
         if most is not None and isinstance(address, tuple) and self._by_address[address[0]] >= most:
             return TooManyRequests(f"more than {most} connections from {address[0]}", retry_after=5)
@@ -131,13 +129,13 @@ class Server:
         tls = self.tls
         try:
             if tls is not None and await _speaks_plainly(sock):
-                sock.recv(RECEIVE)  # what is left unread would reset the connection, and take the answer with it
+                sock.recv(RECEIVE)  # a socket that is closed with unread bytes is reset, and the answer is lost
                 _turn_away(
                     sock, BadRequest("TLS is spoken here, and this is plain HTTP: the URL must begin with https://")
                 )
                 return
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Connection(self), sock, ssl=tls, ssl_handshake_timeout=HANDSHAKE_LIMIT if tls else None
+                lambda: Connection(self), sock, ssl=tls, ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None
             )
         except OSError as error:
             log.debug("a connection was gone before it was served: %s", error)
@@ -147,18 +145,18 @@ class Server:
         self._opening.discard(opening)
         self._check_empty()
 
-    # -- what connections ask and tell
+    # -- called by connections
 
     def joined(self, connection: Connection) -> None:
-        """Count a connection in that has just been made."""
+        """A connection has been accepted."""
         self.open_connections.add(connection)
         if self._sweeping is None:
-            self._sweeping = asyncio.get_running_loop().call_later(SWEEP, self._sweep)
+            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
         if connection.peer.address:
             self._by_address[connection.peer.address] += 1
 
     def left(self, connection: Connection) -> None:
-        """Count a connection out that has been closed."""
+        """A connection has been closed."""
         self.open_connections.discard(connection)
         address = connection.peer.address
         if address:
@@ -173,7 +171,7 @@ class Server:
         for connection in list(self.open_connections):
             connection.close_if_vanished()
         if self.open_connections:
-            self._sweeping = asyncio.get_running_loop().call_later(SWEEP, self._sweep)
+            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
     def _check_empty(self) -> None:
         if not self.connections:
@@ -187,18 +185,18 @@ class Server:
         return sum(connection.busy for connection in self.open_connections) + len(self._opening)
 
     def disable_keep_alive(self) -> None:
-        """Let each connection end with the answer that it is at, or with its next one; new ones are still accepted."""
+        """Close each connection after its present answer, or after its next one; new ones are still accepted."""
         self.draining = True
         for connection in list(self.open_connections):
             connection.disable_keep_alive()
 
     def refuse_unread(self, error: VllmdError) -> None:
-        """Answer the clients that have sent only a part of a request."""
+        """Answer the clients that have sent only a part of a request with the error."""
         for connection in list(self.open_connections):
             connection.refuse_unread(error)
 
     async def drain(self, limit: float, grace: float = 1.0) -> bool:
-        """Accept no more and let what is under way end, within ``limit`` seconds. Whether all of it did.
+        """Stop accepting and wait until all requests have ended, at most ``limit`` seconds. Returns whether they did.
 
         Idle connections are closed at once; one that has never sent a request gets ``grace`` seconds to do so.
         """
@@ -235,11 +233,11 @@ class Server:
 
 
 async def _speaks_plainly(sock: socket.socket) -> bool:
-    """Whether a client begins with a letter, as requests in plain HTTP do, and no TLS. Raises OSError."""
+    """Whether a client's first byte is a letter: plain HTTP begins with one, TLS does not. Raises OSError."""
     loop, came = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(sock.fileno(), came.set)
     try:
-        async with asyncio.timeout(HANDSHAKE_LIMIT):
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
             await came.wait()
     finally:
         loop.remove_reader(sock.fileno())
@@ -247,7 +245,7 @@ async def _speaks_plainly(sock: socket.socket) -> bool:
 
 
 def _turn_away(sock: socket.socket, refusal: VllmdError) -> None:
-    """Say why, as far as that goes without waiting, and hang up."""
+    """Send the refusal, if the socket takes it without waiting, and close."""
     response = error_response(refusal)
     body = response.body if isinstance(response.body, bytes) else b""
     framing = [("content-type", response.content_type), ("content-length", str(len(body))), ("connection", "close")]

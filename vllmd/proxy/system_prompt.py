@@ -26,7 +26,7 @@ PROMPTED = re.compile(rb'"role"[ \t\r\n]*:[ \t\r\n]*"(?:system|developer)"')
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to put before requests of a route."""
+    """The system prompt ``text`` for requests of a route."""
 
     text: str
     route: str

@@ -1,10 +1,10 @@
 """WebSockets (``/v1/realtime?model=NAME``): after the handshake, bytes both ways and nothing else.
 
-The model is the query's, as OpenAI has it; what the client says inside the socket is not looked at.
+The query names the model, as OpenAI has it; messages inside the socket are not read.
 
-An engine's own page has one, too (``/upstream/NAME/ws`` of ComfyUI): it hears there what becomes of its jobs, and is
-left open for days. So such a one is no request: it keeps no model from its rest, loads none when the page connects
-anew, and ends with its engine, or when its key opens it no more.
+An engine's own page has one, too (``/upstream/NAME/ws`` of ComfyUI), for the progress of its jobs, and stays open for
+days. So once it is open, it is no request any more: it does not keep the model loaded, does not load it when the page
+reconnects, and ends with its engine, or when its key may not open it any more.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import read_small
 from vllmd.proxy.model_requests import KEY_IN_QUERY
 from vllmd.proxy.response_heads import HeadCollector
-from vllmd.proxy.routing import RECHECK
+from vllmd.proxy.routing import RECHECK_SECONDS
 from vllmd.proxy.upstream import OutOfFiles, connect, host_field
 
 log = logging.getLogger(__name__)
 
 SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\n"
 UPGRADE_FIELDS = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
-KEY_PROTOCOL = "openai-insecure-api-key."  # a sub-protocol that is a key: browsers can send no other
-REFUSAL_TOLD = 1000  # bytes of what an engine says when it refuses
-HANDSHAKE_LIMIT = 30.0  # seconds for the engine to answer the handshake
+KEY_PROTOCOL = "openai-insecure-api-key."  # a sub-protocol with a key: a browser's script can set no other field
+MAX_REFUSAL_BYTES = 1000  # of an engine's refusal, passed on in the error
+HANDSHAKE_SECONDS = 30.0  # for the engine to answer the handshake
 
 
 class FarEnd(asyncio.Protocol):
@@ -43,12 +43,12 @@ class FarEnd(asyncio.Protocol):
 
     def __init__(self, exchange: Exchange) -> None:
         loop = asyncio.get_running_loop()
-        self.answered: asyncio.Future[bytes] = loop.create_future()  # the head's bytes
+        self.answered: asyncio.Future[bytes] = loop.create_future()  # the bytes of the head
         self.closed: asyncio.Future[None] = loop.create_future()
         self._exchange = exchange
         self.transport: asyncio.Transport
         self._collector = HeadCollector()
-        self.early = b""  # what came along with the head
+        self.early = b""  # bytes that came along with the head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The engine has accepted the tunnel's connection."""
@@ -56,7 +56,7 @@ class FarEnd(asyncio.Protocol):
         read_small(transport)
 
     def data_received(self, data: bytes) -> None:
-        """The handshake's answer, then the client's bytes."""
+        """The handshake's answer, then bytes for the client."""
         if self.answered.done():
             self._exchange.write(data)
             return
@@ -69,7 +69,7 @@ class FarEnd(asyncio.Protocol):
             whole, end = found
             self.early = whole[end:]
             self.answered.set_result(whole[:end])
-            self.transport.pause_reading()  # until the client has been told
+            self.transport.pause_reading()  # until the client has the head
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The engine's side is closed: close the client's."""
@@ -82,7 +82,7 @@ class FarEnd(asyncio.Protocol):
         self._exchange.pause_client(True)
 
     def resume_writing(self) -> None:
-        """The engine takes bytes again: so may the client send."""
+        """The engine takes bytes again: read from the client again."""
         self._exchange.pause_client(False)
 
     def send(self, data: bytes) -> None:
@@ -90,13 +90,13 @@ class FarEnd(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.write(data)
 
-    def take(self, data: bytes) -> None:
-        """The client's bytes once it may speak."""
+    def receive(self, data: bytes) -> None:
+        """Count bytes of the client's after the handshake, and pass them on."""
         self._exchange.received += len(data)
         self.send(data)
 
     def open(self) -> None:
-        """The client knows: pass on what came along with the head, and whatever comes."""
+        """The client has the head: pass on the bytes that came along with it, and all further ones."""
         early, self.early = self.early, b""
         if early:
             self._exchange.write(early)
@@ -118,7 +118,7 @@ class Tunnels:
     """The handlers of the routes that are relayed to engines as WebSockets."""
 
     def __init__(self, relay: Relay, still: Callable[[Request], None] = lambda request: None) -> None:
-        """``still`` raises where who asked for an engine's own socket may not have it any more."""
+        """``still`` raises if the sender of a request for an engine's own socket may not have it any more."""
         self._relay = relay
         self._still = still
 
@@ -137,26 +137,27 @@ class Tunnels:
 
     async def own(self, exchange: Exchange) -> None:
         """A WebSocket of an engine's own API, below ``/upstream``. Raises VllmdError if it is refused."""
-        wanted = await self._relay.requests.upstream(exchange)
-        if wanted is None:
+        upstream_request = await self._relay.requests.upstream(exchange)
+        if upstream_request is None:
             return
         _check(exchange.request)
-        exchange.model = model = wanted.target.model
+        exchange.model = model = upstream_request.target.model
         if not self._relay.gate.serves(model):
             raise Unavailable(f"{model!r} is not loaded, and a WebSocket of its page does not load it", retry_after=5)
         permit = await self._relay.gate.acquire(model, exchange.request.key)
-        held = True
+        released = False
 
         def opened() -> None:
-            """From now on it is no request: nothing waits for its end, nor does a shutdown."""
-            nonlocal held
-            held, exchange.model = False, ""
+            """From now on it is no request: neither the model's idle rule nor a shutdown waits for its end."""
+            nonlocal released
+            released, exchange.model = True, ""
             permit.release()
 
         try:
-            await self._through(exchange, permit, permit.target or wanted.target, wanted.path, opened, self._still)
+            target = permit.target or upstream_request.target
+            await self._through(exchange, permit, target, upstream_request.path, opened, self._still)
         finally:
-            if held:
+            if not released:
                 permit.release()
 
     async def _through(
@@ -168,16 +169,16 @@ class Tunnels:
         opened: Callable[[], None] = silent,
         still: Callable[[Request], None] | None = None,
     ) -> None:
-        """Connect to the engine's ``path``, and pass on what either side says. ``opened`` is called in between.
+        """Connect to the engine's ``path``, call ``opened``, and pass bytes on in both directions until either closes.
 
-        It ends when ``still`` raises, which is asked every ``RECHECK`` seconds.
+        ``still``, called every ``RECHECK_SECONDS``, ends it by raising.
         """
         try:
             far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
         except OutOfFiles:
             raise
-        except UpstreamFailed as error:  # which names an address of ours
-            log.warning("%s: %s", target.model, error.message)
+        except UpstreamFailed as error:  # its message has the engine's address, which is for the log only
+            log.warning("%s: WebSocket: %s", target.model, error.message)
             raise UpstreamFailed(f"the engine of {target.model!r} cannot be reached") from None
         cut: list[VllmdError] = []
 
@@ -194,11 +195,11 @@ class Tunnels:
                 await exchange.respond(agreed)
                 return
             exchange.start(101, with_fields(agreed, [("x-request-id", exchange.request.id)]))
-            exchange.upgrade(far.take)
+            exchange.upgrade(far.receive)
             far.open()
             opened()
             while not far.closed.done():
-                await asyncio.wait([far.closed], timeout=RECHECK if still else None)
+                await asyncio.wait([far.closed], timeout=RECHECK_SECONDS if still else None)
                 if still and not far.closed.done():
                     still(exchange.request)
             exchange.finish()
@@ -208,11 +209,11 @@ class Tunnels:
             far.close()
 
     async def _agreed(self, far: FarEnd, model: str) -> bytes | Response:
-        """The head that tells the client of the engine's consent, or the engine's refusal with its own status.
+        """The head of the 101 for the client, or the engine's refusal with its own status.
 
-        Raises UpstreamFailed if there is neither.
+        Raises UpstreamFailed if the engine did neither.
         """
-        done, _ = await asyncio.wait([far.answered], timeout=HANDSHAKE_LIMIT)
+        done, _ = await asyncio.wait([far.answered], timeout=HANDSHAKE_SECONDS)
         if not done or far.answered.cancelled():
             raise UpstreamFailed(f"the engine of {model!r} did not answer the WebSocket handshake")
         try:
@@ -223,32 +224,32 @@ class Tunnels:
 
 
 def _refusal(far: FarEnd, model: str, why: BadFraming) -> Response:
-    """What the engine answered instead of 101, as an error of its status; of its body what came along."""
+    """The engine's answer instead of 101, as an error of the same status, with the first bytes of its body."""
     try:
         head = parse_response_head(far.answered.result(), "GET")
     except BadFraming:
         head = None
     if head is None or not 400 <= head.status < 600:
         raise UpstreamFailed(f"the engine of {model!r} refused the WebSocket: {why}")
-    said = far.early[:REFUSAL_TOLD].decode("utf-8", "replace").strip()
-    if head.status in (403, 404) and not said:  # what is said where there is no such route, or not for such a model
+    text = far.early[:MAX_REFUSAL_BYTES].decode("utf-8", "replace").strip()
+    if head.status in (403, 404) and not text:  # the engine has no such route, or none for this model
         unserved = NotFound(f"the model {model!r} does not serve this WebSocket: its engine refused it ({head.status})")
         return json_response(unserved.to_openai(), unserved.status)
-    kind: type[VllmdError] = UpstreamFailed if head.status >= 500 else BadRequest
-    error = kind(f"the engine of {model!r} refused the WebSocket with {head.status}{said and ': ' + said}")
+    error_class: type[VllmdError] = UpstreamFailed if head.status >= 500 else BadRequest
+    error = error_class(f"the engine of {model!r} refused the WebSocket with {head.status}{text and ': ' + text}")
     return json_response(error.to_openai(), head.status)
 
 
 def _check(request: Request) -> None:
-    """Raise BadRequest for what cannot become a WebSocket."""
+    """Raise BadRequest for a request that is no WebSocket handshake."""
     if request.method != "GET" or request.upgrade != "websocket" or not request.headers.get("sec-websocket-key"):
         raise BadRequest("this is a WebSocket: 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Key: ...'")
 
 
 def realtime_path(request: Request, target: Target) -> str:
     """The path and query for the engine, with its own name for the model and without keys."""
-    told = parse_qsl(request.query_string)
-    query = [(key, value) for key, value in told if key != "model" and not KEY_IN_QUERY.match(f"{key}=")]
+    params = parse_qsl(request.query_string)
+    query = [(key, value) for key, value in params if key != "model" and not KEY_IN_QUERY.match(f"{key}=")]
     query.append(("model", target.served_name))
     return f"{request.path}?{urlencode(query)}"
 

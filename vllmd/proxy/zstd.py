@@ -1,4 +1,4 @@
-"""libzstd by ctypes: what is compressed by zstd, decompressed. Imported for the first body that is."""
+"""Decompress zstd, by libzstd and ctypes. Imported for the first body with that Content-Encoding."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def _libzstd() -> ctypes.CDLL | None:
 
 
 WINDOW_LOG_MAX = 100  # ZSTD_d_windowLogMax
-MOST_FRAMES = 10_000  # of nine bytes each, and nothing in them, millions would fit a body
-LARGEST_WINDOW = 23  # 8 MiB, what RFC 8878 asks of everybody: a frame may ask for gigabytes
+MAX_FRAMES = 10_000  # a body has room for millions of empty ones, of nine bytes each
+MAX_WINDOW_LOG = 23  # 8 MiB, which RFC 8878 wants every decoder to support; a frame may ask for gigabytes
 
 
 def decompressed(body: bytes, most: int) -> Iterator[bytes]:
     """The frames in ``body``, decompressed, in pieces of up to ``most`` bytes; empty ones, too. Raises BadRequest."""
     library = _libzstd()
     if library is None:
-        raise BadRequest("zstd is not understood here, libzstd.so.1 is missing; send the body as it is, or gzip")
+        raise BadRequest("zstd needs libzstd.so.1, which this machine lacks; send the body as it is, or gzip")
     stream = library.ZSTD_createDStream()
     try:
-        library.ZSTD_DCtx_setParameter(stream, WINDOW_LOG_MAX, LARGEST_WINDOW)
+        library.ZSTD_DCtx_setParameter(stream, WINDOW_LOG_MAX, MAX_WINDOW_LOG)
         out = ctypes.create_string_buffer(most)
         source = _Buffer(ctypes.cast(ctypes.c_char_p(body), ctypes.c_void_p), len(body), 0)
         left, frames = 1, 0  # of a frame: 0 at its end
@@ -58,8 +58,8 @@ def decompressed(body: bytes, most: int) -> Iterator[bytes]:
                 raise BadRequest(f"the body is not compressed as its Content-Encoding says: {what}")
             yield bytes(memoryview(out)[: target.pos])
             frames += not left
-            if frames > MOST_FRAMES:
-                raise BadRequest(f"the compressed body has more than {MOST_FRAMES} frames")
+            if frames > MAX_FRAMES:
+                raise BadRequest(f"the compressed body has more than {MAX_FRAMES} frames")
             if source.pos == len(body) and target.pos < most:
                 break
         if left:

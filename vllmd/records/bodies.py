@@ -1,8 +1,8 @@
-"""Bodies of requests and answers, kept in memory while somebody has that switched on: of a model or a key, for a time.
+"""Bodies of requests and answers, kept in memory while an administrator has them recorded: of a model or a key.
 
-They are what clients would rather not have kept, so nothing is kept unasked, nothing for ever and nothing on disk; the
-client is told by a field of the answer; only operators who may change things see them; and files and what looks like a
-secret is cut out before a body is kept at all.
+Clients would rather not have them kept. So nothing is kept without an order, nothing for ever and nothing on disk; a
+field of the answer tells the client; only administrators see bodies; and files and what looks like a secret is cut out
+before a body is kept at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECRETS = re.compile(
     rb"|Bearer [A-Za-z0-9._~+/=-]{12,}|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
 )
 
-# Without one of these there is nothing to be cut, which is found out a hundred times faster than by the patterns.
+# Without one of these words nothing is to be cut; a search for them is a hundred times faster than the patterns.
 IN_FILES = (b";base64,", b'"data"', b'"b64_json"', b'"image"', b'"audio"')
 IN_MEMBERS = (b"api_key", b"apikey", b"authorization", b"password", b"passwd", b"secret", b"access_token",
               b"accesstoken", b"auth_token", b"authtoken")  # fmt: skip
@@ -42,7 +42,7 @@ IN_SECRETS = (b"sk-", b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghr_", b"ghs_", b"AKI
 
 @dataclass(frozen=True, slots=True)
 class Bodies:
-    """What is kept of a request's body and its answer's; ``sizes``: of the wholes, in bytes, as far as they came."""
+    """The kept parts of a request's body and its answer's. ``request_size``: bytes of the whole, as far as it came."""
 
     request: bytes
     answer: bytes
@@ -78,12 +78,12 @@ class KeptBodies:
             self._drop()
 
     def forget_before(self, number: int) -> None:
-        """Let go of those of older requests."""
+        """Drop the bodies of older requests."""
         while self._kept and next(iter(self._kept)) < number:
             self._drop()
 
     def clear(self) -> None:
-        """Let go of all bodies that are kept."""
+        """Drop all bodies that are kept."""
         self._kept.clear()
         self.size = 0
 
@@ -93,7 +93,7 @@ class KeptBodies:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Bodies of a model's or a key's requests are kept until ``until`` (by the clock given), ``most`` bytes of each."""
+    """An order to keep bodies of a model's or a key's requests until ``until`` (monotonic), ``most`` bytes of each."""
 
     number: int
     model: str
@@ -102,7 +102,7 @@ class Recording:
     most: int
 
     def takes(self, model: str, key: str) -> bool:
-        """Whether a request is among those."""
+        """Whether the order is for a request of this model and key."""
         return self.model in ("", model) and self.key in ("", key)
 
 
@@ -116,7 +116,7 @@ class Recordings:
 
     @property
     def active(self) -> bool:
-        """Whether bodies of anybody's requests are recorded now."""
+        """Whether any recording is running."""
         return bool(self._running)
 
     def start(self, model: str, key: str, seconds: float, most: int) -> Recording:
@@ -126,18 +126,18 @@ class Recordings:
         self.present()
         if len(self._running) >= MOST_RECORDINGS:
             raise BadRequest(f"{MOST_RECORDINGS} recordings go on already; end one first")
-        found = Recording(next(self._numbers), model, key, self._clock() + min(seconds, LONGEST_TIME), most)
-        self._running.append(found)
-        return found
+        recording = Recording(next(self._numbers), model, key, self._clock() + min(seconds, LONGEST_TIME), most)
+        self._running.append(recording)
+        return recording
 
     def stop(self, number: int) -> bool:
-        """End one. Whether there was one."""
+        """End a recording; returns whether it was running."""
         before = len(self._running)
         self._running = [each for each in self._running if each.number != number]
         return len(self._running) < before
 
     def present(self) -> list[Recording]:
-        """The recordings that go on now."""
+        """The recordings that are running now."""
         now = self._clock()
         self._running = [each for each in self._running if each.until > now]
         return list(self._running)

@@ -1,8 +1,9 @@
 """The last requests, in memory: heads, times, sizes, tokens. Never a secret, and no body unless that was switched on.
 
-Noting one must cost next to nothing, so it is a tuple of what the exchange has at hand, and is put into words only
-when somebody looks (``told``). A head is kept as the bytes that went on to the engine: the client's key and cookies
-are not in them (``proxy.forward.KEPT_BACK``), and what else looks like a secret is cut out when it is shown.
+Noting one must cost next to nothing, so an entry is a tuple of what the exchange has at hand, and is made an answer
+only when an operator looks (``as_answer``). A head is kept as the bytes that went on to the engine: the client's key
+and cookies are not in them (``proxy.forward.KEPT_BACK``), and what else looks like a secret is cut out when it is
+shown.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Ring:
             self._entries = deque(self._entries, maxlen=size)
 
     def note(self, exchange: Exchange) -> Entry:
-        """Note a request that has ended, and return what is kept of it."""
+        """Note a request that has ended, and return its entry."""
         request, account = exchange.request, exchange.account
         elapsed = time.monotonic() - exchange.began
         head = request.headers.onward or unsent(request)
@@ -124,16 +125,16 @@ class Ring:
 
 
 def unsent(request: Request) -> bytes:
-    """What is kept of the head of a request that no engine was sent: which program it says that it is of."""
+    """The head that is kept of a request that no engine was sent: the client's program only."""
     agent = request.headers.get("user-agent")
     return f"user-agent: {agent}".encode("latin-1", "replace") if agent else b""
 
 
 class Filter(NamedTuple):
-    """Which requests are wanted; "" and None: any."""
+    """A filter of requests; "" and None take any."""
 
     model: str = ""
-    key: str | None = None  # "": of nobody's key
+    key: str | None = None  # "": requests without a key
     status: str = ""  # 429, 5xx
     since: float = 0.0  # Unix time
     failed: bool = False  # only those
@@ -143,11 +144,11 @@ class Filter(NamedTuple):
     def of(
         cls, model: str, key: str | None, status: str, since: float | None, failed: bool, slower: float | None
     ) -> Filter:
-        """As a request asks for them, where ``-`` is nobody's key."""
+        """A filter from a query's parameters, where ``-`` means requests without a key."""
         return cls(model, "" if key == "-" else key, status, since or 0.0, failed, slower or 0.0)
 
     def takes(self, entry: Entry) -> bool:
-        """Whether it is one of them."""
+        """Whether the filter lets the entry through."""
         return (
             entry.at >= self.since
             and (not self.model or self.model in (entry.model, entry.replica))
@@ -168,12 +169,12 @@ def failed(entry: Entry) -> bool:
 
 
 def may_see(caller: Caller, entry: Entry) -> bool:
-    """Whether the caller is shown it."""
+    """Whether the caller may see a request: by its key, and by its model."""
     return caller.may_see_key(entry.key) and (caller.models is None or caller.may_use(entry.model))
 
 
 def as_answer(entry: Entry, *, bodies: bool = False) -> RequestEntry:
-    """The request in words, without head and bodies. ``bodies``: whether they are kept."""
+    """The entry as an answer, without head and bodies. ``bodies``: whether those are kept."""
     took, waited = entry.tokens, entry.waited
     tokens = None if took is None else RequestTokens(took.prompt, took.cached, took.answer, took.estimated)
     return RequestEntry(
@@ -186,7 +187,7 @@ def as_answer(entry: Entry, *, bodies: bool = False) -> RequestEntry:
         replica=entry.replica,
         key=entry.key,
         client=str(entry.peer),
-        agent=found[1].decode("latin-1").strip() if (found := AGENT.search(entry.head)) else "",
+        agent=match[1].decode("latin-1").strip() if (match := AGENT.search(entry.head)) else "",
         status=entry.status,
         error=entry.error,
         message=entry.message,

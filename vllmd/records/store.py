@@ -1,7 +1,7 @@
 """Use and arrivals in SQLite. Everything here may wait for the disk: it belongs into a thread.
 
-The record must never cost the service. So writes come in batches, whoever writes keeps what could not be written and
-tries again, and whatever is wrong with the file is one sentence, ``StoreError``:
+The record must never cost the service. So writes come in batches, the caller keeps what could not be written and tries
+again, and whatever is wrong with the file is one sentence, ``StoreError``:
 
 =============================  ===================================================================
 a full disk, a locked file     what has gathered is written later
@@ -58,7 +58,7 @@ class StoreError(VllmdError):
 
 
 class Question(NamedTuple):
-    """What is asked of the store: use ``by`` these dimensions, from ``since`` until ``until`` (Unix time)."""
+    """A question to the store: use ``by`` these dimensions, from ``since`` until ``until`` (Unix time)."""
 
     by: tuple[str, ...]
     since: float
@@ -72,7 +72,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.began_anew = ""  # said once, where a damaged file was put aside
+        self.began_anew = ""  # the sentence for the log, once a damaged file was put aside
         self._connection: sqlite3.Connection | None = None
         self._pruned = 0  # the hour in which what is too old was last deleted
 
@@ -81,11 +81,11 @@ class Store:
     def write(
         self, rows: Mapping[Row, Sequence[float]], arrivals: Iterable[Arrival], days: float, trace: float
     ) -> None:
-        """Add it all, or nothing of it. ``days`` and ``trace``: seconds for which use and arrivals are kept.
+        """Add all of it, or nothing. ``days`` and ``trace``: seconds for which use and arrivals are kept.
 
         Raises StoreError.
         """
-        with self._told():
+        with self._translated():
             connection = self._open()
             with connection:
                 connection.executemany(PUT_HOUR, [(*row, *values) for row, values in rows.items()])
@@ -138,7 +138,7 @@ class Store:
         return connection
 
     def _put_aside(self, why: str) -> None:
-        """Begin anew; what is damaged can be looked into."""
+        """Begin a new file; the damaged one stays beside it, to be looked into."""
         aside = self.path.with_name(f"{self.path.name}.damaged")
         os.replace(self.path, aside)
         for more in ("-wal", "-shm"):  # of the old file: with them the new one would be damaged as well
@@ -160,9 +160,9 @@ class Store:
     # -- asking
 
     def ask(self, question: Question) -> list[UsageRow]:
-        """Rows with the dimensions that were asked for and the sums of ``FIELDS``. Raises StoreError, ValueError.
+        """Rows with the question's dimensions and the sums of ``FIELDS``. Raises StoreError, ValueError.
 
-        Asked by the hour, or for less than three days, hours are looked at; else whole days.
+        Hours are read for a question by the hour or of less than three days; else whole days.
         """
         unknown = [name for name in question.by if name not in DIMENSIONS]
         if unknown:
@@ -174,11 +174,11 @@ class Store:
               "hour": f"strftime('%Y-%m-%dT%H:00Z', {seconds}, 'unixepoch')",
               "month": f"strftime('%Y-%m', {seconds}, 'unixepoch')"}  # fmt: skip
         where = [f"{unit} >= ?", f"{unit} < ?"]
-        told: list[object] = [question.since // size, -(-question.until // size)]
+        values: list[object] = [question.since // size, -(-question.until // size)]
         for name, value in (("key", question.key), ("model", question.model or None)):
             if value is not None:
                 where.append(f"{name} = ?")
-                told.append(value)
+                values.append(value)
         # By the unit itself first: dates are made of few rows then, not of all.
         timed = any(name not in ("key", "model") for name in question.by)
         groups = [*([unit] if timed else []), *(name for name in ("key", "model") if name in question.by)]
@@ -189,14 +189,14 @@ class Store:
         names, again = [of[name] for name in question.by], timed and unit not in question.by
         more = f" GROUP BY {', '.join(names)}" if again else ""
         source = f"SELECT {', '.join([*names, *([SUMS] if again else FIELDS)])} FROM ({source}){more}"
-        with self._told(), self._reading() as connection:
-            rows = connection.execute(f"{source} LIMIT {BUSIEST}", told).fetchall()
+        with self._translated(), self._reading() as connection:
+            rows = connection.execute(f"{source} LIMIT {BUSIEST}", values).fetchall()
         columns = (*question.by, *FIELDS)
         return [UsageRow(**dict(zip(columns, row, strict=True))) for row in rows if row[len(question.by)] is not None]
 
     def arrivals(self, since: float) -> Iterator[Arrival]:
-        """The requests that came from then on (Unix time), about in their order. Raises StoreError."""
-        with self._told(), self._reading() as connection:
+        """The arrivals since a Unix time, about in their order. Raises StoreError."""
+        with self._translated(), self._reading() as connection:
             rows = connection.execute(
                 "SELECT first, segment FROM arrivals WHERE first >= ? ORDER BY first", (since * 1000,)
             )
@@ -219,8 +219,8 @@ class Store:
             connection.close()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Within it, SQLite's errors become StoreError, in words."""
+    def _translated(self) -> Iterator[None]:
+        """Within this, errors of SQLite and of the file become StoreError."""
         try:
             yield
         except sqlite3.Error as error:

@@ -26,7 +26,7 @@ Row = tuple[int, str, str]  # hours since 1970 (UTC), key, model
 
 
 class Sums:
-    """What has come since it was last taken."""
+    """The sums since the last ``take``."""
 
     def __init__(self) -> None:
         self._rows: dict[Row, list[float]] = {}
@@ -36,7 +36,7 @@ class Sums:
         return bool(self._rows)
 
     def request(self, at: float, key: str, model: str, tokens: Tokens | None, engine: float, *, failed: bool) -> None:
-        """A request has ended ``at`` this Unix time, after ``engine`` seconds at its engine."""
+        """Add a request that has ended ``at`` this Unix time, after ``engine`` seconds at its engine."""
         row = self._row(at, key, model)
         row[REQUESTS] += 1
         row[ENGINE] += engine
@@ -50,23 +50,23 @@ class Sums:
                 row[ESTIMATED] += tokens.prompt + tokens.answer
 
     def held(self, at: float, key: str, model: str, device_seconds: float, memory: float) -> None:
-        """A model held devices' memory for this key's sake."""
+        """Add the devices that a model has held, booked to this key."""
         row = self._row(at, key, model)
         row[DEVICE] += device_seconds
         row[MEMORY] += memory
 
     @property
     def rows(self) -> Mapping[Row, list[float]]:
-        """What has come since the last ``take``, by hour, key and model."""
+        """The sums since the last ``take``, by hour, key and model."""
         return self._rows
 
     def take(self) -> dict[Row, list[float]]:
-        """All of it; what comes from now on is added up anew."""
+        """The sums, which begin anew from now on."""
         rows, self._rows = self._rows, {}
         return rows
 
     def put_back(self, rows: Mapping[Row, Iterable[float]]) -> None:
-        """What could not be written."""
+        """Add what could not be written; the oldest rows are dropped beyond ``MOST_ROWS``."""
         for row, values in rows.items():
             mine = self._rows.setdefault(row, [0.0] * len(FIELDS))
             for index, value in enumerate(values):
@@ -77,7 +77,7 @@ class Sums:
 
     def _row(self, at: float, key: str, model: str) -> list[float]:
         row = int(at // HOUR), key, model
-        found = self._rows.get(row)
-        if found is None:
-            found = self._rows[row] = [0.0] * len(FIELDS)
-        return found
+        values = self._rows.get(row)
+        if values is None:
+            values = self._rows[row] = [0.0] * len(FIELDS)
+        return values

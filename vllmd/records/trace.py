@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-MOST_BYTES = 64 << 20  # of a segment; one that says that it is more is damaged
+MOST_BYTES = 64 << 20  # of a segment, unpacked; a larger one is damaged
 
 
 class Arrival(NamedTuple):
@@ -30,7 +30,7 @@ class Damaged(ValueError):
 
 
 def packed(arrivals: Iterable[Arrival]) -> tuple[int, bytes]:
-    """When the first came (0 where there is none), and the segment."""
+    """The Unix milliseconds of the first arrival (0 for none), and the segment."""
     ordered = sorted(arrivals)
     models, keys = _indices(a[1] for a in ordered), _indices(a[2] for a in ordered)
     first = last = ordered[0][0] if ordered else 0
@@ -63,7 +63,7 @@ def unpacked(first: int, segment: bytes) -> Iterator[Arrival]:
 
 
 def anonymous(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
-    """The same with numbered names, in the order in which they come, and counted from the first arrival."""
+    """The arrivals with numbers for names, in the order in which these occur, and times since the first arrival."""
     models: dict[str, str] = {}
     keys: dict[str, str] = {}
     first: int | None = None

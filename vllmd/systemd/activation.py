@@ -33,17 +33,10 @@ def take_listeners(
     listeners: dict[str, list[socket.socket]] = {}
     for offset in range(int(values["LISTEN_FDS"])):
         name = names[offset] if offset < len(names) else ""
-        listeners.setdefault(_named(name, default_name), []).append(_adopt(first_fd + offset))
+        if name in ("", "unknown"):  # systemd's own word for a descriptor without a name
+            name = default_name
+        os.set_inheritable(first_fd + offset, False)
+        listener = socket.socket(fileno=first_fd + offset)
+        listener.setblocking(False)
+        listeners.setdefault(name, []).append(listener)
     return listeners
-
-
-def _named(name: str, default: str) -> str:
-    """``unknown`` is what systemd calls a descriptor that nobody named."""
-    return default if name in ("", "unknown") else name
-
-
-def _adopt(fd: int) -> socket.socket:
-    os.set_inheritable(fd, False)
-    sock = socket.socket(fileno=fd)
-    sock.setblocking(False)
-    return sock

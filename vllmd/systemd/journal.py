@@ -1,7 +1,7 @@
-"""Logging to where it belongs: journald with structured fields, or readable text.
+"""Logging: to journald with structured fields where stderr is the journal, else as readable text.
 
-What a record says is often what somebody else said (an engine's words, a name, an
-answer), so all of it goes through ``printable_lines`` here, whoever logs it.
+A record often quotes others (an engine's words, a name, an answer), so all of it
+goes through ``printable_lines`` here, whichever part logs it.
 
 A record's fields are given as ``log.info("...", extra={"journal": {"MODEL": "m"}})``.
 The native protocol is a datagram of ``NAME=value`` lines (or, where a value has a
@@ -83,7 +83,7 @@ class JournalHandler(logging.Handler):
             raise
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send it, with the loss of earlier ones told first."""
+        """Send a record; if earlier ones were lost, a record of their number first."""
         try:
             if self._lost:
                 self._send({"MESSAGE": f"{self._lost} log records lost while journald did not read", "PRIORITY": 4})
@@ -149,7 +149,7 @@ class PrefixFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """For people: time, level where it matters, message, then the fields; coloured only where asked."""
+    """Text for people: time, level where it matters, message, then the fields; coloured on request."""
 
     def __init__(self, *, colour: bool) -> None:
         super().__init__(datefmt="%H:%M:%S")

@@ -1,4 +1,4 @@
-"""What the service tells its manager: sd_notify, silent where nobody listens."""
+"""sd_notify: the service's messages to its manager; dropped where there is none."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ class Notifier:
     """Thin over ``sdnotify``; every call is one datagram and returns at once.
 
     Make one per process, early: it remembers ``$NOTIFY_SOCKET`` and the watchdog's
-    interval and removes both from the environment, so that no child speaks for us.
+    interval and removes both from the environment, so that no child sends in its place.
     """
 
     def __init__(self) -> None:
         self.enabled = "NOTIFY_SOCKET" in os.environ
         self._notifier = sdnotify.SystemdNotifier()
         if self._notifier.socket is not None:
-            # PID 1 may be stopped, or busy for long: what does not fit its queue is lost, and nobody here waits.
+            # PID 1 may be stopped, or busy for long: what does not fit its queue is lost, for nothing here may wait.
             self._notifier.socket.setblocking(False)
         self.watchdog_interval = _watchdog_interval()
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             os.environ.pop(name, None)
 
     def ready(self, status: str = "") -> None:
-        """Started, or a reload is finished."""
+        """Tell that the start, or a reload, is finished."""
         self._send("READY=1", f"STATUS={_line(status)}" if status else "")
 
     def status(self, text: str) -> None:
-        """The line that ``systemctl status`` shows."""
+        """Set the line that ``systemctl status`` shows."""
         self._send(f"STATUS={_line(text)}")
 
     def stopping(self, status: str = "") -> None:
-        """The service has begun to shut down."""
+        """Tell that the service has begun to shut down."""
         self._send("STOPPING=1", f"STATUS={_line(status)}" if status else "")
 
     def reloading(self) -> None:
-        """A reload has begun; ``ready`` ends it."""
+        """Tell that a reload has begun; ``ready`` ends it."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def watchdog(self) -> None:
-        """Alive; owed at least every ``watchdog_interval`` seconds."""
+        """Give a sign of life; due at least every ``watchdog_interval`` seconds."""
         self._send("WATCHDOG=1")
 
     def extend_timeout(self, seconds: float) -> None:
@@ -54,12 +54,12 @@ class Notifier:
 
 
 def _line(text: str) -> str:
-    """A status is one line: a newline in it would begin another assignment."""
+    """The text in one line: a newline in it would begin another assignment."""
     return " ".join(text.split())
 
 
 def _watchdog_interval() -> float | None:
-    """Seconds between signs of life: half of the limit, as sd_watchdog_enabled(3) advises; None where not asked for."""
+    """Seconds between signs of life: half of the limit, as sd_watchdog_enabled(3) advises; None for no watchdog."""
     limit = os.environ.get("WATCHDOG_USEC", "")
     for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     return int(limit) / 2_000_000 if limit.isdecimal() and int(limit) and for_us else None

@@ -1,6 +1,6 @@
-"""Log lines that others cause have a rate; what is left out is counted.
+"""Rates for log lines that other processes cause; what is left out is counted.
 
-Somebody who is refused a thousand times a second, an engine or a neighbour on the
+A client that is refused a thousand times a second, an engine or a neighbour on the
 bus would otherwise fill the journal, and journald then drops whatever else this
 service logs (10,000 lines in 30 s), the operators' audit records included.
 """
@@ -11,14 +11,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-FIRST_PAUSE, LAST_PAUSE = 60.0, 3600.0  # seconds until what repeats itself is said again, doubling
+FIRST_PAUSE, LAST_PAUSE = 60.0, 3600.0  # seconds until a repeated text is logged again, doubling
 BURST, PERIOD = 20, 60.0  # so many lines at once, and then one in each so many seconds divided by them
 
 
 class Throttle:
     """One kind of line: at most ``burst`` at a time, and ``burst`` per ``period`` in the long run.
 
-    The next line that is logged says how many were left out; ``flush`` says so when no more come.
+    The next line that is logged has the number of those left out; ``flush`` logs it when no more come.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Throttle:
         self._last: tuple[str, tuple[object, ...]] = ("", ())
 
     def say(self, level: int, message: str, *values: object, fields: Mapping[str, object] | None = None) -> None:
-        """Log it, or count it. ``fields``: of the journal."""
+        """Log the line, or count it. ``fields``: of the journal."""
         if not self._log.isEnabledFor(level):
             return
         now = self._clock()
@@ -52,7 +52,7 @@ class Throttle:
         self._log.log(level, message, *values, extra=extra, stacklevel=2)
 
     def flush(self) -> None:
-        """Say how many lines were left out, if any."""
+        """Log how many lines were left out, if any."""
         count, self.left_out = self.left_out, 0
         if count:
             message, values = self._last
@@ -60,9 +60,9 @@ class Throttle:
 
 
 class Repeated:
-    """What goes wrong each time that it is tried again: said the first time, then counted and said ever more seldom.
+    """A failure that comes again with each try: logged the first time, then counted and logged ever more seldom.
 
-    Another text is said at once. ``over`` ends it: the next time is a first one.
+    Another text is logged at once. ``over`` ends it: the next failure is a first one.
     """
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,7 +71,7 @@ class Repeated:
         self._pause, self._due = FIRST_PAUSE, 0.0
 
     def say(self, level: int, message: str, *values: object, fields: Mapping[str, object] | None = None) -> None:
-        """Log it, or count it. ``fields``: of the journal."""
+        """Log the line, or count it. ``fields``: of the journal."""
         text, now = message % values if values else message, self._clock()
         extra = {"journal": fields} if fields else None
         if text != self._text:
@@ -85,5 +85,5 @@ class Repeated:
             self._due = now + self._pause
 
     def over(self) -> None:
-        """What went wrong works again: the next failure is logged as a first one."""
+        """Note that it works again: the next failure is logged as a first one."""
         self._text, self._count = "", 0

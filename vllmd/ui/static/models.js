@@ -106,7 +106,7 @@ function About({ line }) {
     ${settings && html`<h3>Settings</h3><p class="soft">Those that are not the defaults, and where each comes from.</p><pre class="log" tabindex="0" aria-label="settings">${settings}</pre>`}
     ${line.replicas.length > 1 && html`<h3>Replicas</h3><table class="rows"><thead><tr><th scope="col">replica</th><th scope="col">state</th><th scope="col">health</th>
       <th scope="col" class="number">running</th><th scope="col" class="number">first byte</th></tr></thead><tbody>${line.replicas.map((each) => html`<tr key=${each.name}>
-      <th scope="row">${each.name}</th><td><${State} state=${each.state} /></td><td>${each.standing}</td><td class="number">${each.in_flight}</td><td class="number">${seconds(each.latency)}</td></tr>`)}</tbody></table>`}`;
+      <th scope="row">${each.name}</th><td><${State} state=${each.state} /></td><td>${each.health}</td><td class="number">${each.in_flight}</td><td class="number">${seconds(each.latency)}</td></tr>`)}</tbody></table>`}`;
 }
 
 function Log({ name }) {
