@@ -33,6 +33,10 @@ class Timers:
             heapq.heappush(self._heap, (due, next(self._serial), r))
             self.none_before = self._heap[0][0]
 
+    def __len__(self) -> int:
+        """How many entries there are, stale ones included."""
+        return len(self._heap)
+
     @property
     def due(self) -> float:
         """The first moment of all; infinite if there is none."""
