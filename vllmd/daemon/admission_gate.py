@@ -292,7 +292,8 @@ class AdmissionGate:
     def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of a model, as its first engine has them."""
         # Without adapters the engine's kind is not imported, which would take the first client's time.
-        if not named_adapters(model) and model.name not in self._runtime_adapters:
+        has_named = bool(model.adapters or model.extra_args) and bool(named_adapters(model))
+        if not has_named and model.name not in self._runtime_adapters:
             return {}
         config = self._engines[self._first(model.name)]
         return self._adapters_at(config, self._engine_of(config))
