@@ -546,14 +546,12 @@ class AdmissionGate:
 
     def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """Count an admitted request that is over, and tell the core."""
-        used = None
         self._permits.pop(permit.request, None)
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
             if permit.use is None and permit.key:  # the key has no limits now, and may be given some today
                 self._quotas.spent(permit.key, tokens.total, 0.0)
-            used = None if tokens.estimated else tokens.total
-        self._post(events.RequestFinished(permit.request, used, failed))
+        self._post(events.RequestFinished(permit.request, failed))
 
 
 class Permit:
