@@ -110,7 +110,7 @@ def code_of(error: BaseException) -> int:
 
 
 def words_of(error: BaseException) -> str:
-    """NVML's message for operators."""
+    """The text of NVML's error, for operators."""
     text = str(error) or type(error).__name__
     if code_of(error) == _LIBRARY:
         return "libnvidia-ml.so.1 was not found"
