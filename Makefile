@@ -7,9 +7,11 @@ WORKERS ?= 4
 # What bench-cold measures, and how often: COLD='"vllm --standby"' ROUNDS=2 is three minutes on a machine at rest.
 COLD   ?= "swap" "vllm --standby" "vllm --cold" "vllm --compiled --standby"
 ROUNDS ?= 3
+# Each of the processes that tests start would compile all of vllmd.
+unexport PYTHONDONTWRITEBYTECODE
 FAST   := not machine and not vllm and not gpu and not qemu and not clients and not images
 
-.PHONY: help check unit lint generate fast asyncio mutants soak demo stopwatch images bench-start standbys bench-proxy bench-large bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
+.PHONY: help check unit lint generate fast asyncio fuzz mutants soak demo stopwatch images bench-start standbys bench-proxy bench-large bench-cold bench-check bench-records bench-schedule bench-scenes clients vllm-tests gpu-check deb rpm install
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
@@ -30,6 +32,9 @@ fast: ## the tests that need neither a container nor vLLM
 
 asyncio: ## what clients see, on asyncio's own event loop instead of uvloop
 	@$(SETUP) venv && VLLMD_SERVER_EVENT_LOOP=asyncio $(PYTHON) -m pytest -n $(WORKERS) -m "$(FAST)" tests/proxy tests/daemon tests/client tests/ollama tests/admin
+
+fuzz: ## ten minutes each of any bytes for the proxy and random worlds for the scheduler; check has a short form of both
+	@$(SETUP) venv && VLLMD_FUZZ_SECONDS=600 VLLMD_RANDOM_WORLDS=3000 $(PYTHON) -m pytest -n 2 --timeout=3600 tests/proxy/test_fuzz.py tests/core/test_random.py
 
 mutants: ## break promises of the scheduler on purpose, one at a time: does a test notice?
 	@$(SETUP) venv && $(PYTHON) -m tests.mutants

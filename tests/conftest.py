@@ -6,25 +6,20 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
-from tests import pure, side_by_side
+from tests import bytecode, examples, pure, side_by_side
 from tests.machine import container
 from tests.machine.container import CannotBoot, Machine
 from vllmd.daemon.event_loop import new_loop
 
+__all__ = ["bytecode", "examples"]  # in this order, and before any test: imported for what they set
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-# Hundreds of daemons are started from this checkout, and without bytecode each compiles all of it: 0.8 s of CPU time.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 
 # What daemons of the tests learn stays out of the user's cache.
 os.environ["VLLMD_LEARNT"] = ""
@@ -42,12 +37,6 @@ asyncio.set_event_loop_policy(_UsersLoop())
 
 # Programs that tests start (python -m vllmd ...) find the package whatever their working directory.
 os.environ["PYTHONPATH"] = str(REPOSITORY)
-
-# How long an example takes says how busy the machine is, and nothing of what is tested.
-hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("any machine")
 
 
 def _fail_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -106,7 +95,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> side_by_side
 
 
 @contextlib.contextmanager
-def _booted_or_skip(suite: str = "bookworm", *, build: bool = False) -> Iterator[Machine]:
+def booted_or_skip(suite: str = "bookworm", *, build: bool = False) -> Iterator[Machine]:
+    """A booted Debian; where this computer cannot boot one the test is skipped, with the reason."""
     with contextlib.ExitStack() as stack:
         try:
             machine = stack.enter_context(container.booted(suite, container.vllm_binds(), build=build))
@@ -118,14 +108,14 @@ def _booted_or_skip(suite: str = "bookworm", *, build: bool = False) -> Iterator
 @pytest.fixture(scope="session")
 def machine() -> Iterator[Machine]:
     """A booted Debian 12 with vllmd's dependencies but without vllmd, shared by the whole run."""
-    with _booted_or_skip() as machine:
+    with booted_or_skip() as machine:
         yield machine
 
 
 @pytest.fixture(scope="module")
 def fresh_machine() -> Iterator[Machine]:
     """A booted Debian 12 of this test module's own."""
-    with _booted_or_skip() as machine:
+    with booted_or_skip() as machine:
         yield machine
 
 
@@ -218,7 +208,7 @@ def rpm_package() -> Path:
 @pytest.fixture(scope="module")
 def installed_machine(package: Path) -> Iterator[Machine]:
     """A booted Debian 12 of this test module's own with vllmd installed from the .deb, as a user would."""
-    with _booted_or_skip() as machine:
+    with booted_or_skip() as machine:
         container.install(machine, package)
         yield machine
 
@@ -227,4 +217,4 @@ def installed_machine(package: Path) -> Iterator[Machine]:
 def boot_machine() -> Iterator[Callable[..., Machine]]:
     """Boots as many machines as a test wants: `boot_machine("trixie")`, `boot_machine(build=True)`."""
     with contextlib.ExitStack() as stack:
-        yield lambda suite="bookworm", **options: stack.enter_context(_booted_or_skip(suite, **options))
+        yield lambda suite="bookworm", **options: stack.enter_context(booted_or_skip(suite, **options))

@@ -8,26 +8,39 @@ from pathlib import Path
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
-# Files with these marks begin before all others, in this order.
-LONGEST = ("vllm", "machine")
+# Files with this mark begin before all others, then those that take longest, then those with a container.
+VLLM, CONTAINER = "vllm", "machine"
+LONGEST = ("core/test_random.py", "admin/test_openapi.py", "installer/test_install.py", "test_house.py")
+_TESTS = Path(__file__).parent
 
 
 @functools.cache
-def rank(file: Path) -> int:
-    """Its place among LONGEST. Read from its text: who shares out knows tests by name only."""
+def marks(file: Path) -> frozenset[str]:
+    """Those of the two above that a file has. Read from its text: who shares out knows tests by name only."""
     text = file.read_text()
-    return next((place for place, mark in enumerate(LONGEST) if f"mark.{mark}" in text), len(LONGEST))
+    return frozenset(mark for mark in (VLLM, CONTAINER) if f"mark.{mark}" in text)
+
+
+def rank(file: Path) -> int:
+    """When a file begins, 0 first: none that takes long is left for one worker while the others have nothing to do."""
+    if VLLM in marks(file):
+        return 0 if CONTAINER in marks(file) else 1
+    if file.is_relative_to(_TESTS) and file.relative_to(_TESTS).as_posix() in LONGEST:
+        return 2
+    return 3 if CONTAINER in marks(file) else 4
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
     """The tests of a file share a worker, so that what its fixtures boot or start is booted or started once.
 
-    All files with a real vLLM share one, too: a vLLM takes 3 GB, and starting it two processors for half a minute.
+    So do all files with a real vLLM in a container, for they share that one; and all with a real vLLM outside: it takes
+    3 GB, and starting it a processor for half a minute.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        return "vllm" if rank(self.config.rootpath / file) == LONGEST.index("vllm") else file
+        having = marks(self.config.rootpath / file)
+        return "-".join(sorted(having)) if VLLM in having else file
 
     def remove_node(self, node: WorkerController) -> str | None:
         """The test during which a worker died has failed; xdist would have worker after worker die of it."""

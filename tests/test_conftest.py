@@ -29,7 +29,7 @@ SKIPS_WHOLE_FILE = 'import pytest; pytest.skip("no such module", allow_module_le
 FOUR = """
 import pytest
 
-pytestmark = pytest.mark.{mark}
+pytestmark = [pytest.mark.{marks}]
 
 @pytest.mark.parametrize("number", range(4))
 def test_passes(number):
@@ -84,14 +84,17 @@ def test_a_worker_that_dies_fails_its_test_and_the_others_run(tmp_path: Path) ->
 
 
 def test_a_file_stays_together_and_all_with_a_real_vllm_too(tmp_path: Path) -> None:
-    """What a file boots is booted once, no two vLLMs start at a time, and what takes longest begins first."""
-    for name, mark in (("a", "x"), ("b", "machine"), ("c", "vllm"), ("d", "y"), ("e", "vllm")):
-        (tmp_path / f"test_{name}.py").write_text(FOUR.format(mark=mark))
+    """What a file boots is booted once, no two vLLMs start in one place, and what takes longest begins first."""
+    both = "vllm, pytest.mark.machine"
+    for name, marks in (("a", "x"), ("b", "machine"), ("c", "vllm"), ("d", both), ("e", "vllm"), ("f", both)):
+        (tmp_path / f"test_{name}.py").write_text(FOUR.format(marks=marks))
     done = run(tmp_path, "", "true", "-n", "2", "-v")
     ran: dict[str, str] = {}
     for worker, file in re.findall(r"\[(gw\d)\] .*PASSED test_(\w)\.py", done.stdout):
         ran[worker] = ran.get(worker, "") + file
-    with_vllm, other = sorted(ran.values(), key=lambda files: "c" not in files)
-    assert with_vllm.startswith("cccceeee"), done.stdout
-    assert other.startswith("bbbb"), done.stdout
+    in_container, outside = sorted(ran.values(), key=lambda files: "d" not in files)
+    assert in_container.startswith("ddddffff"), done.stdout
+    assert outside.startswith("cccceeee"), done.stdout
+    rest = in_container[8:] + outside[8:]
+    assert sorted(rest) == sorted("aaaabbbb") and "bbbb" in (in_container[8:12], outside[8:12]), done.stdout
     assert all(len(list(same)) == 4 for files in ran.values() for _, same in itertools.groupby(files)), done.stdout

@@ -263,6 +263,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "V: info shows the server's facts": ("cli/test_verbs.py::test_V_info_shows_the_server",),
     "V: ps lists every model": (
         "cli/test_verbs.py::test_V_ps_lists_every_model",
+        "cli/test_verbs.py::test_V_ps_says_what_brings_a_pinned_model_back_and_that_one_is_silent",
         "cli/test_verbs.py::test_ps_imports_little",
     ),
     "V: start starts or wakes, and says how it goes and where the log is": (

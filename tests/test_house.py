@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -75,10 +76,16 @@ def files_of(room: str) -> list[Path]:
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file's syntax tree; kept, for a tree of the whole program takes seconds of processor time."""
+    return tuple(ast.walk(ast.parse(path.read_text(), str(path))))
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything that a file imports, wherever in the file, relative or not."""
     inside = path.relative_to(REPOSITORY).with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -148,7 +155,7 @@ def test_no_files_import_each_other(room: str) -> None:
 
 def untyped(path: Path) -> Iterator[str]:
     """Where a container of ``Any`` is annotated: whoever reads such a value can write every key wrong unnoticed."""
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("dict", "list", "Mapping"):
             held = node.slice.elts[-1] if isinstance(node.slice, ast.Tuple) else node.slice
             if ast.unparse(held) == "Any":
@@ -168,8 +175,7 @@ MADE_LATER = {"_transport", "transport", "on_pause", "authenticator"}
 
 def late(paths: list[Path]) -> Iterator[str]:
     """Attributes that are announced and have no value, and callables put into an object that was made elsewhere."""
-    trees = {path: ast.parse(path.read_text()) for path in paths}
-    nodes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
+    nodes = [(path, node) for path in paths for node in nodes_of(path)]
     protocols = {n.name for _, n in nodes if isinstance(n, ast.ClassDef) and "Protocol" in map(ast.unparse, n.bases)}
     callables = set[str]()
     for path, node in nodes:
@@ -231,7 +237,7 @@ def test_docstrings_say_something() -> None:
     """Four words repeat a name; a docstring tells what a name cannot: the subject, shapes, units, errors."""
     short = []
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 told = ast.get_docstring(node)
                 if told and len(told.split()) <= 4 and not told.startswith("Implements ``"):
@@ -243,7 +249,7 @@ def test_docstrings_name_their_subject() -> None:
     """A reader who looks up one function does not know what "it" is; "One request" and "These units" name a noun."""
     riddles = []
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 told = ast.get_docstring(node) or ""
                 if re.match(r"(It|Its|They|Their|Them|Those|Who|Whom|Whoever|He|His)\b", told):
@@ -259,16 +265,18 @@ NOT_TESTS = ("bench", "check", "rehearsal", "fake", "soak", "clients")  # below 
 def attributes_and_sleeps(path: Path) -> tuple[list[str], list[str]]:
     """Uses of another object's private attributes, and sleeps of a fixed time outside a loop that waits."""
     private, sleeps, todo = list[str](), list[str](), [(ast.parse(path.read_text(), str(path)), False)]
+    file = path.relative_to(REPOSITORY)
     while todo:
         node, waits = todo.pop()
         waits = not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (waits or isinstance(node, ast.While))
         todo += [(child, waits) for child in ast.iter_child_nodes(node)]
-        where = f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Attribute) and re.match("_(?!replace|fields|exit)[a-z]", node.attr):
-            private += [f"{where} {ast.unparse(node)}"] * (ast.unparse(node.value) not in ("self", "cls"))
-        elif isinstance(node, ast.Call) and re.fullmatch(r"(time|asyncio)\.sleep", ast.unparse(node.func)):
-            fixed = isinstance(node.args[0], ast.Constant) and node.args[0].value
-            sleeps += [f"{where} {ast.unparse(node)}"] * bool(fixed and not waits)
+            ours = ast.unparse(node.value) in ("self", "cls")
+            private += [f"{file}:{node.lineno} {ast.unparse(node)}"] * (not ours)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "sleep":
+            fixed = isinstance(node.args[0], ast.Constant) and node.args[0].value and not waits
+            of_time = ast.unparse(node.func.value) in ("time", "asyncio")
+            sleeps += [f"{file}:{node.lineno} {ast.unparse(node)}"] * bool(fixed and of_time)
     return private, sleeps
 
 
@@ -290,7 +298,7 @@ def test_nothing_is_defined_that_nobody_names() -> None:
     idle = [
         f"{path.relative_to(PACKAGE)} {node.name}"
         for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         if words[node.name] == 1 and not node.name.startswith("__")
     ]

@@ -17,6 +17,7 @@ import yaml
 
 from tests.client.site import HERE, Stub, running
 from tests.conftest import RealVllm
+from tests.vllm_on_cpu import ENV, FORKING
 
 ROOT = str(HERE.parents[1])
 
@@ -112,8 +113,9 @@ def test_L_server_manager_with_the_real_vllm(
     """The tiny model through a private vllmd and a real vLLM, by the official client, and nothing left behind."""
     monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "none"))
     monkeypatch.setenv("PATH", f"{real_vllm.command.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}:{FORKING}")
     from vllmd.client import ServerManager, VLLMEngineArgs
 
     args = VLLMEngineArgs(str(real_vllm.model), max_model_len=512, enforce_eager=True, max_num_seqs=2)

@@ -18,6 +18,7 @@ import pytest
 
 from tests.client.site import HERE, exists, script, wait_until
 from tests.conftest import RealVllm
+from tests.vllm_on_cpu import ENV
 from vllmd import errors
 from vllmd.client import ModelManager, VLLMEngineArgs
 
@@ -240,13 +241,13 @@ print(json.dumps([type(output).__module__, len(output.outputs[0].token_ids), siz
 @pytest.mark.vllm
 def test_L_the_real_vllm(real_vllm: RealVllm, tmp_path: Path) -> None:
     """RequestOutput of vLLM's own, its tokenizer, and not one of its processes afterwards."""
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    env = {**ENV, "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [real_vllm.command.with_name("python"), "-c", REAL.format(model=str(real_vllm.model))],
         env={**env, "PYTHONPATH": str(HERE.parents[1])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=560,
     )
     assert done.returncode == 0, done.stderr
     import json

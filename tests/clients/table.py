@@ -29,6 +29,7 @@ from typing import Any
 
 from tests.engines.installed import Site, daemon
 from tests.machine import container
+from tests.vllm_on_cpu import ENV as VLLM
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "clients.md"
@@ -39,7 +40,6 @@ CHAT_MODEL, EMBED_MODEL, TOOLS_MODEL, IMAGES_MODEL, AGENT_MODEL = "smollm2", "mi
 # Without heat a model of random weights puts white space between the parts of a call for ever, so tools are asked with.
 TOOL_ARGS = {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}
 VLLM_ARGS = {"enforce-eager": True, "max-num-seqs": 8}
-VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 GGUF_UINT32 = 4  # the number of that type in its format
 AGENT_CONTEXT = 32768  # tokens; agents' prompts are longer than what the model was made for
 

@@ -15,6 +15,7 @@ from vllmd.core.events import (
     EngineReady,
     EngineStopped,
     LoadAsked,
+    MemorySampled,
     RequestFinished,
     TimePassed,
 )
@@ -145,6 +146,17 @@ def test_a_device_that_is_gone_is_forgotten_once_nobody_holds_any_of_it() -> Non
     w.do(DevicesChanged((PAIR[1],)))
     assert [(d.index, d.wedged) for d in w.seen.devices] == [(0, "it is not there any more"), (1, "")]
     assert w.ask("r1", "n") == [StartEngine("n", Placement((1,)), 60 * GiB)]
+
+
+def test_what_others_hold_of_a_device_is_not_held_of_another_one_in_its_place() -> None:
+    """A GPU, or the CPU, was device 0 until devices were declared, of which nobody reads what others hold."""
+    before = Device(0, "GPU-a", 24 * GiB, runtime="cuda")
+    w = World([model("m", 20)], [before])
+    w.do(MemorySampled({0: 9 * GiB}, {}))
+    assert w.seen.devices[0].external == 9 * GiB
+    w.do(DevicesChanged((Device(0, "0", 24 * GiB),)))
+    assert w.seen.devices[0].external == 0
+    assert w.ask("r1", "m") == [StartEngine("m", Placement((0,)), 20 * GiB)]
 
 
 def test_a_reserve_that_changes_is_kept_from_now_on() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.core.helpers import PAIR, model
-from vllmd.core.costs import Costs
+from vllmd.core.costs import CostBook
 from vllmd.core.fit import Fit, freed_asleep, need
 from vllmd.core.ledger import Ledger
 from vllmd.core.model import Model, Replica
@@ -16,7 +16,7 @@ from vllmd.core.types import Device, GiB, Placement, State, WhenFree
 
 def replica(name: str, gib: int, **fields: Any) -> Replica:
     spec = model(name, gib, **fields)
-    return Replica(Model(spec), spec.replicas[0], Costs(), 0.0)
+    return Replica(Model(spec), spec.replicas[0], CostBook(), 0.0)
 
 
 class Machine:
@@ -79,7 +79,7 @@ def test_the_supplies_of_a_device() -> None:
     ("size", "count", "devices", "never"),
     [
         (80, 1, (), ""),
-        (81, 1, (), "needs 81.0 GiB on each of 1 device; device 0 has 80.0 GiB"),
+        (81, 1, (), "needs 81.0 GiB on each of 1 device; devices 0, 1 have 80.0 GiB"),
         (10, 3, (), "needs 3 devices, and there are 2 for it"),
         (10, 1, (7,), "needs 1 device, and there are none for it"),
         (500, 0, (), ""),

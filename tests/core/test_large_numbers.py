@@ -8,8 +8,10 @@ from types import FrameType
 
 from tests.core.helpers import GPU, model
 from tests.core.world import World
-from vllmd.core.events import RequestArrived, RequestFinished, RequestGone, TimePassed
+from vllmd.core.commands import StartEngine
+from vllmd.core.events import EngineReady, ModelsChanged, RequestArrived, RequestFinished, RequestGone, TimePassed
 from vllmd.core.scheduler import Scheduler
+from vllmd.sizes import GiB
 
 
 def calls(function: Callable[..., object], *arguments: object) -> int:
@@ -58,3 +60,31 @@ def cost_of_a_request(models: int) -> tuple[int, ...]:
 def test_a_request_to_a_ready_model_costs_the_same_however_many_models_there_are() -> None:
     """Nothing looks at the other models."""
     assert cost_of_a_request(models=10) == cost_of_a_request(models=1000)
+
+
+def test_a_reload_costs_seven_calls_for_a_model_that_stays_as_it_is_and_sixteen_for_one_at_rest_that_changes() -> None:
+    """All of ten thousand may be changed by one line of ``defaults``; streams wait while the core takes that in."""
+
+    def cost(before: int, after: int, number: int) -> int:
+        names = [f"m{n}" for n in range(number)]
+        s = Scheduler([model(name, before) for name in names], [GPU])
+        s.handle(TimePassed(), 0.0)
+        specs = tuple(model(name, after) for name in names) if after != before else tuple(s.specs.values())
+        return calls(s.handle, ModelsChanged(specs, frozenset(names)), 1.0)
+
+    assert cost(50, 50, 200) - cost(50, 50, 100) <= 100 * 7
+    assert cost(50, 40, 200) - cost(50, 40, 100) <= 100 * 16
+
+
+def test_what_a_reload_says_of_a_model_at_rest_holds_and_is_shown() -> None:
+    """It was shown before: what was kept of that is drawn anew. A pin, a size and a preload count."""
+    w = World([model("m", 30), model("n", 30)], [GPU])
+    assert [view.pinned for view in w.scheduler.snapshot(w.now).models] == [False, False]
+    w.do(ModelsChanged((model("m", 40, pinned=True), model("n", 20, preload=True)), frozenset({"m", "n"})))
+    assert [view.pinned for view in w.scheduler.snapshot(w.now).models] == [True, False]
+    started = [command.replica for command in w.do(TimePassed()) if isinstance(command, StartEngine)]
+    assert started == ["n"]
+    w.do(EngineReady("n"))
+    w.ask("r", "m")
+    assert w.scheduler.snapshot(w.now).models[0].devices == (0,)
+    assert w.scheduler.snapshot(w.now).models[0].memory == 40 * GiB

@@ -325,10 +325,11 @@ class CoreUnderAnything(RuleBasedStateMachine):
 
 
 CoreUnderAnything.TestCase.settings = settings(
-    max_examples=int(os.environ.get("VLLMD_RANDOM_WORLDS", "450")),
+    max_examples=int(os.environ.get("VLLMD_RANDOM_WORLDS", "150")),
     phases=(Phase.generate,) if "VLLMD_RANDOM_WORLDS" in os.environ else tuple(Phase),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-TestCoreUnderAnything = pytest.mark.timeout(1800)(CoreUnderAnything.TestCase)  # a minute and a half on an idle core
+# Half a minute on an idle core; ten with what `make fuzz` asks for.
+TestCoreUnderAnything = pytest.mark.timeout(3600)(CoreUnderAnything.TestCase)

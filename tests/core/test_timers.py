@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 
 from tests.core.helpers import model
-from vllmd.core.costs import Costs
+from vllmd.core.costs import CostBook
 from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.timers import Timers
 
 
 def replicas(number: int) -> list[Replica]:
     spec = model("m")
-    return [Replica(Model(spec), spec.replicas[0], Costs(), 0.0) for _ in range(number)]
+    return [Replica(Model(spec), spec.replicas[0], CostBook(), 0.0) for _ in range(number)]
 
 
 def test_the_first_moment_is_that_of_a_look_at_all() -> None:

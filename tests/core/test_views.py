@@ -27,9 +27,9 @@ def test_why_a_request_waits_is_told_at_every_stage() -> None:
     assert view(w).waiting_for == "a place in the engine (1 run at a time)"
     w.ask("r3", "other")
     w.pass_time(400.0)
-    assert view(w, "other").waiting_for.startswith("m to leave (1 requests running there), in ")
+    assert view(w, "other").waiting_for.startswith("m to leave (1 request runs there), in about ")
     w.finish("r1")
-    assert view(w, "other").waiting_for == "m to leave (0 requests running there), in 14 s"
+    assert view(w, "other").waiting_for == "m to leave, in about 14 s"
     assert view(w).waiting_for == "the end of its falling asleep"
 
 
@@ -96,7 +96,7 @@ def test_who_waits_is_told_the_plan() -> None:
     assert told.startswith("a to be idle (1 requests run there); its requests are no longer let in from ")
     w.pass_time(200.0)
     told = next(m.waiting_for for m in w.seen.models if m.name == "b")
-    assert told.startswith("a to leave (1 requests running there), in ")
+    assert told.startswith("a to leave (1 request runs there), in about ")
     w.finish("r1")
     assert next(m.waiting_for for m in w.seen.models if m.name == "b").startswith("a swap in ") or w.pending
 

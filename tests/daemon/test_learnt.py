@@ -64,12 +64,17 @@ def test_figures_that_cannot_be_are_passed_over() -> None:
 def test_a_folder_that_cannot_be_written_costs_only_the_figures(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A full or read-only disk must not take the daemon down."""
+    """A full or read-only disk must not take the daemon down; the status says it until it is over."""
     (tmp_path / "file").touch()
     cache = learnt(tmp_path / "file" / "learnt.json")
     cache.costs = {"m": {}}
     cache.save()
-    assert "cannot keep learnt figures" in caplog.text
+    told = f"learnt figures cannot be kept in {tmp_path}/file/learnt.json: "
+    assert told in caplog.text
+    assert cache.trouble.startswith(told)
+    (tmp_path / "file").unlink()
+    cache.save()
+    assert cache.trouble == ""
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -93,6 +93,31 @@ def test_the_first_start_is_measured_and_the_second_tries(tmp_path: Path, caplog
     assert [told.get("VLLMD_LOADER") for told in fields] == [None, RUNAI, RUNAI]
 
 
+def test_two_that_load_at_the_same_time_tell_nothing_of_a_loader(tmp_path: Path) -> None:
+    """They share the disk: a fast loader that seemed slow by that would never be tried again. The first word counts."""
+    weights = "(EngineCore pid=8) INFO 11-20 19:00:00 [core.py:1] Starting to load model x"
+
+    async def story(rig: Rig) -> None:
+        here = Here(rig)
+        await rig.ready()
+        beside = rig.engine_manager.processes.pop("m")
+        rig.launcher.engines.clear()
+        beside.ready_after = None  # it is starting
+        rig.engine_manager.processes["beside"] = beside
+        await started(rig, weights)
+        (place,) = here.book.plain()
+        assert list(here.book.plain()[place]["per_gib"]) == [""]
+        here.slow(place)
+        await started(rig, weights)
+        assert last(rig) == FLAG
+        assert list(here.book.plain()[place]["per_gib"]) == [""]
+        beside.ready_after = 0.0
+        await started(rig, weights)
+        assert list(here.book.plain()[place]["per_gib"]) == ["", RUNAI]
+
+    tell(story, tmp_path)
+
+
 @pytest.mark.parametrize("memory", [False, True])
 def test_a_start_that_fails_with_it_begins_anew_without(tmp_path: Path, memory: bool) -> None:
     """The core hears of one start, that model is not started so again, and no standby is blamed."""

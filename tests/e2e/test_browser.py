@@ -63,8 +63,8 @@ class Pages:
     def __init__(self, address: str) -> None:
         pages = self
         self.html = ""
-        self._told = threading.Event()
-        self._report: Any = None
+        self.told = threading.Event()
+        self.last_report: Any = None
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -77,9 +77,9 @@ class Pages:
                 self.wfile.write(body)
 
             def do_POST(self) -> None:
-                pages._report = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                pages.last_report = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 self.do_GET()
-                pages._told.set()
+                pages.told.set()
 
             def log_message(self, format: str, *args: object) -> None:
                 """Nobody reads it."""
@@ -89,9 +89,9 @@ class Pages:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def report(self) -> Any:
-        assert self._told.wait(LIMIT), "the page did not report"
-        self._told.clear()
-        return self._report
+        assert self.told.wait(LIMIT), "the page did not report"
+        self.told.clear()
+        return self.last_report
 
 
 @contextlib.contextmanager

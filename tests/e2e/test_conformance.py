@@ -1,59 +1,21 @@
 """What clients of OpenAI's and Anthropic's API ask of a real vLLM, through vllmd as it is installed.
 
-All tests share one start of each of two engines, a model that generates and the same model as one that embeds.
-The clients are the official ones, run with vLLM's own Python in the machine.
+The clients are the official ones, run with vLLM's own Python in the machine; what is served there says conftest.py.
 """
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from tests.e2e.site import BASE, Site
-from tests.machine.container import MODEL_INSIDE, VLLM_INSIDE, Machine, vllm_binds
+from tests.machine.container import MODEL_INSIDE, VLLM_INSIDE
 
-pytestmark = [pytest.mark.machine, pytest.mark.vllm]
-
-START_LIMIT = 540.0  # seconds; two engines at once, on a machine that others use, too
-
-# stream_interval: a chunk has four tokens, so that how vLLM cuts a stream hardly depends on the timing.
-CONFIG = f"""
-server: {{idle_exit: never}}
-idle: {{sleep_after: never, stop_after: never}}
-devices: []
-models:
-  lab/tiny:
-    engine: vllm
-    command: [{VLLM_INSIDE}/bin/vllm]
-    model: {MODEL_INSIDE}
-    max_model_len: 512
-    extra_args:
-      enforce_eager: true
-      max_num_seqs: 8
-      stream_interval: 4
-      enable_auto_tool_choice: true
-      tool_call_parser: hermes
-      structured_outputs_config: '{{"backend": "xgrammar", "disable_any_whitespace": true}}'
-    env: &env
-      VLLM_CPU_KVCACHE_SPACE: "1"
-      VLLM_ENABLE_RESPONSES_API_STORE: "1"
-      HF_HUB_OFFLINE: "1"
-      DO_NOT_TRACK: "1"
-    start_timeout: 5m
-  lab/embedder:
-    engine: vllm
-    command: [{VLLM_INSIDE}/bin/vllm]
-    model: {MODEL_INSIDE}
-    max_model_len: 512
-    extra_args: {{runner: pooling, enforce_eager: true, max_num_seqs: 8}}
-    env: *env
-    start_timeout: 5m
-"""
+pytestmark = [pytest.mark.machine, pytest.mark.vllm, pytest.mark.timeout(1200)]  # the first one starts both engines
 
 # The beginning of every client; show() is how one answers.
 PRELUDE = f"""
@@ -91,25 +53,8 @@ class Loaded:
 
 
 @pytest.fixture(scope="module")
-def site(installed_machine: Machine) -> Iterator[Site]:
-    if len(vllm_binds()) < 2:
-        pytest.skip("no vLLM environment or no tiny model here (packaging/dev/setup vllm model)")
-    site = Site(installed_machine)
-    site.configure(CONFIG)
-    yield site
-    site.machine.run("systemctl stop vllmd.service", check=False)
-
-
-@pytest.fixture(scope="module")
-def loaded(site: Site) -> Loaded:
-    """Both are started by a first request, at the same time."""
-    asked = [("completions", {"model": "lab/tiny", "prompt": "a", "max_tokens": 1})]
-    asked += [("embeddings", {"model": "lab/embedder", "input": "a"})]
-    lines = [f"curl -sf {BASE}/v1/{path} --json '{json.dumps(body)}'" for path, body in asked]
-    for process in [site.machine.popen(line) for line in lines]:
-        said, _ = process.communicate(timeout=START_LIMIT)
-        assert process.returncode == 0, said + site.machine.journal()[-20000:]
-    return Loaded(site, open_files_at_rest(site))
+def loaded(loaded_site: Site) -> Loaded:
+    return Loaded(loaded_site, open_files_at_rest(loaded_site))
 
 
 def open_files_at_rest(site: Site) -> int:
@@ -232,7 +177,7 @@ def test_the_openai_client_completes_embeds_and_lists(loaded: Loaded) -> None:
     assert [len(first), len(second), len(third)] == [256, 256, 256]
     assert first == pytest.approx(third, abs=0.02)
     assert first != pytest.approx(second, abs=0.02)
-    assert found["models"] == ["lab/embedder", "lab/tiny"]
+    assert found["models"] == ["lab/embedder", "lab/tiny", "lab/wrong"]
     assert found["one"] == "lab/tiny"
 
 
@@ -359,5 +304,6 @@ def test_afterwards_nothing_is_left(loaded: Loaded) -> None:
     assert {line["name"]: (line["state"], line["in_flight"], line["queued"]) for line in lines} == {
         "lab/tiny": ("running", 0, 0),
         "lab/embedder": ("running", 0, 0),
+        "lab/wrong": ("stopped", 0, 0),
     }
     assert open_files_at_rest(loaded.site) <= loaded.open_files

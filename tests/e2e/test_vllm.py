@@ -1,39 +1,13 @@
-"""A real vLLM (on the CPU, with a tiny model) behind vllmd, on a booted systemd 252, from the installed package.
-
-One start of vLLM takes half a minute, so the tests share one engine as far as they can.
-"""
+"""A real vLLM behind vllmd, on a booted systemd 252, from the installed package; what is served says conftest.py."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.site import Site
-from tests.machine.container import MODEL_INSIDE, VLLM_INSIDE, Machine, vllm_binds
+from tests.machine.container import VLLM_INSIDE
 
-pytestmark = [pytest.mark.machine, pytest.mark.vllm]
-
-CONFIG = f"""
-server: {{idle_exit: never}}
-idle: {{sleep_after: never, stop_after: never}}
-devices: []
-models:
-  lab/tiny:
-    engine: vllm
-    command: [{VLLM_INSIDE}/bin/vllm]
-    model: {MODEL_INSIDE}
-    max_model_len: 512
-    extra_args: {{enforce_eager: true, max_num_seqs: 8}}
-    env: {{VLLM_CPU_KVCACHE_SPACE: "1", HF_HUB_OFFLINE: "1", VLLM_NO_USAGE_STATS: "1", DO_NOT_TRACK: "1"}}
-    sleep_mode: true
-    start_timeout: 5m
-  lab/wrong:
-    engine: vllm
-    command: [{VLLM_INSIDE}/bin/vllm]
-    model: /no/such/model
-    env: {{HF_HUB_OFFLINE: "1", VLLM_NO_USAGE_STATS: "1", DO_NOT_TRACK: "1"}}
-"""
+pytestmark = [pytest.mark.machine, pytest.mark.vllm, pytest.mark.timeout(1200)]  # the first one starts both engines
 
 CHAT_WITH_OPENAI = """
 import json
@@ -47,22 +21,9 @@ print(json.dumps({"model": chunks[0].model, "chunks": len(chunks), "usage": chun
 """
 
 
-@pytest.fixture(scope="module")
-def site(installed_machine: Machine) -> Iterator[Site]:
-    if not vllm_binds():
-        pytest.skip("no vLLM environment or no tiny model here (packaging/dev/setup vllm model)")
-    site = Site(installed_machine)
-    site.configure(CONFIG)
-    yield site
-    site.machine.run("systemctl stop vllmd.service", check=False)
-
-
-@pytest.fixture(scope="module")
-def loaded(site: Site) -> Site:
-    """vLLM has been started by a first request of the official client."""
-    first = openai_chat(site)
-    assert first["model"] == "lab/tiny"
-    return site
+@pytest.fixture
+def loaded(loaded_site: Site) -> Site:
+    return loaded_site
 
 
 def openai_chat(site: Site) -> dict[str, object]:
@@ -74,6 +35,7 @@ def openai_chat(site: Site) -> dict[str, object]:
 def test_the_official_client_streams_a_chat(loaded: Site) -> None:
     """The SDK that everybody uses needs nothing but the base URL."""
     answer = openai_chat(loaded)
+    assert answer["model"] == "lab/tiny"
     assert answer["usage"] == 12
     assert int(str(answer["chunks"])) > 4
 
@@ -133,6 +95,7 @@ def test_a_model_that_does_not_exist_is_refused_with_vllms_own_words(loaded: Sit
 def test_sigkill_of_the_api_server_leaves_nothing(loaded: Site) -> None:
     """vLLM's engine core and workers outlive their parent (vllm #55510): with us they are gone at once."""
     scope, pid = loaded.scope("lab/tiny"), loaded.engine_pid("lab/tiny")
-    assert len(loaded.machine.cgroup_pids(scope)) >= 3
+    pids = loaded.machine.cgroup_pids(scope)
+    assert len(pids) >= 3
     loaded.machine.run(["kill", "-9", str(pid)])
-    loaded.machine.wait_until("! pgrep -u vllmd-engine", timeout=20)
+    loaded.machine.wait_until(f"! ps -p {','.join(map(str, pids))}")

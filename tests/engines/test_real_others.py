@@ -1,4 +1,4 @@
-"""Other engines for real: transformers serve, and vLLM's embeddings."""
+"""Another engine for real: transformers serve. (vLLM that embeds: tests/e2e/test_conformance.py.)"""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import RealVllm
 from tests.engines.driven import Driven
-from tests.engines.test_real_vllm import ARGS, ENV
 from tests.engines.test_stand_ins import free_port
+from tests.vllm_on_cpu import ONE_THREAD
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Place
 
@@ -41,7 +41,7 @@ def test_transformers_serve_answers_the_same_after_a_sleep(start: Start, real_vl
         model=str(real_vllm.model),
         command=(str(real_vllm.command.with_name("transformers")),),
         options={"cpu": True},
-        env={"PYTHONPATH": str(accelerate), "HF_HUB_OFFLINE": "1"},
+        env={"PYTHONPATH": str(accelerate), "HF_HUB_OFFLINE": "1", **ONE_THREAD},
     )
     before = one.chat()
     one.call(one.engine.alive(one.model))
@@ -58,7 +58,7 @@ def test_transformers_without_accelerate_says_what_is_missing(real_vllm: RealVll
     """Its own words, and no retry."""
     command = (str(real_vllm.command.with_name("transformers")),)
     model = ModelConfig("m", engine="transformers", model=str(real_vllm.model), command=command,
-                        env={"HF_HUB_OFFLINE": "1"}, options={"cpu": True})  # fmt: skip
+                        env={"HF_HUB_OFFLINE": "1", **ONE_THREAD}, options={"cpu": True})  # fmt: skip
     one = Driven(model, Place(tmp_path, port=free_port()))
     try:
         assert one.popen.wait(LIMIT) != 0
@@ -67,20 +67,3 @@ def test_transformers_without_accelerate_says_what_is_missing(real_vllm: RealVll
         assert "requires `accelerate`. You can install it with `pip install accelerate`" in failure.reason
     finally:
         one.close()
-
-
-@pytest.mark.vllm
-def test_vllm_embeds(start: Start, real_vllm: RealVllm) -> None:
-    """As an embedding server: the same kind with --runner pooling."""
-    one = start(
-        command=(str(real_vllm.command),),
-        model=str(real_vllm.model),
-        max_model_len=512,
-        extra_args=(*ARGS, "--runner", "pooling"),
-        env=ENV,
-    )
-    assert "/v1/embeddings" in one.engine.routes(one.model)
-    answer = one.http.post("/v1/embeddings", json={"model": "m", "input": ["a", "b"]}).json()
-    first, second = (entry["embedding"] for entry in answer["data"])
-    assert len(first) == len(second) > 1
-    assert first != second

@@ -20,6 +20,7 @@ import pytest
 
 from tests.conftest import RealVllm
 from tests.engines.installed import Site, daemon
+from tests.vllm_on_cpu import ONE_THREAD
 
 pytestmark = [
     pytest.mark.vllm,
@@ -68,7 +69,7 @@ class Lab:
         """The other machine comes up and offers its device, as the unit in the manual does."""
         env = {**os.environ, **TOKEN, "PYTHONPATH": str(self.ray), "VLLM_HOST_IP": THERE, "GLOO_SOCKET_IFNAME": "ray0",
                "RAY_gcs_rpc_server_reconnect_timeout_s": "5", "RAY_worker_niceness": "0",
-               "HF_HUB_OFFLINE": "1"}  # fmt: skip
+               "HF_HUB_OFFLINE": "1", **ONE_THREAD}  # fmt: skip
         python = self.vllm.command.with_name("python3")
         node = [python, "-m", "ray.scripts.scripts", "start", "--block", f"--address={HERE}:{PORT}",
                 f"--node-ip-address={THERE}", "--num-gpus=1", "--num-cpus=1", "--object-store-memory=100000000",
@@ -139,7 +140,7 @@ def site(lab: Lab, tmp_path: Path) -> Iterator[Site]:
         "tensor_parallel_size": 2, "local_devices": 1, "gpu_memory": 0.1, "restart_backoff": "1s",
         "options": {"ray_head": f"{HERE}:{PORT}", "ray_wait": 200, "kv_cache_memory": "64MiB"},
         "extra_args": ["--enforce-eager", "--max-num-seqs", "8"],
-        "env": {**TOKEN, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "ray0", "PYTHONPATH": str(lab.ray)},
+        "env": {**TOKEN, **ONE_THREAD, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "ray0", "PYTHONPATH": str(lab.ray)},
     }  # fmt: skip
     small = {**model, "options": {**model["options"], "ray_wait": 0}, "max_restarts": 0}  # type: ignore[dict-item]
     config: dict[str, Any] = {

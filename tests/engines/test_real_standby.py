@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import RealVllm
 from tests.engines.installed import Site, daemon, ports
 from tests.engines.test_standbys import pid_of, until, waiting
+from tests.vllm_on_cpu import ENV, ONE_THREAD
 
 pytestmark = pytest.mark.vllm
 
@@ -61,7 +62,6 @@ def test_a_real_vllm_is_made_of_a_standby(real_vllm: RealVllm, tmp_path: Path) -
     Most of that is imports: of the eager starts here some 50 s of processor time on a busy machine, 3 of them after the
     hand-over.
     """
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     model = {
         "engine": "vllm",
         "command": [str(script(real_vllm.command.parent / "python", tmp_path))],
@@ -69,7 +69,7 @@ def test_a_real_vllm_is_made_of_a_standby(real_vllm: RealVllm, tmp_path: Path) -
         "max_model_len": 512,
         "extra_args": ["--enforce-eager", "--max-num-seqs", "8"],
         "start_timeout": LIMIT,
-        "env": env,
+        "env": ENV,
     }
     config = {"engines": {**ports(), "standby": 1}, "devices": [], "models": {"a": model, "b": model}}
     body = {"prompt": "a b c", "max_tokens": 4, "temperature": 0}
@@ -107,7 +107,7 @@ def test_a_real_transformers_serve_is_made_of_a_standby(real_vllm: RealVllm, acc
         "command": [str(real_vllm.command.with_name("transformers"))],
         "model": str(real_vllm.model),
         "options": {"cpu": True},
-        "env": {"PYTHONPATH": str(accelerate), "HF_HUB_OFFLINE": "1"},
+        "env": {"PYTHONPATH": str(accelerate), "HF_HUB_OFFLINE": "1", **ONE_THREAD},
         "start_timeout": LIMIT,
     }
     config = {"engines": {**ports(), "standby": 1}, "devices": [], "models": {"a": model, "b": model}}

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import RealVllm
 from tests.engines import lora
 from tests.engines.driven import Driven
+from tests.vllm_on_cpu import ENV_FORKING
 from vllmd.config.types import AdapterConfig, ModelConfig
 from vllmd.engines.adapters import LOADED_ALREADY
 from vllmd.engines.base import Place
@@ -18,14 +19,13 @@ from vllmd.engines.base import Place
 pytestmark = pytest.mark.vllm
 
 LIMIT = 240.0  # seconds: it starts in 25-40 s on two idle cores
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 ARGS = ("--enforce-eager", "--max-num-seqs", "8")
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 
 
 def configured(vllm: RealVllm, **more: object) -> ModelConfig:
     settings = {"command": (str(vllm.command),), "model": str(vllm.model), "sleep_mode": True, "max_model_len": 512}
-    return ModelConfig("m", **{**settings, "extra_args": ARGS, "env": ENV, **more})  # type: ignore[arg-type]
+    return ModelConfig("m", **{**settings, "extra_args": ARGS, "env": ENV_FORKING, **more})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

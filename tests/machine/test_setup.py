@@ -59,7 +59,7 @@ def test_all_ends_with_what_failed(nobodys_cache: Path) -> None:
     done = setup("all", cache=nobodys_cache, user=NOBODY, PYTHON="/bin/false", PIP_NO_INDEX="1", PIP_FIND_LINKS="")
     assert done.returncode == 1
     *reasons, last = done.stderr.splitlines()
-    steps = "[venv wheels] [llama axe] [tree build old] [trixie] [vllm model engines ray]"
+    steps = "[venv bytecode wheels] [llama axe] [tree build old] [trixie] [vllm model engines ray]"
     assert last == f"setup: failed, for the reasons above: {steps}"
     assert reasons.count("setup: 'tree' needs root (debootstrap, chroot)") == 2
     assert "setup: /bin/false is older than 3.11" in reasons

@@ -68,7 +68,7 @@ MUTATIONS = (
     Mutation(
         "two at once for a pool go to two models",
         "core/admission.py",
-        "model.promised.append(core.now)",
+        "model.promised = (*model.promised, core.now)",
         "pass",
         "core/test_answers.py",
     ),

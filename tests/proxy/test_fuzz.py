@@ -1,6 +1,6 @@
 """Any bytes at all: never an exception but a VllmdError, never another meaning in other pieces.
 
-The last test goes on for ``VLLMD_FUZZ_SECONDS``: by default a minute in CI, 2 s elsewhere.
+The last test goes on for ``VLLMD_FUZZ_SECONDS``, 5 by default; ``make fuzz`` gives it ten minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllmd.proxy.limits import Limits
 from vllmd.proxy.reader import RequestReader
 
 LIMITS = Limits(ServerConfig(max_head=2000, max_body=3000))
-SECONDS = float(os.environ.get("VLLMD_FUZZ_SECONDS", "60" if os.environ.get("CI") else "2"))
+SECONDS = float(os.environ.get("VLLMD_FUZZ_SECONDS", "5"))
 QUICK = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 TOKENS = [
     *(b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b";", b",", b"\x00", b"\x0b", b"\xff", b"0", b"5", b"d", b"ffff"),

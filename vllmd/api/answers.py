@@ -131,6 +131,7 @@ class ModelLine(Answer):
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
+    expected: Annotated[int, "bytes of memory as configured or estimated; measured, it may be more; 0: not told"] = 0
     never: Annotated[str, "why it can never be loaded on these devices; empty if it can, or is"] = ""
     silent: Annotated[float | None, "seconds for which it has answered nothing, while requests wait in it"] = None
     health: HealthStatus = ""
@@ -368,7 +369,7 @@ class Status(Answer):
     backend: str = ""
     source: str = ""
     trouble: Annotated[str, "why the devices do not answer"] = ""
-    unwritten: Annotated[str, "why the record of who used what cannot be written now"] = ""
+    unwritten: Annotated[str, "what of the daemon's own files cannot be written now, and why"] = ""
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()

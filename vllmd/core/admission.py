@@ -58,7 +58,7 @@ class Admission:
             return
         model.used = core.engines.now
         if model.promised:
-            model.promised.pop(0)
+            model.promised = model.promised[1:]
         chosen = self._balancer.choose(model, e.avoid)
         r = chosen or self._nominate(model)
         if r is None:
@@ -103,7 +103,7 @@ class Admission:
 
         def distance(model: Model) -> tuple[bool, int, int]:
             state = best(model.replicas).state, level(best(model.replicas))
-            model.promised = [at for at in model.promised if core.now - at < PROMISED]
+            model.promised = tuple([at for at in model.promised if core.now - at < PROMISED])
             open_ = sum(map(in_flight, model.replicas)) + len(model.queue) + len(model.promised)
             place = SOONEST.index(state) if state in SOONEST else len(SOONEST)
             return bool(model.off), place, open_ if state[0] is State.READY else 0
@@ -111,7 +111,7 @@ class Admission:
         known = [core.models[name] for name in e.models if name in core.models]
         model = min([model for model in known if model.replicas], key=distance, default=None)
         if model:
-            model.promised.append(core.now)
+            model.promised = (*model.promised, core.now)
         core.engines.answer(e.ask, model.name if model else "")
 
     def answered(self, e: RequestAnswered) -> None:
@@ -127,7 +127,8 @@ class Admission:
             return
         core, now = self._core, self._core.engines.now
         r.used = now
-        r.orphans.discard(e.request)
+        if e.request in r.orphans:
+            r.orphans = r.orphans - {e.request}
         run = r.running.pop(e.request, None)
         if r.health:
             self._health.ended(r, e.request, e.failed)

@@ -78,7 +78,7 @@ class Core:
     def named(self, name: str) -> list[Replica]:
         """The replicas of a model, or the one of that id. Raises LifecycleError."""
         model = self.models.get(name)
-        return model.replicas or model.retired if model else [self.replica(name)]
+        return list(model.replicas or model.retired) if model else [self.replica(name)]
 
     def rename(self, r: Replica, name: str) -> None:
         """Give the replica, and what was learnt of it, another id."""

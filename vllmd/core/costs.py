@@ -202,6 +202,10 @@ class CostBook:
         self._calibrations: dict[str, Calibration] = {}  # by engine kind
         self._learnt: dict[str, Mapping[str, Any]] = {}
 
+    def known(self, spec: ReplicaSpec) -> Costs | None:
+        """The same, unless nothing was learnt of it before and so nothing is to be kept: then it need not be open."""
+        return self.open(spec) if spec.id in self._replicas or spec.id in self._learnt else None
+
     def open(self, spec: ReplicaSpec) -> Costs:
         """The figures of a replica. What was measured of a differently configured one is forgotten."""
         costs = self._replicas.get(spec.id)

@@ -336,7 +336,7 @@ class EngineTable:
         if r.state is State.STOPPING and step is Step.STOPPED:
             self._learn_time(r)
         self._move(r, step)
-        r.orphans.update(r.running)
+        r.orphans = r.orphans.union(r.running)
         r.running.clear()
         r.level, r.placement = 0, Placement()
         r.slept_shallow = False

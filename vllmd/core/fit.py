@@ -180,10 +180,13 @@ class Fit:
         if self.starts(r, self.alone()) >= count:
             return ""
         most = max(need(r, a, 0) or 0 for a in accounts)
+        alike: dict[str, list[str]] = {}
+        for a in accounts:
+            has = f"{gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: {gib(a.capacity)}"
+            alike.setdefault(has, []).append(str(a.device.index))
         sizes = "; ".join(
-            f"device {a.device.index} has {gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: "
-            f"{gib(a.capacity)}"
-            for a in accounts
+            f"device {on[0]} has {has}" if len(on) == 1 else f"devices {', '.join(on)} have {has} each"
+            for has, on in alike.items()
         )
         return f"{r.id!r} needs {gib(most)} on each of {_devices(count)}; {sizes}"
 

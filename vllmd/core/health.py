@@ -99,7 +99,8 @@ class HealthChecks:
         if r is None:
             return
         r.running.pop(e.request, None)
-        r.orphans.discard(e.request)
+        if e.request in r.orphans:
+            r.orphans = r.orphans - {e.request}
         self._core.mark_news(r)
         h = r.health
         if h is None or r.model.rules is None or h.probe != e.request:

@@ -31,7 +31,9 @@ class Account:
         self.drained = ""  # why an operator, or somebody else, has it left; "" if nobody has
 
     def redefine(self, device: Device) -> None:
-        """The same device with another size or reserve, or again."""
+        """The same device with another size or reserve, or again; or another one, of which nothing is known yet."""
+        if (device.id, device.runtime) != (self.device.id, self.device.runtime):
+            self.external, self.looked, self.missing, self.ill = 0, None, 0, ""
         self.device, self.gone = device, False
         self.capacity = device.memory - device.reserve
 

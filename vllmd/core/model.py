@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from vllmd.core.costs import Costs
+from vllmd.core.costs import CostBook, Costs
 from vllmd.core.lifecycle import AWAKE, LOADED, OWN, UP, WANTS, Kind, Reason
 from vllmd.core.queues import Queue
 from vllmd.core.types import Footprint, ModelSpec, ModelView, Placement, ReplicaRules, ReplicaSpec, Source, State
 
 INFINITY = math.inf
+_NONE: Mapping[str, Any] = {}
+
+
+def _none() -> Mapping[str, Any]:
+    """What most models have of most things, one object for all: it is replaced, never changed."""
+    return _NONE
+
+
 NOWHERE = Placement()
 
 
@@ -142,7 +152,7 @@ class Lease:
 class KeepAlive:
     """What clients said of when they will use the model again. It holds off idle rules, and nobody who needs room."""
 
-    until: dict[str, float] = field(default_factory=dict)  # client -> when its wish ends
+    until: Mapping[str, float] = field(default_factory=_none)  # client -> when its wish ends
     let_go: float = -INFINITY  # when the last client that had a wish, or had none, said that it needs it no more
 
 
@@ -163,13 +173,13 @@ class Model:
 
     spec: ModelSpec
     replicas: list[Replica] = field(default_factory=list)
-    retired: list[Replica] = field(default_factory=list)  # those that the configuration has no more, and that still run
+    retired: tuple[Replica, ...] = ()  # those that the configuration has no more, and that still run
     queue: Queue = field(default_factory=Queue)
     nominee: Replica | None = None  # the replica that is to come up for the queue, or is the only one
-    leases: dict[str, Lease] = field(default_factory=dict)
+    leases: Mapping[str, Lease] = field(default_factory=_none)
     keep_alive: KeepAlive = field(default_factory=KeepAlive)
     used: float = -INFINITY  # when a request last came
-    promised: list[float] = field(default_factory=list)  # when it was chosen for requests that are yet to come
+    promised: tuple[float, ...] = ()  # when it was chosen for requests that are yet to come
     scale: Scale = field(default_factory=Scale)
     disabled: str = ""  # what clients are told of a model that an operator has disabled
     unused_view: ModelView | None = None  # what is shown of one that was never used, until something changes (views.py)
@@ -199,14 +209,14 @@ class Replica:
     model: Model
     spec: ReplicaSpec
     id: str = field(init=False)
-    costs: Costs
+    book: CostBook
     changed: float  # since when it is in this state
     state: State = State.STOPPED
     untouched: bool = True  # it has been in no other state
     level: int = 0
     placement: Placement = NOWHERE
     running: dict[str, Run] = field(default_factory=dict)
-    orphans: set[str] = field(default_factory=set)  # their engine died; RequestFinished is still owed
+    orphans: frozenset[str] = frozenset()  # their engine died; RequestFinished is still owed
     ready_at: float = 0.0  # when it last became ready
     used: float = -INFINITY  # when a request last came or ended
     idle_since: float = 0.0
@@ -227,9 +237,22 @@ class Replica:
     health: Health | None = None  # of one of several engines of a model
     due: float = INFINITY  # when time alone changes something for it: only timers.py changes it
     timer: float = INFINITY  # the first entry for it there
+    learnt: Costs | None = None  # what ``costs`` has opened
 
     def __post_init__(self) -> None:
         self.id = self.spec.id
+
+    @property
+    def costs(self) -> Costs:
+        """The replica's figures, opened when they are first asked for: of ten thousand models most have none."""
+        if self.learnt is None:
+            self.learnt = self.book.open(self.spec)
+        return self.learnt
+
+    def take(self, spec: ReplicaSpec) -> None:
+        """Be as this specification says. What was measured of another one is forgotten."""
+        self.spec = spec
+        self.learnt = self.book.known(spec)
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -323,7 +346,7 @@ class Replica:
     @property
     def footprint(self) -> Footprint:
         """Measured before configured before estimated."""
-        return self.costs.footprint or self.spec.footprint
+        return (self.learnt.footprint if self.learnt else None) or self.spec.footprint
 
     @property
     def drain_limit(self) -> float:
@@ -339,7 +362,7 @@ class Replica:
     def booking(self) -> int:
         """Bytes per device that must be free for a start: it must survive both loading and serving."""
         f = self.footprint
-        return max(f.starting, f.awake, self.costs.asked)
+        return max(f.starting, f.awake, self.learnt.asked if self.learnt else 0)
 
     @property
     def told(self) -> int:
@@ -347,7 +370,7 @@ class Replica:
 
         Not the measured figure: an engine that takes a little more than it was told would grow with every start.
         """
-        return max(self.spec.footprint.awake, self.costs.asked)
+        return max(self.spec.footprint.awake, self.learnt.asked if self.learnt else 0)
 
     def granted(self, size: int) -> None:
         """Note a start with ``size`` bytes per device: what it held at another size says nothing of that."""

@@ -192,12 +192,13 @@ class Planner:
         if swap:
             seconds = core.swaps.until_served(swap)
             leaving = ", ".join(v.id for v in swap.victims if v is not r)
-            running = sum(len(v.running) for v in swap.victims)
+            number = sum(len(v.running) for v in swap.victims)
+            running = f" ({number} request{'s run' if number > 1 else ' runs'} there)" if number else ""
             if r in swap.victims:
                 return Outlook(seconds, f"its move to device {', '.join(map(str, swap.devices))}")
             if leaving:
-                return Outlook(seconds, f"{leaving} to leave ({running} requests running there), in {seconds:.0f} s")
-            return Outlook(seconds, f"a swap in {seconds:.0f} s")
+                return Outlook(seconds, f"{leaving} to leave{running}, in about {seconds:.0f} s")
+            return Outlook(seconds, f"a swap in about {seconds:.0f} s")
         if r not in core.waiting or not core.engines.ledger.accounts:
             return None
         return core.policy.outlook(s or self.sight(), r.id)

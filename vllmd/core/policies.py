@@ -412,8 +412,14 @@ class _Turns:
         """Why the swap begins now; empty: not yet."""
         candidates, waited = offer.eviction.members, self.s.now - w.oldest
         busy = [r for _, r, _ in candidates if r.running or r.queued]
+        if urgent and busy:
+            if w.urged:
+                return "an operator asked for it"
+            return (
+                "it waits for nobody (on_busy: evict)" if w.impatient else "it has waited for as long as anybody does"
+            )
         if urgent:
-            return "its deadline has passed" if busy else "the others there are idle"
+            return "the others there are idle"
         if not busy:
             # 3: spared is who is expected back before the swap would be over, for as long as it is known to take.
             spared = any(rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in candidates)

@@ -6,8 +6,11 @@ turns in a row as its share says.
 
 from __future__ import annotations
 
+from typing import Any
+
 Rank = tuple[int, int]  # priority and share
 USUAL: Rank = (0, 1)
+_NOTHING: dict[str, Any] = {}  # what a queue that was never used has; it stays empty
 
 
 class Queue(dict[str, tuple[str, float]]):
@@ -19,10 +22,13 @@ class Queue(dict[str, tuple[str, float]]):
     __slots__ = ("_keys", "_ranks", "_turns", "arrived")
 
     def __init__(self) -> None:
-        self._keys: dict[str, dict[str, None]] = {}  # key -> its requests in order; the key to serve next is first
-        self._ranks: dict[str, Rank] = {}  # of the keys that wait, where they are not as usual
-        self._turns: dict[str, int] = {}  # that a key has had of its share, this time round
+        self._begin(_NOTHING, _NOTHING, _NOTHING)  # of ten thousand models hardly any has a queue
         self.arrived = 0.0  # sum of the times of arrival
+
+    def _begin(self, keys: dict[str, dict[str, None]], ranks: dict[str, Rank], turns: dict[str, int]) -> None:
+        self._keys = keys  # key -> its requests in order; the key to serve next is first
+        self._ranks = ranks  # of the keys that wait, where they are not as usual
+        self._turns = turns  # that a key has had of its share, this time round
 
     @property
     def oldest(self) -> float | None:
@@ -33,6 +39,8 @@ class Queue(dict[str, tuple[str, float]]):
 
     def add(self, request: str, key: str, now: float, rank: Rank = USUAL) -> None:
         """``request`` of API key ``key`` waits from ``now`` on. ``rank``: the key's, as it is now."""
+        if self._keys is _NOTHING:
+            self._begin({}, {}, {})
         self[request] = (key, now)
         if rank != USUAL or self._ranks:
             self._ranks[key] = rank

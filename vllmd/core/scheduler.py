@@ -111,6 +111,11 @@ class Scheduler:
         due = self.next_timer()
         return due is not None and due < moment
 
+    @property
+    def specs(self) -> dict[str, ModelSpec]:
+        """The models as they are configured, by name."""
+        return {name: model.spec for name, model in self._core.models.items()}
+
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""
         core = self._core
@@ -334,7 +339,7 @@ class Scheduler:
     def _forget(self, r: Replica) -> None:
         """The configuration has the replica no more, and its engine is gone: nothing is left of it."""
         core = self._core
-        r.model.retired.remove(r)
+        r.model.retired = tuple([each for each in r.model.retired if each is not r])
         r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it
         core.replicas.pop(r.id, None)
         core.waiting.pop(r, None)

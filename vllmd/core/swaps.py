@@ -141,10 +141,15 @@ class Swaps:
     def until_served(self, swap: Swap) -> float:
         """Expected seconds until the target serves."""
         target = swap.target
-        drain = max([self.drain_left(swap, r) for r in swap.victims if r.state in AWAKE], default=0.0)
+        drain = max([self._drained_in(swap, r) for r in swap.victims if r.state in AWAKE], default=0.0)
         leave = sum(option.takes for option in swap.victims.values())
         anew = target in swap.victims or target.state is not State.SLEEPING
         return drain + leave + target.costs.wake(0 if anew else target.level)
+
+    def _drained_in(self, swap: Swap, r: Replica) -> float:
+        """The same as ``drain_left``, but what runs longer than the victim's drain limit is cut off."""
+        left = self.drain_left(swap, r)
+        return left if r.job is None else min(left, max(0.0, r.job.cut_at - self.engines.now))
 
     def drain_left(self, swap: Swap, r: Replica) -> float:
         """Expected seconds until the victim's requests have ended. One that drained long will take long yet."""

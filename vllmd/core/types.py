@@ -258,6 +258,7 @@ class View:
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most
     rests_in: float | None = field(default=None, kw_only=True)  # seconds until an idle rule would act if nobody came
     disabled: str = field(default="", kw_only=True)  # what an operator, who has disabled it, has its clients told
+    expected: int = field(default=0, kw_only=True)  # bytes per device, as configured or estimated; 0: not told
     never: str = field(default="", kw_only=True)  # why it can never be loaded on these devices; "" if it can, or is
 
 

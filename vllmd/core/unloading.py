@@ -82,10 +82,9 @@ class Unloading:
         core = self._core
         for r in core.named(e.model):
             wishes = r.model.keep_alive
-            wishes.until = {who: until for who, until in wishes.until.items() if until > core.now and who != e.client}
-            if e.seconds > 0:
-                wishes.until[e.client] = core.now + e.seconds
-            elif not wishes.until:
+            others = {who: until for who, until in wishes.until.items() if until > core.now and who != e.client}
+            wishes.until = {**others, e.client: core.now + e.seconds} if e.seconds > 0 else others
+            if not wishes.until:
                 wishes.let_go = core.now
             core.mark_for_review(r)
 
@@ -102,7 +101,8 @@ class Unloading:
                 r.idle_since -= e.seconds
         for model in self._core.models.values():
             wishes = model.keep_alive
-            wishes.until = {client: until - e.seconds for client, until in wishes.until.items()}
+            if wishes.until:
+                wishes.until = {client: until - e.seconds for client, until in wishes.until.items()}
             wishes.let_go -= e.seconds
             for lease in model.leases.values():
                 lease.deadline -= e.seconds

@@ -83,6 +83,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.health in UNWELL for view in views),
         disabled=model.off,
+        expected=0 if model.rules else first.expected,
         never=first.never if all(view.never for view in views) else "",
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
     )
@@ -100,8 +101,9 @@ def _unused(core: Core, model: Model) -> ModelView | None:
     model.unused_view = ModelView(
         model.name,
         *at_rest,
-        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never),),
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never, expected=r.told),),
         never=never,
+        expected=r.told,
         balanced=False,
         serving=0,
         degraded=False,
@@ -131,6 +133,7 @@ def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
         disabled=r.off,
+        expected=r.told,
         never="" if r.loaded else core.fit.never(r),
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )

@@ -42,6 +42,7 @@
     logfile          an engine's output in a rotating file
     event_loop       uvloop where it is installed, else asyncio's own
     learnt           footprints and costs kept over restarts
+    private_folder   the run directory of a daemon without a unit, and those that killed ones left
     preflight        what models will take, and which of them can never work; check says it and ends
     engine_resolver  each model's engine, or why it has none
 """

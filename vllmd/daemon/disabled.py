@@ -86,7 +86,8 @@ class Disabled:
             try:
                 await asyncio.to_thread(write_whole, self._path, text)
             except OSError as error:
-                raise Unavailable(f"it cannot be kept in {self._path}: {error.strerror}; nothing changed") from None
+                what = f"the order cannot be kept in {self._path}: {error.strerror}; nothing changed"
+                raise Unavailable(what) from None
         self._orders = dict(orders)
 
 

@@ -346,7 +346,7 @@ class EngineManager:
         process.phases.now = READY
         loader = process.loader
         self.starts.note(process.name, Start(process.ready_after, spent, process.compiled_with, loader))
-        self.loaders.came_up(process.loading, spent)
+        self.loaders.came_up(process.loading, spent, alone=self._started_alone(process))
         if process.running and process.running.standby and process.standby:
             self.standbys.note_outcome(process.standby, good=True)
         # 3. Its log is not read any more, unless it is kept in a file. What the devices say of its memory counts more
@@ -362,6 +362,13 @@ class EngineManager:
         measured = _measured(process.engine.footprint(list(process.lines)), held)
         process.forget_start()
         return events.EngineReady(process.name, measured)
+
+    def _started_alone(self, process: EngineProcess) -> bool:
+        """Whether no other engine of this machine was starting while this one did."""
+        others = (each for each in self.processes.values() if each is not process and each.running)
+        return all(
+            each.ready_after is not None and each.started + each.ready_after <= process.started for each in others
+        )
 
     async def _start_failed(self, process: EngineProcess, what: str) -> events.Event:
         """The event of a start that failed, the engine being gone; or that of a second, plainer attempt."""

@@ -40,9 +40,16 @@ class Expectations:
 
 
 async def expect(
-    config: Config, runtime: RuntimeEnvironment, devices: Sequence[Device], resolver: EngineResolver
+    config: Config,
+    runtime: RuntimeEnvironment,
+    devices: Sequence[Device],
+    resolver: EngineResolver,
+    known: Mapping[str, ModelSpec] | None = None,
 ) -> Expectations:
-    """The models' footprints, which are logged as well; reads the models' files."""
+    """The models' footprints, which are logged as well; reads the models' files.
+
+    ``known``: the specifications that the core has; an equal one is that same object, which the core need not compare.
+    """
     engines, paths = engines_of(config.models), paths_of(config, runtime)
     machine = Machine(tuple(devices), paths.homes, paths.run)
 
@@ -55,10 +62,14 @@ async def expect(
             name = each.model.replica_of or each.model.name
             replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.estimate, cpu))
             estimates[each.model.name] = each.estimate
-        specs = tuple(model_spec(config.models[name], of) for name, of in replicas.items())
+        specs = []
+        for name, of in replicas.items():
+            spec = model_spec(config.models[name], of)
+            before = known.get(name) if known else None
+            specs.append(before if before == spec else spec)
         kinds = {each.model.name: each.kind for each in prospects}
         problems = {each.model.replica_of or each.model.name: each.problem for each in prospects if each.problem}
-        return Expectations(paths, engines, specs, estimates, kinds, problems)
+        return Expectations(paths, engines, tuple(specs), estimates, kinds, problems)
 
     return await asyncio.to_thread(reckon)
 

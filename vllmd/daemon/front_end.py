@@ -140,7 +140,8 @@ def front_end(
     runtime_models = RuntimeModels(current, back, take, changing, instances.plain, addresses(sockets.get("http", ())))
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines,
-                    lambda: records.trouble, lambda: listeners.unanswered())  # fmt: skip
+                    lambda: "; ".join(filter(None, (records.trouble, records.log_trouble, learnt.trouble))),
+                    lambda: listeners.unanswered())  # fmt: skip
     control = Control(
         counters, status, OperatorCommands(back, instances, disabled, current.engines_of, reload),
         Previews(back, lambda: current.config), Plans(current, back, records.arrivals, status.cache),

@@ -47,6 +47,7 @@ class Learnt:
         self.failures: dict[str, Failure] = {}  # by engine
         self.loaders = LoaderBook()
         self._written = ""
+        self.trouble = ""  # why it cannot be written now
         self._trouble = Repeated(log)
 
     def decided(self, decision: Decision) -> None:
@@ -107,6 +108,8 @@ class Learnt:
         try:
             write_whole(self._path, text, sync=False)
             self._written = text
+            self.trouble = ""
             self._trouble.over()
         except OSError as error:
-            self._trouble.say(logging.WARNING, "cannot keep learnt figures in %s: %s", self._path, error)
+            self.trouble = f"learnt figures cannot be kept in {self._path}: {error.strerror or error}"
+            self._trouble.say(logging.WARNING, "%s", self.trouble)

@@ -91,9 +91,15 @@ class Loaders:
     def _look(self, replica: str) -> Files:
         return loaders.look(self._files(replica), is_cached, MOUNTS.read_text())
 
-    def came_up(self, loading: Loading | None, spent: Mapping[str, float]) -> None:
-        """A start has come through; where its time went."""
-        if loading and DOWNLOAD not in spent:
+    def came_up(self, loading: Loading | None, spent: Mapping[str, float], *, alone: bool = True) -> None:
+        """A start has come through; where its time went. ``alone``: no other engine was starting meanwhile.
+
+        Of two that share a disk both seem slow. A loader that seems so once is not tried again, so of those only the
+        engine's own counts, where nothing is known of that yet.
+        """
+        if loading is None or DOWNLOAD in spent:
+            return
+        if alone or (not loading.format and not self._book.knows(loading.place)):
             self._book.measured(loading.place, loading.format, spent.get(WEIGHTS, 0.0), loading.size)
 
     def failed(self, model: str, loading: Loading) -> None:

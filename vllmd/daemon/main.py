@@ -24,6 +24,7 @@ from vllmd.daemon.disabled import disabled_path
 from vllmd.daemon.event_loop import name_of, new_loop
 from vllmd.daemon.key_store import key_store_path
 from vllmd.daemon.listen import Listeners, in_words, listeners
+from vllmd.daemon.private_folder import private_folder
 from vllmd.daemon.records import store_path
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import ConfigError
@@ -127,12 +128,13 @@ def learnt_of(environment: Mapping[str, str]) -> Path | None:
 @contextlib.contextmanager
 def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[RuntimeEnvironment]:
     """What the unit file sets by environment variables; without a run directory a private one, while this lasts."""
-    own = "" if "VLLMD_ENGINE_RUN_DIR" in environment else _private_folder()
     home, cache = environment.get("VLLMD_ENGINE_HOME", ""), environment.get("CACHE_DIRECTORY", "").split(":")[0]
-    try:
+    with contextlib.ExitStack() as stack:
+        given = environment.get("VLLMD_ENGINE_RUN_DIR")
+        run_dir = stack.enter_context(private_folder()) if given is None else Path(given)
         yield RuntimeEnvironment(
             launcher=environment.get("VLLMD_LAUNCHER", ""),
-            run_dir=Path(own or environment["VLLMD_ENGINE_RUN_DIR"]),
+            run_dir=run_dir,
             home=Path(home) if home else None,
             homes=Path(environment["VLLMD_ENGINE_HOMES"]) if environment.get("VLLMD_ENGINE_HOMES") else None,
             cache=Path(cache) if cache else None,
@@ -145,22 +147,6 @@ def runtime(environment: Mapping[str, str], *, activated: bool) -> Iterator[Runt
             activated=activated,
             environment=environment,
         )
-    finally:
-        if own:
-            import shutil
-
-            shutil.rmtree(own, ignore_errors=True)
-
-
-def _private_folder() -> str:
-    """Raises ConfigError, which says what to do, where no folder for temporary files can be written."""
-    try:
-        import tempfile  # a daemon of a unit needs none
-
-        return tempfile.mkdtemp(prefix="vllmd-")
-    except OSError as error:
-        what = "engines' sockets need a folder; TMPDIR or VLLMD_ENGINE_RUN_DIR names one that can be written"
-        raise ConfigError(f"{error.strerror or error}: {what}") from None
 
 
 def _logs(environment: Mapping[str, str]) -> Path:

@@ -108,6 +108,7 @@ class Records:
         self._tasks = Tasks()
         self._trouble, self._log_trouble = Repeated(log), Repeated(log)
         self.trouble = ""  # why nothing can be written now
+        self.log_trouble = ""  # the same of the access log
         self.spans: Spans | None = None  # None where none are sent
         self.configure_spans(config)
         self._watchers: set[Watcher] = set()
@@ -302,8 +303,10 @@ class Records:
             with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640), "w") as file:
                 file.write(text)
             self._log_trouble.over()
+            self.log_trouble = ""
         except OSError as error:
-            self._log_trouble.say(logging.ERROR, "the access log %s cannot be written: %s", path, error.strerror)
+            self.log_trouble = f"the access log {path} cannot be written: {error.strerror}"
+            self._log_trouble.say(logging.ERROR, "%s", self.log_trouble)
 
     async def close(self) -> None:
         """Write what has not been written yet, and close the store."""

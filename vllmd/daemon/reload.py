@@ -8,6 +8,7 @@ every other part take it, before the core's commands start engines by it. Engine
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -43,10 +44,11 @@ async def apply_configuration(
     if devices:
         inventory = devices.inventory()
         devices_changed = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking)
-    expected = await expect(config, front.runtime, inventory, front.resolver)
+    expected = await expect(config, front.runtime, inventory, front.resolver, back.dispatcher.scheduler.specs)
     # 2. What that changes.
     engines, engines_before, models_before = expected.engines, current.engines, current.config.models
-    changed = _outdated(engines, engines_before, back.engines.processes)
+    # In a thread: with ten thousand models this takes up to half a second, in which streams would stand still.
+    changed = await asyncio.to_thread(_outdated, engines, engines_before, dict(back.engines.processes))
     was_broken = bool(current.broken)
 
     def answered(answer: commands.Answer) -> None:
@@ -101,7 +103,8 @@ def _outdated(
     for name, engine in engines.items():
         if (old := old_ids.get(name)) is None:
             continue
-        is_other = engine != before[old] and fingerprint(engine) != fingerprint(before[old])  # most are equal at once
+        # Most are the same object (``config.reload.shared``).
+        is_other = engine is not before[old] and fingerprint(engine) != fingerprint(before[old])
         if is_other or (old in processes and is_outdated(processes[old], engine)):
             outdated.add(name)
     return outdated

@@ -142,7 +142,7 @@ def line(
         in_flight=view.in_flight, queued=view.queued, oldest_wait=view.oldest_wait, idle=view.idle,
         since=since if view.since is None else view.since, pinned=view.pinned, disabled=view.disabled,
         leases=view.leases, waiting_for=view.waiting_for, failure=view.failure, never=view.never, health=view.health,
-        latency=view.latency, rests_in=view.rests_in,
+        expected=view.expected, latency=view.latency, rests_in=view.rests_in,
         # 2. The engine: its process, and how it starts or has started.
         pid=running.pid if running else None, unit=running.unit if running else "", socket=socket,
         instance=process.instance if process else "", phase=starting.phase_text if starting else "",

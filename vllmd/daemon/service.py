@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Reloaded
 from vllmd.api.names import FIRST_MODEL
+from vllmd.config.reload import shared
 from vllmd.config.replicas import is_this_host, of_this_host
 from vllmd.config.types import Config
 from vllmd.core import events
@@ -238,7 +239,8 @@ class Daemon:
         self._notify.reloading()
         try:
             with collector.paused():
-                config = await for_this_host(await asyncio.to_thread(self._read), self._runtime)
+                read = await asyncio.to_thread(lambda: shared(self._read(), self.front.current.config))
+                config = await for_this_host(read, self._runtime)
                 async with self.front.changing:
                     answer = await self.apply_configuration(self.front.runtime_models.added_to(config))
                 if len(config.models) >= collector.MANY:

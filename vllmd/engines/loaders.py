@@ -204,6 +204,10 @@ class LoaderBook:
         best = min(usable, key=lambda one: note.per_gib[one], default="")
         return best if best and note.per_gib[best] <= GAIN * own else ""
 
+    def knows(self, place: str) -> bool:
+        """Whether the engine's own loader has been measured there."""
+        return "" in self._notes.get(place, Note()).per_gib
+
     def measured(self, place: str, load_format: str, seconds: float, size: int) -> None:
         """A start has read ``size`` bytes in so many seconds; what was before counts half."""
         if size < SMALLEST or seconds <= 0:

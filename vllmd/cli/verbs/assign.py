@@ -1,6 +1,7 @@
 """Write a model's devices and memory to its YAML file; comments stay.
 
-Takes effect with vllmctl reload, or at once with --restart.
+What no device of this machine has is refused. Takes effect with vllmctl reload,
+or at once with --restart.
 """
 
 from __future__ import annotations

@@ -68,8 +68,11 @@ def devices(status: Status, said: str = "") -> Iterator[Finding]:
 
 
 def known(finding: Finding, said: str) -> bool:
-    """Whether it is a start that failed for want of a program, which was looked for and not found above."""
+    """Whether it was found above already: that a program is missing, or that a model of the files can never fit."""
     _, what, _ = finding
+    name, never, _ = what.partition(" can never be loaded: ")
+    if never:
+        return f": models.{name}." in said
     name, failed, why = what.partition(" has failed: there is no command ")
     return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in said
 
@@ -89,7 +92,11 @@ def models(status: Status) -> Iterator[Finding]:
                 f"vllmctl logs {name}; vllmctl restart {name} --force",
             )
         elif line.never:
-            yield "bad", f"{name} can never be loaded: {line.never}", f"vllmctl assign {name} --gpu-memory"
+            yield (
+                "bad",
+                f"{name} can never be loaded: {line.never}",
+                f"vllmctl assign {name} --gpu-memory gives it less",
+            )
         elif line.state == "stopped" and why:
             yield "bad", f"{name} cannot be loaded: {why}", ""
 

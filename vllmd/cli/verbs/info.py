@@ -43,7 +43,7 @@ def facts(status: Status, where: str) -> dict[str, object]:
         "configuration": ", ".join(config.files) or "no files; the defaults",
     }
     if status.unwritten:
-        shown["not written"] = f"{status.unwritten} (df /var/lib/vllmd; vllmctl doctor)"
+        shown["not written"] = f"{status.unwritten} (df; vllmctl doctor)"
     if config.error:
         shown["configuration error"] = config.error
     elif config.refused:

@@ -106,6 +106,12 @@ def row(line: ModelLine) -> tuple[str, ...]:
     )
 
 
+def _excess(line: ModelLine) -> str:
+    """That an engine, measured, takes more memory than its settings or its files made us expect."""
+    more = line.state == "running" and line.expected and line.memory > 1.01 * line.expected
+    return f"measured, more than the {show.size(line.expected)} expected" if more else ""
+
+
 def _pin(line: ModelLine) -> str:
     """That it is pinned; of one that is down, as after a drain, what brings it back: no rule does."""
     down = line.state == "stopped" and not (line.disabled or line.never or line.waiting_for)
@@ -123,6 +129,7 @@ def note(line: ModelLine) -> str:
     parts = [show.phase(line)]
     parts.append(standing.replicas_of(line))
     parts.append(standing.silence(line))
+    parts.append(_excess(line))
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
     parts.append(_pin(line))
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
