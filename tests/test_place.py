@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.trees import write
-from vllmd.core.types import GiB
 from vllmd.daemon.ports import PortPool
 from vllmd.place import Cpus, PortLimits, cpus, host_memory, port_limits, tasks
+from vllmd.sizes import GiB
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

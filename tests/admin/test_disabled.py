@@ -45,7 +45,7 @@ def test_a_disabled_model_says_so_until_it_is_enabled(
         runs.start()
         until(lambda: site.line("alpha")["in_flight"] == 1)
         assert told(site, "disable", "a", "--message", WORDS) == 0
-        assert f"a is disabled; clients are told: {WORDS}" in capsys.readouterr().out
+        assert f"a is disabled; clients get the message: {WORDS}" in capsys.readouterr().out
         refused = site.chat("a")
         assert (refused.status, refused.json["error"]["code"]) == (503, "model_disabled")
         assert refused.error == f"alpha is disabled: {WORDS}", "the words as they were said, with their path"

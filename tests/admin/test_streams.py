@@ -57,7 +57,7 @@ def test_a_log_that_cannot_be_had_is_an_error_and_not_a_broken_answer() -> None:
         yield ""
 
     with pytest.raises(Unavailable):
-        asyncio.run(streams._begun(none()))  # type: ignore[arg-type]
+        asyncio.run(streams.begun(none()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("limit", [0.0, 5.0])
@@ -69,8 +69,8 @@ def test_a_log_is_passed_on_whole_and_let_go_of(monkeypatch: pytest.MonkeyPatch,
         source = Source()
         for line in ("a", "b", "c"):
             source.queue.put_nowait(line)
-        lines = await streams._begun(source.items())
-        assert [await anext(lines), await anext(lines)] == ["a", "b"]
+        lines = await streams.begun(source.items())
+        assert [await anext(lines), await anext(lines)] == [b"a\n", b"b\n"]
         await lines.aclose()  # type: ignore[attr-defined]
         assert source.left
 
@@ -83,6 +83,6 @@ def test_an_empty_log_is_an_empty_answer() -> None:
     async def script() -> None:
         source = Source()
         source.queue.put_nowait(None)
-        assert [line async for line in await streams._begun(source.items())] == []
+        assert [line async for line in await streams.begun(source.items())] == []
 
     asyncio.run(script())

@@ -24,7 +24,7 @@ def _of_root(monkeypatch: pytest.MonkeyPatch) -> None:
     named = cold.Command(("/bin/true",), {}, "/", 0, 0, (), "/run/x/s")
     monkeypatch.setattr(cold.models, "find", lambda status, name: ModelLine(name, State.READY, pid=1))
     monkeypatch.setattr(cold, "read_command", lambda line: named)
-    monkeypatch.setattr(cold, "_stopped", never)
+    monkeypatch.setattr(cold.models, "change", never)
     monkeypatch.setattr(cold, "start_alone", never)
 
 

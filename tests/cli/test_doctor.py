@@ -15,7 +15,7 @@ from vllmd.cli import examine_devices, main
 from vllmd.cli.examine import accounts, configuration, driver, memory, place, python, systemd, units
 from vllmd.cli.examine_engines import vllm_on_cpu
 from vllmd.cli.examined import Host
-from vllmd.cli.verbs.doctor import known
+from vllmd.cli.verbs.doctor import is_known
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import Device
 from vllmd.engines import vllm_cpu
@@ -153,9 +153,9 @@ def test_a_machine_without_a_gpu_is_fine_where_devices_are_declared(tmp_path: Pa
 def test_a_program_that_is_missing_is_said_once() -> None:
     """It was looked for; that the start failed for want of it says nothing more."""
     what = "m has failed: there is no command 'vllm': looked in /usr/bin"
-    assert known(("bad", what, ""), "m: there is no command 'vllm' for vllmd-engine: looked in /usr/bin")
-    assert not known(("bad", what, ""), "n: there is no command 'vllm' for vllmd-engine: looked in /usr/bin")
-    assert not known(("bad", "m has failed: out of memory", ""), "m: there is no command 'vllm'")
+    assert is_known(("bad", what, ""), "m: there is no command 'vllm' for vllmd-engine: looked in /usr/bin")
+    assert not is_known(("bad", what, ""), "n: there is no command 'vllm' for vllmd-engine: looked in /usr/bin")
+    assert not is_known(("bad", "m has failed: out of memory", ""), "m: there is no command 'vllm'")
 
 
 def test_a_driver_without_its_device_nodes(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_devices_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(driver(machine(tmp_path, devices=lambda here: silent))) == [
         ("bad", "NVML: Driver/library version mismatch", "reboot")
     ]
-    monkeypatch.setattr(examine_devices, "PATIENCE", 0.05)
+    monkeypatch.setattr(examine_devices, "PATIENCE_SECONDS", 0.05)
     stuck = threading.Event()
     ((verdict, what, _),) = driver(machine(tmp_path, devices=lambda here: stuck.wait(60) and NoDevices("")))
     stuck.set()

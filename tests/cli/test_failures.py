@@ -140,7 +140,7 @@ def test_a_socket_that_is_not_for_us(tmp_path: Path) -> None:
         )
     assert done.returncode == 77, done.stderr
     assert done.stderr.splitlines()[1] == (
-        f"vllmctl: you may not use {tmp_path}/s, which is open to the group vllmd-admin (vllmd-read: to look on); "
+        f"vllmctl: you may not use {tmp_path}/s, which is open to the group vllmd-admin (vllmd-read: read-only); "
         "sudo usermod -aG vllmd-admin nobody, then log in again"
     )
 
@@ -158,7 +158,7 @@ def test_a_daemon_that_is_too_busy_to_answer(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It accepts, and says nothing: try again later, and where to look."""
-    monkeypatch.setattr(admin, "ANSWER", 0.1)
+    monkeypatch.setattr(admin, "ANSWER_SECONDS", 0.1)
     path = tmp_path / "admin.sock"
     with socket.socket(socket.AF_UNIX) as busy:
         busy.bind(str(path))

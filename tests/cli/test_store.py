@@ -44,7 +44,7 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDaem
 def test_run_fetches_adds_and_asks(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str],
                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """From a name to an answer by one command; of the answer alone there is something on stdout."""
-    monkeypatch.setattr("vllmd.cli.verbs.run._piped", lambda: "")
+    monkeypatch.setattr("vllmd.cli.verbs.run.piped", lambda: "")
     assert main(["run", "smollm2", "What", "is", "it?"]) == 0
     said = capsys.readouterr()
     assert said.out == "Paris.\n"
@@ -147,12 +147,12 @@ def test_add_serves_what_is_here(daemon: FakeDaemon, tmp_path: Path, capsys: pyt
 def test_rm_asks_before_files_go(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     """Where nobody can be asked it wants a word more."""
     path = "DELETE /admin/store/models/smollm2?files=true"
-    told = {"file": "/x", "removed": ["/hub/m"], "bytes": 90 * MiB, "freed": 90 * MiB, "kept": ""}
+    told = {"model": "smollm2", "file": "/x", "removed": ["/hub/m"], "bytes": 90 * MiB, "freed": 90 * MiB, "kept": ""}
     daemon.answers |= {f"{path}&dry=true": (200, told), path: (200, told)}
     assert main(["rm", "--files", "smollm2"]) == 64
     assert path not in [request for request, _, _ in daemon.seen]
     assert main(["rm", "--files", "--yes", "smollm2"]) == 0
-    assert capsys.readouterr().out == "smollm2: is served no more; 90MiB freed\n"
+    assert capsys.readouterr().out == "smollm2: is not served any more; 90MiB freed\n"
 
 
 def test_search_without_a_hub_says_what_there_is(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

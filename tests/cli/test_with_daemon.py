@@ -138,9 +138,9 @@ def test_the_lines_of_an_engine_that_has_ended_are_shown(site: Site) -> None:
 
 def test_a_model_that_can_never_fit_is_a_failure(site: Site) -> None:
     """With status 69 and 400, however it is asked for, and not a model that has stopped."""
-    assert "'huge' needs 90.0 GiB" in site.ctl("start", "huge", status=69)
-    assert "'huge' needs 90.0 GiB" in site.ctl("start", "--no-wait", "huge", status=69)
-    assert "huge can never be loaded: 'huge' needs 90.0 GiB" in site.ctl("doctor", status=69)
+    assert "'huge' needs 90 GiB" in site.ctl("start", "huge", status=69)
+    assert "'huge' needs 90 GiB" in site.ctl("start", "--no-wait", "huge", status=69)
+    assert "huge can never be loaded: 'huge' needs 90 GiB" in site.ctl("doctor", status=69)
     assert "broken" not in site.ctl("status").partition("MODEL")[0]
 
 

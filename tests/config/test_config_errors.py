@@ -8,7 +8,7 @@ import pytest
 
 from vllmd.config.loader import load
 from vllmd.config.settings import MODEL
-from vllmd.config.shape import MANY, spellings
+from vllmd.config.shape import MOST_LISTED, spellings
 from vllmd.errors import ConfigError
 
 GPU = "devices: [{memory: 80GiB}]\n"
@@ -48,7 +48,7 @@ GOLDEN = [
     (
         "models: {m: {zzz: 1}}",
         "vllmd.yaml:1: models.m.zzz: there is no such setting; flags of the engine belong in extra_args; accepted: "
-        f"{', '.join(spellings(MODEL)[:MANY])} and others, see vllmd.yaml(5)",
+        f"{', '.join(spellings(MODEL)[:MOST_LISTED])} and others, see vllmd.yaml(5)",
     ),
     (
         "org/name: {devices: 0}",
@@ -94,7 +94,7 @@ GOLDEN = [
     ),
     (
         "models: {a: {request: {set: {model: b}}}}",
-        "vllmd.yaml:1: models.a.request.set: the member model cannot be set: it says who gets the request; "
+        "vllmd.yaml:1: models.a.request.set: the member model cannot be set: it says which model gets the request; "
         "accepted: a mapping such as {temperature: 0.7}",
     ),
     ("models: {a: {}}\npools: {p: [a, p]}", "vllmd.yaml:2: pools.p.models: 'p' is the pool itself"),
@@ -119,7 +119,7 @@ GOLDEN = [
     ("devices: [{name: a}]", "vllmd.yaml:1: devices[0]: memory is missing; accepted: a size such as 80GiB"),
     (
         "models: {m: {request: {set: {model: x}}}}",
-        "vllmd.yaml:1: models.m.request.set: the member model cannot be set: it says who gets the request; "
+        "vllmd.yaml:1: models.m.request.set: the member model cannot be set: it says which model gets the request; "
         "accepted: a mapping such as {temperature: 0.7}",
     ),
     # ---- sizes

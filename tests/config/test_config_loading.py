@@ -429,7 +429,7 @@ def test_every_place_of_a_secret_is_looked_at(tmp_path: Path, text: str, monkeyp
         each.chmod(0o644 if each == meant else 0o640)
     (warning,) = load(file, env={}).warnings
     assert f"chmod 600 {meant}" in warning
-    monkeypatch.setattr("vllmd.config.secrets._is_group", lambda name: name == "vllmd")
+    monkeypatch.setattr("grp.getgrnam", {"vllmd": ()}.__getitem__)
     monkeypatch.setattr("vllmd.config.secrets.os.stat", lambda path: SimpleNamespace(st_mode=0o100644, st_uid=0))
     assert f"chown root:vllmd {meant} && chmod 640 {meant}" in load(file, env={}).warnings[0]
     meant.chmod(0o640)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllmd.config.secrets import flags_with_secrets, flags_without_secrets, is_named_so, kept_out, known_of
+from vllmd.config.secrets import flags_with_secrets, flags_without_secrets, is_secret_name, kept_out, known_of
 from vllmd.config.types import ModelConfig
 
 SECRET = ["HF_TOKEN", "OPENAI_API_KEY", "--api-key", "key", "password", "AWS_SECRET_ACCESS_KEY", "--hf-token"]
@@ -17,13 +17,13 @@ PLAIN = [
 @pytest.mark.parametrize("name", SECRET)
 def test_what_is_called_like_a_secret_is_one(name: str) -> None:
     """In a variable, an option or a flag."""
-    assert is_named_so(name)
+    assert is_secret_name(name)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_where_one_is_and_how_many_tokens_is_none(name: str) -> None:
     """Hiding these would only make messages useless."""
-    assert not is_named_so(name)
+    assert not is_secret_name(name)
 
 
 def test_flags_keep_their_names_and_lose_their_secrets() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllmd.core.policy import Resident, Tenants
-from vllmd.core.types import Device, Footprint, GiB, IdleRules, ModelSpec, ReplicaRules, single
+from vllmd.core.types import Device, Footprint, IdleRules, ModelSpec, ReplicaRules, single
+from vllmd.sizes import GiB
 
 NEVER = IdleRules(None, 1, None, None)
 GPU = Device(0, "gpu0", 80 * GiB)

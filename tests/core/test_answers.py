@@ -20,7 +20,8 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.types import Device, GiB, Settings
+from vllmd.core.types import Device, Settings
+from vllmd.sizes import GiB
 
 
 def answers(commands: list[Command]) -> list[Answer]:
@@ -176,7 +177,7 @@ def test_a_load_that_can_never_be_is_refused_with_the_arithmetic() -> None:
     """What failed earlier is no answer: only whether it fits now."""
     w = World([model("huge", 200), model("m", 20)], [GPU])
     (told,) = answers(w.do(LoadAsked("huge", ask="a")))
-    assert (told.error, "needs 200.0 GiB" in told.refused) == (RejectReason.MODEL_TOO_LARGE, True)
+    assert (told.error, "needs 200 GiB" in told.refused) == (RejectReason.MODEL_TOO_LARGE, True)
     assert answers(w.do(LoadAsked("m", ask="b"))) == [Answer("b", "m")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.core.helpers import GPU, PAIR, model
+from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
 from vllmd.core.commands import Admit, CutRequest, Reject, SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import (
@@ -17,9 +17,11 @@ from vllmd.core.events import (
     LoadAsked,
     MemorySampled,
     RequestFinished,
+    StopAsked,
     TimePassed,
 )
-from vllmd.core.types import Device, GiB, Placement, State
+from vllmd.core.types import Device, Placement, State
+from vllmd.sizes import GiB
 
 WHY = "NVML: Driver/library version mismatch; reboot"
 CPU = model("cpu", 0, device_count=0)
@@ -51,6 +53,30 @@ def test_who_waited_for_the_answer_is_told_when_it_does_not_come() -> None:
     w.ask("r1", "m")
     (told,) = w.do(DevicesChanged((), WHY))
     assert isinstance(told, Reject) and told.message == WHY
+
+
+@pytest.mark.timeout(60)
+def test_several_replicas_none_of_which_can_come_up_are_not_nominated_in_turn() -> None:
+    """Each would be given up for the sake of the other, without an end; whoever waits is told why."""
+    w = World(replicas(2), [])
+    w.do(DevicesChanged((), "not asked yet", asking=True))
+    w.ask("r1", "m")
+    (told,) = w.do(DevicesChanged((), WHY))
+    assert isinstance(told, Reject) and told.message == WHY
+    (refused,) = w.ask("r2", "m")
+    assert isinstance(refused, Reject) and refused.message == WHY
+
+
+def test_a_device_that_goes_while_an_engine_without_a_footprint_is_on_it_keeps_its_account() -> None:
+    """The engine stops later, and is unbooked from a device that is gone."""
+    w = World([model("m", 0)], [GPU])
+    w.load("m")
+    w.do(DevicesChanged((), "the driver is gone"))
+    w.do(StopAsked("m"))
+    w.answer("m")
+    assert w.state("m") is State.STOPPED
+    w.do(DevicesChanged(()))
+    assert w.seen.devices == ()
 
 
 def test_preloading_waits_for_the_devices() -> None:

@@ -19,7 +19,8 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.types import Footprint, GiB, Placement, State
+from vllmd.core.types import Footprint, Placement, State
+from vllmd.sizes import GiB
 
 
 def test_a_failed_start_is_told_to_every_waiter() -> None:
@@ -196,7 +197,7 @@ def test_memory_that_does_not_come_back_wedges_the_device() -> None:
     w.load("a")
     w.do(StopAsked("a"))
     w.do(EngineStopped("a", missing={0: 40 * GiB}))
-    assert w.seen.devices[0].wedged == "40.0 GiB did not come back after a stop"
+    assert w.seen.devices[0].wedged == "40 GiB did not come back after a stop"
     assert w.ask("r1", "a") == [StartEngine("a", Placement((1,)), 50 * GiB)]
     assert w.ask("r2", "b") == []
     assert w.do(MemorySampled({0: 0, 1: 0}, {})) == [StartEngine("b", Placement((0,)), 50 * GiB)]

@@ -11,7 +11,8 @@ from vllmd.core.costs import CostBook
 from vllmd.core.fit import Fit, freed_asleep, need
 from vllmd.core.ledger import Ledger
 from vllmd.core.model import Model, Replica
-from vllmd.core.types import Device, GiB, Placement, State, WhenFree
+from vllmd.core.types import Device, Placement, State, WhenFree
+from vllmd.sizes import GiB
 
 
 def replica(name: str, gib: int, **fields: Any) -> Replica:
@@ -25,7 +26,7 @@ class Machine:
     def __init__(self, devices: tuple[Device, ...] = PAIR) -> None:
         self.ledger = Ledger(devices, 0)
         self.replicas: dict[str, Replica] = {}
-        self.fit = Fit(self.ledger, self.replicas.values())
+        self.fit = Fit(self.ledger, self.replicas.values(), {})
 
     def add(self, r: Replica, state: State = State.STOPPED, gib: int = 0, *devices: int) -> Replica:
         r.state, r.placement = state, Placement(devices)
@@ -61,7 +62,7 @@ def test_the_supplies_of_a_device() -> None:
     idle = m.add(replica("idle", 30), State.READY, 30, 0)
     pinned = m.add(replica("pinned", 20), State.READY, 20, 1)
     pinned.pinned = True
-    m.ledger.external({0: 5 * GiB}, now=1.0)
+    m.ledger.set_external({0: 5 * GiB}, now=1.0)
     assert gib(m.fit.alone()) == {0: 80, 1: 80}
     assert gib(m.fit.beside([pinned])) == {0: 80, 1: 60}
     assert gib(m.fit.beside_kept(idle)) == {0: 75, 1: 60}
@@ -79,7 +80,7 @@ def test_the_supplies_of_a_device() -> None:
     ("size", "count", "devices", "never"),
     [
         (80, 1, (), ""),
-        (81, 1, (), "needs 81.0 GiB on each of 1 device; devices 0, 1 have 80.0 GiB"),
+        (81, 1, (), "needs 81 GiB on each of 1 device; devices 0, 1 have 80 GiB"),
         (10, 3, (), "needs 3 devices, and there are 2 for it"),
         (10, 1, (7,), "needs 1 device, and there are none for it"),
         (500, 0, (), ""),
@@ -111,7 +112,7 @@ def test_who_has_room_now() -> None:
     sleeper = m.add(replica("sleeper", 31), State.SLEEPING, 1, 0)
     assert not m.fit.has_room(sleeper)
     assert not m.fit.has_room_on(sleeper, (0,))
-    assert m.fit.shortage(sleeper, (0,)) == "device 0 has 29.0 GiB of 30.0 GiB needed"
+    assert m.fit.shortage(sleeper, (0,)) == "device 0 has 29 GiB of 30 GiB needed"
     new = m.add(replica("new", 40))
     assert m.fit.has_room(new)
     assert [m.fit.has_room_on(new, (index,)) for index in (0, 1)] == [False, True]

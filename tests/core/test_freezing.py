@@ -70,7 +70,7 @@ def test_a_proof_that_failed_is_seen_by_the_policy_at_once() -> None:
     w.ask("r", "other")
     w.pass_time(400.0)
     w.do(FreezeProved("m", survived=False))
-    supply = w.scheduler._planner.look().supplies[0]
+    supply = w.scheduler.planner.look().supplies[0]
     assert supply.until > 400.0
 
 

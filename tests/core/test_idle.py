@@ -22,7 +22,8 @@ from vllmd.core.events import (
     TimePassed,
 )
 from vllmd.core.lifecycle import LifecycleError
-from vllmd.core.types import Device, Footprint, GiB, IdleRules, Placement, Settings, State
+from vllmd.core.types import Device, Footprint, IdleRules, Placement, Settings, State
+from vllmd.sizes import GiB
 
 RULES = IdleRules(sleep_after=300.0, level=1, deepen_after=900.0, stop_after=1800.0)
 

@@ -28,7 +28,8 @@ from vllmd.core.events import (
 from vllmd.core.jobs import current, merge, new
 from vllmd.core.lifecycle import MERGES, Current, Kind, New, Reason, jobs_table
 from vllmd.core.model import Job
-from vllmd.core.types import GiB, IdleRules, State
+from vllmd.core.types import IdleRules, State
+from vllmd.sizes import GiB
 
 
 def job(kind: Kind, reason: Reason, *, force: bool = False, then: Job | None = None) -> Job:

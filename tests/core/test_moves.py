@@ -13,12 +13,13 @@ from vllmd.core.commands import SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import EngineAdopted
 from vllmd.core.policies import Adaptive, Lru
 from vllmd.core.policy import Plan, Policy, PolicyInput
-from vllmd.core.types import Device, Footprint, GiB, ModelSpec, Placement, Settings, State, single
+from vllmd.core.types import Device, Footprint, ModelSpec, Placement, Settings, State, single
 from vllmd.simulate.baselines import ALL
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.trace import Row
 from vllmd.simulate.world import Machine, Warm, simulate
 from vllmd.simulate.world import World as Clock
+from vllmd.sizes import GiB
 
 TIMES = {"start": 2.0, "stop": 0.5, "wake1": 0.2, "wake2": 0.4, "sleep1": 0.2, "sleep2": 0.2}
 POLICIES = [Adaptive(), Lru()]
@@ -99,10 +100,10 @@ def test_a_new_model_leaves_the_large_device_to_large_ones() -> None:
 class Watched(Clock):
     """Notes which transfers begin, and when."""
 
-    def _later(self, model: str, kind: str, event: object) -> None:
+    def answer_later(self, model: str, kind: str, event: object) -> None:
         self.begun: list[tuple[float, str, str]] = getattr(self, "begun", [])
         self.begun.append((self.now, model, kind))
-        super()._later(model, kind, event)  # type: ignore[arg-type]
+        super().answer_later(model, kind, event)  # type: ignore[arg-type]
 
 
 def machine(rng: random.Random, devices: int, share: float) -> Machine:

@@ -16,7 +16,8 @@ from vllmd.core.costs import CostBook, Costs
 from vllmd.core.ledger import Ledger
 from vllmd.core.queues import Queue
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, Footprint, GiB, ReplicaSpec, Settings, Source
+from vllmd.core.types import Device, Footprint, ReplicaSpec, Settings, Source
+from vllmd.sizes import GiB
 
 
 def of(name: str, **fields: Any) -> ReplicaSpec:
@@ -28,7 +29,7 @@ def test_what_is_held_is_not_free() -> None:
     """Promises, the reserve and strangers are subtracted; a release gives all of it back."""
     ledger = Ledger([Device(0, "x", 80 * GiB, 2 * GiB)], 0)
     ledger.hold("m", {0: 50 * GiB})
-    ledger.external({0: 5 * GiB}, now=1.0)
+    ledger.set_external({0: 5 * GiB}, now=1.0)
     assert ledger.accounts[0].free == 23 * GiB
     ledger.hold("m", {0: 1 * GiB})
     assert ledger.accounts[0].free == 72 * GiB
@@ -50,9 +51,9 @@ def test_a_wedged_device_recovers_when_its_memory_is_seen_free() -> None:
     """Half of it is still missing: wedged; less: not."""
     ledger = Ledger([GPU], 0)
     ledger.wedge({0: 40 * GiB})
-    ledger.external({0: 30 * GiB}, now=1.0)
+    ledger.set_external({0: 30 * GiB}, now=1.0)
     assert ledger.accounts[0].missing
-    ledger.external({0: 1 * GiB}, now=1.0)
+    ledger.set_external({0: 1 * GiB}, now=1.0)
     assert not ledger.accounts[0].missing
 
 
@@ -157,7 +158,7 @@ def test_a_damaged_cache_is_no_cache(damage: object) -> None:
 def test_every_event_has_a_handler() -> None:
     """One without is an operator's verb that answers 200 and does nothing."""
     told = {each for each in vars(events).values() if isinstance(each, type) and issubclass(each, events.Event)}
-    handled = Scheduler([], [], Settings())._handlers_by_event()
+    handled = Scheduler([], [], Settings()).handlers
     assert told - {events.Event} == set(handled)
 
 

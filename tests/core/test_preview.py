@@ -7,7 +7,8 @@ from tests.core.world import World
 from vllmd.core.commands import SleepEngine, StartEngine, StopEngine
 from vllmd.core.events import DeviceDrained, DevicesChanged, LoadAsked, ModelDisabled, SleepAsked
 from vllmd.core.preview import Leaving
-from vllmd.core.types import Device, GiB, State
+from vllmd.core.types import Device, State
+from vllmd.sizes import GiB
 
 
 def test_a_load_goes_where_it_was_said_after_those_who_were_named() -> None:
@@ -26,7 +27,7 @@ def test_a_load_goes_where_it_was_said_after_those_who_were_named() -> None:
 
 def test_a_load_that_cannot_be_is_said_with_the_reason() -> None:
     w = World([model("huge", 100), model("pinned", pinned=True), model("small", 2, pinned=True), model("m")], [GPU])
-    assert "needs 100.0 GiB" in w.scheduler.would_load("huge").never
+    assert "needs 100 GiB" in w.scheduler.would_load("huge").never
     w.load("pinned")
     assert "pinned models ('pinned') leave less" in w.scheduler.would_load("m").waits
     w.load("small")
@@ -65,7 +66,7 @@ def test_a_drain_names_who_is_there() -> None:
 
 def test_what_can_never_be_loaded_is_shown_before_anybody_asks() -> None:
     w = World([model("huge", 100), model("m")], [GPU])
-    assert "needs 100.0 GiB" in w.view("huge").never
+    assert "needs 100 GiB" in w.view("huge").never
     assert w.view("m").never == ""
     w.do(DevicesChanged((Device(0, "gpu0", 200 * GiB),)))
     assert w.view("huge").never == ""

@@ -20,7 +20,7 @@ def starting(**fields: float) -> World:
 
 
 def left(w: World) -> float:
-    return remaining(w.scheduler._core.replicas["m"], w.now)
+    return remaining(w.scheduler.core.replicas["m"], w.now)
 
 
 def waits_for(w: World) -> str:

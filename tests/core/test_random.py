@@ -45,7 +45,6 @@ from vllmd.core.policy_input import PolicyInputBuilder
 from vllmd.core.types import (
     Device,
     Footprint,
-    GiB,
     IdleRules,
     ModelSpec,
     Placement,
@@ -55,6 +54,7 @@ from vllmd.core.types import (
     State,
     WhenFree,
 )
+from vllmd.sizes import GiB
 
 NAMES = ("a", "b", "c", "d", "e")
 models = st.sampled_from(NAMES)
@@ -290,9 +290,9 @@ class CoreUnderAnything(RuleBasedStateMachine):
     @rule()
     def look(self) -> None:
         """What is kept of the policy's view is what a fresh look would see."""
-        planner, core = self.world.scheduler._planner, self.world.scheduler._core
+        planner, core = self.world.scheduler.planner, self.world.scheduler.core
         fresh = PolicyInputBuilder(core.engines, core.swaps, core.fit, dict.fromkeys(core.replicas.values()), {})
-        kept, new = planner.look(), fresh.look(core.waiting, planner._deep)
+        kept, new = planner.look(), fresh.look(core.waiting, planner.deep)
         assert sorted(kept.residents) == sorted(new.residents)
         for index in kept.tenants.keys() | new.tenants.keys():
             now, plain = kept.tenants.get(index, NOBODY), new.tenants.get(index, NOBODY)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import pytest
+
 from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
 from vllmd.core.commands import AddReplica, Admit, CutRequest, ProbeReplica, RenameReplica, SleepEngine, StartEngine
@@ -24,12 +26,14 @@ from vllmd.core.events import (
     RequestAnswered,
     RequestArrived,
     RequestFinished,
+    ServerSilent,
     SleepAsked,
     StopAsked,
     TimePassed,
 )
 from vllmd.core.model import HealthStatus
-from vllmd.core.types import Device, GiB, IdleRules, ReplicaRules, State
+from vllmd.core.types import Device, IdleRules, ReplicaRules, State
+from vllmd.sizes import GiB
 
 REMOTE = {"device_count": 0, "sleep_levels": frozenset()}
 
@@ -253,9 +257,31 @@ def test_streams_and_whole_answers_are_not_held_against_each_other() -> None:
 def test_a_slow_one_is_better_than_none() -> None:
     """When the fast one goes, requests go where they are answered at all."""
     w = serving(2)
-    w.scheduler._core.replicas["m@1"].health.status = HealthStatus.SLOW  # type: ignore[union-attr]
+    w.scheduler.core.replicas["m@1"].health.status = HealthStatus.SLOW  # type: ignore[union-attr]
     w.do(EngineExited("m@2", "gone"))
     assert w.ask("r", "m") == [Admit("r", "m@1")]
+
+
+@pytest.mark.timeout(60)
+def test_an_ejected_one_at_its_proof_is_not_nominated_for_being_idle() -> None:
+    """Its gate would be opened for the queue, which passes it over, and closed for the proof, without an end."""
+    w = World(replicas(2, preempt=True, rules=ReplicaRules(least=2, retries=0)), PAIR)
+    w.ask("r0", "m")
+    w.answer("m@1")
+    w.probed("m@1")
+    w.answer("m@2")
+    w.answer("m@2")  # which had nothing to do, and proved that freezing loses nothing
+    w.probed("m@2")
+    w.do(RequestAnswered("r0", streamed=True))
+    w.do(RequestArrived("r1", "m", avoid=frozenset({"m@1"})))
+    w.do(ServerSilent("m@1", "no answer"))
+    w.do(ServerSilent("m@2", "no answer"))
+    w.pass_time(2.0)
+    w.probed("m@1", None)
+    w.ask("r2", "m")
+    w.finish("r0")
+    assert w.state("m@1") is State.FALLING_ASLEEP
+    w.settle()
 
 
 def test_the_bound_of_a_probe_grows_with_each_attempt() -> None:

@@ -6,7 +6,8 @@ from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, Reject, SleepEngine, StartEngine
 from vllmd.core.events import EngineAdopted, PinSet, RequestGone, SleepAsked
-from vllmd.core.types import GiB, Placement, Settings, State
+from vllmd.core.types import Placement, Settings, State
+from vllmd.sizes import GiB
 
 
 def test_second_request_joins_the_running_start() -> None:
@@ -129,7 +130,7 @@ def test_a_model_larger_than_the_machine_is_refused_with_the_arithmetic() -> Non
     (refusal,) = World([model("huge", 100, device_count=2)], PAIR).ask("r", "huge")
     assert isinstance(refusal, Reject)
     assert refusal.error == "ModelTooLarge"
-    assert "needs 100.0 GiB on each of 2 devices; device 0 has 80.0 GiB less a reserve of 0.0 GiB" in refusal.message
+    assert "needs 100 GiB on each of 2 devices; devices 0, 1 have 80 GiB each" in refusal.message
 
 
 def test_more_devices_than_there_are_is_refused() -> None:

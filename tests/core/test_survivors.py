@@ -10,7 +10,8 @@ from vllmd.core.events import EngineReady, EngineStopped, MemorySampled, Request
 from vllmd.core.eviction import Candidate, cover
 from vllmd.core.policy import INFINITY, OffloadOption
 from vllmd.core.pricing import Prices
-from vllmd.core.types import GiB, State
+from vllmd.core.types import State
+from vllmd.sizes import GiB
 
 
 def wedged(w: World, name: str) -> int:

@@ -27,7 +27,8 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.types import Footprint, GiB, Placement, Settings, State
+from vllmd.core.types import Footprint, Placement, Settings, State
+from vllmd.sizes import GiB
 
 POLICIES = ("adaptive", "lru")
 
@@ -87,13 +88,13 @@ def test_a_waiter_behind_a_never_idle_model_is_served(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nobody_leaves_for_what_would_not_fit_even_then(policy: str) -> None:
-    """Plan first: strangers hold too much, so evicting would be for nothing."""
+    """Plan first: other programs hold too much, so evicting would be for nothing."""
     w = World([model("a", 20), model("b", 60)], [GPU], Settings(policy, 64 * GiB))
     w.load("a")
     w.do(MemorySampled({0: 30 * GiB}, {}))
     w.ask("r", "b")
     assert w.pass_time(590.0) == []
-    assert "strangers hold 30.0 GiB on device 0" in next(m.waiting_for for m in w.seen.models if m.name == "b")
+    assert "other programs hold 30 GiB on device 0" in next(m.waiting_for for m in w.seen.models if m.name == "b")
 
 
 def test_a_target_takes_as_many_victims_as_it_needs_and_no_more() -> None:

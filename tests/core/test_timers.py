@@ -31,7 +31,7 @@ def test_a_replica_that_is_used_again_and_again_takes_no_more_room() -> None:
         assert timers.due == INFINITY
         timers.set(r, 300.0 + request)
         assert timers.due == 300.0 + request
-    assert len(timers._heap) == 1
+    assert len(timers) == 1
 
 
 def test_whose_moment_has_come_is_told_in_order_until_it_gets_another() -> None:

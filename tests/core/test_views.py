@@ -8,8 +8,9 @@ from tests.core.helpers import GPU, model
 from tests.core.world import World
 from vllmd.core.commands import Reject
 from vllmd.core.events import EngineExited, EngineStopped, LeaseTaken, LoadAsked, PinSet, SleepAsked, StopAsked
-from vllmd.core.types import GiB, ModelView, State
+from vllmd.core.types import ModelView, State
 from vllmd.core.views import _model, _so_far
+from vllmd.sizes import GiB
 
 
 def view(w: World, name: str = "m") -> ModelView:
@@ -50,7 +51,7 @@ def test_a_wedged_device_is_named() -> None:
     w.do(StopAsked("m"))
     w.do(EngineStopped("m", missing={0: 40 * GiB}))
     w.ask("r", "m")
-    assert view(w).waiting_for == "room; device 0 is avoided: 40.0 GiB did not come back after a stop"
+    assert view(w).waiting_for == "room; device 0 is avoided: 40 GiB did not come back after a stop"
 
 
 def test_who_keeps_the_room_is_named() -> None:
@@ -140,7 +141,7 @@ def test_the_view_of_an_unused_model_is_kept_until_something_changes() -> None:
     """Of ten thousand models nearly all are never used; a lease, a request or a reload is seen at once all the same."""
     w = World([model("m"), model("other")], [GPU])
     unused = view(w, "other")
-    core = w.scheduler._core
+    core = w.scheduler.core
     assert unused == _model(core, core.models["other"], 0.0, lambda r: ""), "drawn by a shorter way"
     w.now = 100.0
     assert view(w, "other") is unused

@@ -19,7 +19,8 @@ from vllmd.core.events import (
     StopAsked,
     TimePassed,
 )
-from vllmd.core.types import Device, Footprint, GiB, Placement, Settings, WhenFree
+from vllmd.core.types import Device, Footprint, Placement, Settings, WhenFree
+from vllmd.sizes import GiB
 
 ON_0 = Placement((0,))
 POLICIES = ("adaptive", "lru")
@@ -94,7 +95,7 @@ def test_models_that_stay_count() -> None:
     w.do(LeaseTaken("l", "a"))
     w.do(external(5))
     assert w.ask("r", "m") == []
-    assert "strangers hold 5.0 GiB and models that stay hold 6.0 GiB on device 0, 0.863 is free" in waiting_for(w)
+    assert "other programs hold 5 GiB and models that stay hold 6 GiB on device 0, 0.863 is free" in waiting_for(w)
     assert w.do(LeaseReleased("l")) == [StartEngine("m", ON_0, 56 * GiB)]
 
 
@@ -130,7 +131,7 @@ def test_of_several_devices_all_must_be_free_and_the_fullest_decides() -> None:
     w.do(external(0, 30))
     w.ask("r", "wide")
     assert w.do(external(0, 30)) == []
-    assert waiting_for(w, "wide").startswith("2 free devices (others use less than 9.8 GiB, at least 0.85 of it free)")
+    assert waiting_for(w, "wide").startswith("2 free devices (others use less than 9.77 GiB, at least 0.85 of it free)")
     assert w.do(external(0, 8)) == [StartEngine("wide", Placement((0, 1)), 56 * GiB)]
 
 
@@ -197,9 +198,9 @@ def test_who_comes_back_during_the_swap_stops_it() -> None:
     w.ask("r", "m")
     w.do(external(11))
     assert w.answer("a") == []
-    assert "strangers hold 11.0 GiB on device 0, 0.863 is free" in waiting_for(w)
+    assert "other programs hold 11 GiB on device 0, 0.863 is free" in waiting_for(w)
     why = [d.why for d in w.seen.decisions if d.what == "replan"]
-    assert why == ["after the swap others do not leave device 0 free: strangers hold 11.0 GiB there"]
+    assert why == ["after the swap others do not leave device 0 free: other programs hold 11 GiB there"]
     assert w.do(external(0)) == [StartEngine("m", ON_0, 64 * GiB)]
 
 
@@ -225,11 +226,11 @@ def test_why_it_waits_and_what_it_took_is_recorded() -> None:
     waits, starts, takes = w.seen.decisions
     assert (waits.what, starts.what, takes.what) == ("wait", "start", "free")
     assert waits.why == (
-        "it waits for a free device (others use less than 9.8 GiB, at least 0.85 of it free): "
-        "strangers hold 23.0 GiB on device 0, 0.713 is free"
+        "it waits for a free device (others use less than 9.77 GiB, at least 0.85 of it free): "
+        "other programs hold 23 GiB on device 0, 0.713 is free"
     )
     assert waits.numbers == {"used_below": 10_000 << 20, "used_0": 23 * GiB}
-    assert takes.why == "others hold 8.0 GiB of device 0, 0.900 of it is free: it takes 0.7, 56.0 GiB"
+    assert takes.why == "others hold 8 GiB of device 0, 0.900 of it is free: it takes 0.7, 56 GiB"
     assert takes.numbers == {"devices": "0", "used": 8 * GiB, "free": 0.9, "share": 0.7, "memory": 56 * GiB}
 
 
@@ -265,4 +266,4 @@ def test_a_reserve_that_leaves_less_than_the_share_is_said() -> None:
     w = World([model("m", when_free=rule)], [Device(0, "gpu0", 80 * GiB, 10 * GiB)])
     (told,) = w.ask("r", "m")
     assert isinstance(told, Reject)
-    assert told.message.startswith("'m' needs 72.0 GiB on each of 1 device; device 0 has 80.0 GiB less a reserve")
+    assert told.message.startswith("'m' needs 72 GiB on each of 1 device; device 0 has 80 GiB")

@@ -16,7 +16,8 @@ from vllmd.core.events import (
     SleepAsked,
     StopAsked,
 )
-from vllmd.core.types import GiB, IdleRules, Placement, State
+from vllmd.core.types import IdleRules, Placement, State
+from vllmd.sizes import GiB
 
 
 def test_loading_starts_it_and_wakes_it() -> None:
@@ -39,10 +40,10 @@ def test_loading_does_not_mind_a_back_off() -> None:
 
 
 def test_loading_what_can_never_fit_is_refused_with_the_reason() -> None:
-    """No request hears of it, so the model's failure says it."""
+    """No request hears of it, so what is shown of the model says it."""
     w = World([model("huge", 100)], [GPU])
     assert w.do(LoadAsked("huge")) == []
-    assert "needs 100.0 GiB on each of 1 device" in w.seen.models[0].failure
+    assert "needs 100 GiB on each of 1 device" in w.seen.models[0].never
 
 
 def test_sleep_is_drained_first() -> None:

@@ -59,8 +59,9 @@ from vllmd.core.lifecycle import MOVING, Kind
 from vllmd.core.planner import RECENT
 from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, GiB, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
+from vllmd.core.types import Device, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
 from vllmd.core.views import _model
+from vllmd.sizes import GiB
 
 
 def said(commands: Iterable[Command]) -> list[Command]:
@@ -106,7 +107,7 @@ JOBS: dict[State, frozenset[Kind | None]] = {  # what a replica can be about to 
 
 def check_jobs(scheduler: Scheduler) -> None:
     """The state and the job of a replica tell the same story."""
-    for r in scheduler._core.replicas.values():
+    for r in scheduler.core.replicas.values():
         assert (r.job.kind if r.job else None) in JOBS[r.state], f"{r.id} is {r.state.value}, its job {r.job}"
         assert r.job is None or r.job.target is None or r.job.leaves
         assert r.loaded or not r.removed, f"{r.id} was to be forgotten"
@@ -114,7 +115,7 @@ def check_jobs(scheduler: Scheduler) -> None:
 
 def check_kept(scheduler: Scheduler) -> None:
     """What is kept from event to event is what a look at everything would find."""
-    core = scheduler._core
+    core = scheduler.core
     engines, replicas = core.engines, list(core.replicas.values())
     assert set(replicas) == {r for m in core.models.values() for r in (*m.replicas, *m.retired)}
     out = {r for r in replicas if r.leaving and r.state in (State.DRAINING, State.SLEEPING)}
@@ -130,7 +131,7 @@ def check_kept(scheduler: Scheduler) -> None:
     assert all(r in core.active for r in replicas if engines.ledger.held(r)), "who holds memory"
     assert all(r.state is State.SLEEPING for r in engines.displaced), "who sleeps because another one needed his place"
     for r in replicas:
-        assert r.due <= scheduler._due_of(r), f"a timer of {r.id} is lost"
+        assert r.due <= scheduler.due_of(r), f"a timer of {r.id} is lost"
     for index, account in engines.ledger.accounts.items():
         assert account.promised == sum(engines.ledger.held(r).get(index, 0) for r in replicas), "what is promised"
     assert engines.ledger.host_promised == sum(map(engines.ledger.host_held, replicas)), "what is promised of the host"

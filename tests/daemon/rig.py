@@ -15,7 +15,7 @@ from typing import Any
 
 from vllmd.config.types import DeviceConfig, ModelConfig
 from vllmd.core import commands, events
-from vllmd.core.types import GiB, Placement
+from vllmd.core.types import Placement
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -24,6 +24,7 @@ from vllmd.daemon.ports import PortPool
 from vllmd.gpu.declared import DeclaredDevices
 from vllmd.launcher.client import ExitReport, LauncherFailed, Running, StartOrder
 from vllmd.simengine.device import FakeGpu, make_device
+from vllmd.sizes import GiB
 
 AWAKE, ASLEEP = 50 * GiB, GiB
 OK = (200, b"{}")

@@ -10,11 +10,11 @@ import pytest
 
 from tests.gpu.fake_nvml import FakeNvml, Gpu
 from vllmd.config.types import Config
-from vllmd.core.types import GiB
 from vllmd.daemon import device_watch
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.gpu import Devices, Trouble, Unanswered, open_devices
 from vllmd.gpu.uevents import concerns_gpus, parse
+from vllmd.sizes import GiB
 
 SILENT = Trouble("the driver does not answer", "reboot")
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.daemon.rig import ASLEEP, AWAKE, OK, FakeEngine, Rig, soon, tell
 from vllmd.core import commands, events
-from vllmd.core.types import GiB, Source
+from vllmd.core.types import Source
 from vllmd.daemon import engine_manager, launch_planner, memory, sleeps
 from vllmd.daemon.calls import nobody_listens
 from vllmd.daemon.ports import PortPool
@@ -22,6 +22,7 @@ from vllmd.engines.environments import Environment
 from vllmd.errors import Unavailable
 from vllmd.gpu import Sample
 from vllmd.launcher.client import LauncherFailed
+from vllmd.sizes import GiB
 
 SLEEP, STOP = commands.SleepEngine("m", 1), commands.StopEngine("m", "because")
 OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."

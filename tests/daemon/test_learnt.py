@@ -8,9 +8,10 @@ import pytest
 
 from vllmd.api.answers import Decision
 from vllmd.core.costs import CostBook
-from vllmd.core.types import Footprint, GiB, ReplicaSpec, Source
+from vllmd.core.types import Footprint, ReplicaSpec, Source
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.main import learnt_of
+from vllmd.sizes import GiB
 
 
 def learnt(path: Path | None) -> Learnt:

@@ -11,12 +11,12 @@ import pytest
 
 from tests.daemon.rig import Rig, soon, tell
 from vllmd.core import commands, events
-from vllmd.core.types import GiB
 from vllmd.daemon.engine_process import EngineProcess
 from vllmd.daemon.loaders import Loaders, Loading
 from vllmd.engines.loaders import LOADERS, Files, LoaderBook
 from vllmd.engines.sim import Sim
 from vllmd.foreign import Unreadable
+from vllmd.sizes import GiB
 
 RUNAI = "runai_streamer"
 FLAG = ["--load-format", RUNAI]

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllmd.core.types import Device, GiB, Placement
+from vllmd.core.types import Device, Placement
 from vllmd.daemon import memory
 from vllmd.daemon.memory import Memory
 from vllmd.gpu import DeviceSample, Sample
+from vllmd.sizes import GiB
 
 
 class Scripted:

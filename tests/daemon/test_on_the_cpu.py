@@ -10,10 +10,11 @@ from tests.core.world import World
 from tests.gpu.trees import write
 from vllmd.core.commands import Admit, StartEngine, StopEngine
 from vllmd.core.events import DevicesChanged, EngineStopped, MemorySampled, RequestFinished
-from vllmd.core.types import Device, Footprint, GiB, ModelSpec, Placement, ReplicaSpec
+from vllmd.core.types import Device, Footprint, ModelSpec, Placement, ReplicaSpec
 from vllmd.daemon.specs import on_cpu
 from vllmd.gpu.cpu import CpuDevice
 from vllmd.place import available_memory, host_memory
+from vllmd.sizes import GiB
 
 CPU = Device(0, "cpu", 16 * GiB, GiB, "CPU", "cpu")
 

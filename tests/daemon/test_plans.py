@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from vllmd.config.loader import load
-from vllmd.core.types import Device, GiB
+from vllmd.core.types import Device
 from vllmd.daemon import plans
 from vllmd.daemon.plans import Plans
 from vllmd.errors import BadRequest, Conflict, NotFound, TookTooLong, UnknownModel
 from vllmd.records.trace import Arrival
+from vllmd.sizes import GiB
 
 CONFIG = """\
 defaults: {engine: sim, gpu_memory: 50GiB}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vllmd.core.types import GiB
 from vllmd.daemon.power import Power
 from vllmd.gpu import DeviceSample, Sample
+from vllmd.sizes import GiB
 
 
 def drawing(*watts: float | None) -> Sample:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllmd.config.types import Config, DeviceConfig, ModelConfig
-from vllmd.core.types import Device, GiB
+from vllmd.core.types import Device
 from vllmd.daemon.check import EX_CONFIG, check
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.homes import Homes
@@ -19,6 +19,7 @@ from vllmd.engines.base import Place
 from vllmd.engines.unusable import Unusable
 from vllmd.engines.vllm import ROUTES, Vllm
 from vllmd.errors import ConfigError
+from vllmd.sizes import GiB
 
 MACHINE = Machine((Device(0, "0", 80 * GiB, GiB // 2),), Homes(Path("/nowhere")), Path("/run/vllmd-engine"))
 

@@ -35,7 +35,7 @@ from vllmd.config.settings import Group, Leaf, Reload, leaves
 from vllmd.config.types import Config
 from vllmd.config.value_types import Wrong
 from vllmd.core import commands, events
-from vllmd.core.types import GiB, Placement, State
+from vllmd.core.types import Placement, State
 from vllmd.daemon import startup
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.current import RuntimeEnvironment
@@ -45,6 +45,7 @@ from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
 from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.http import MEMBERS_PER_TURN
+from vllmd.sizes import GiB
 
 BASE: dict[str, Any] = {
     "devices": [{"memory": "80GiB"}, {"memory": "80GiB"}],
@@ -264,7 +265,7 @@ READ = {name for text in SOURCES for name in re.findall(r"limits\.now\.(\w+)", t
 
 async def in_effect(living: Living) -> dict[str, Any]:
     """Everything by which the daemon acts, read where it acts by it and not from the configuration."""
-    listeners, core = living.front.listeners, living.back.dispatcher.scheduler._core
+    listeners, core = living.front.listeners, living.back.dispatcher.scheduler.core
     server, records = living.config.server, living.front.records
     living.back.post(events.TimePassed())  # what is to be preloaded is looked at
     return {
@@ -426,7 +427,7 @@ def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_s
         bad, good = (await living.front.status.status()).models
         assert (good.never, bad.state) == ("", "stopped")
         assert bad.never == (
-            "'bad' needs 90.0 GiB on each of 1 device; device 0 has 80.0 GiB less a reserve of 0.5 GiB: 79.5 GiB"
+            "'bad' needs 90 GiB on each of 1 device; device 0 has 80 GiB less a reserve of 512 MiB: 79.5 GiB"
         )
         told = f"can never be loaded: {bad.never}"
         assert ps.note(bad) == told

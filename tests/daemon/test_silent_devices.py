@@ -19,9 +19,10 @@ import pytest
 from tests.admin.site import REPOSITORY, Site, running, until
 from tests.gpu.check.bench import Bench, Table
 from tests.gpu.check.daemon import site as outliving
-from vllmd.core.types import Device, GiB
+from vllmd.core.types import Device
 from vllmd.gpu import NoDevices
 from vllmd.simengine.device import device_usage, make_device
+from vllmd.sizes import GiB
 
 MISMATCH = {"init": ["Driver/library version mismatch", 18]}
 CONFIG = """

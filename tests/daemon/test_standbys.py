@@ -14,11 +14,12 @@ import pytest
 from tests.daemon.rig import FakeLauncher, Rig, soon, tell
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
-from vllmd.core.types import GiB, Placement
+from vllmd.core.types import Placement
 from vllmd.daemon import standbys
 from vllmd.daemon.standbys import Standbys, available
 from vllmd.engines.standby import Standby
 from vllmd.launcher.client import ExitReport, LauncherFailed, Running, StartOrder
+from vllmd.sizes import GiB
 
 ONE = Standby("/e/1/bin/python", "/e/1/bin/vllm", ("vllm",), frozenset({"LATE"}), (("A", "1"),), (("OURS", "1"),))
 TWO = replace(ONE, program="/e/2/bin/vllm")

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from tests.admin.site import running, until
-from vllmd.core.types import GiB
 from vllmd.daemon.suspension import SleptTime
 from vllmd.simengine.device import device_usage, make_device
+from vllmd.sizes import GiB
 
 
 def test_engines_leave_and_the_pinned_one_comes_back(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vllmd.admin.counters import Counters
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import GiB, WhenFree
+from vllmd.core.types import WhenFree
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_manager import EngineManager
@@ -34,6 +34,7 @@ from vllmd.engines.base import Listen
 from vllmd.gpu.nvml import NvmlDevices
 from vllmd.proxy.gate import Permit
 from vllmd.simengine.device import FakeGpu, make_device
+from vllmd.sizes import GiB
 
 
 class Site:
@@ -118,7 +119,7 @@ def test_S_is_gpu_free_starts_with_the_share_that_the_free_ratio_picks(tmp_path:
         for used in (23, 60, 10):
             await site.sample(used)
             assert site.shares == []
-            assert f"strangers hold {used}.0 GiB on device 0" in site.waiting_for()
+            assert f"other programs hold {used} GiB on device 0" in site.waiting_for()
         await site.sample(left)
         await soon(asked)
         assert site.shares == [share]
@@ -152,7 +153,7 @@ def test_the_daemon_notices_when_a_stranger_leaves(tmp_path: Path) -> None:
     config = {"devices": [{"memory": "80GiB", "file": str(gpu.path)}], "models": {"m": model}}
     with daemon(tmp_path / "site", config) as site:
         assert site.admin.post("/admin/models/m/load", json={}).status_code == 202
-        assert "strangers hold 23.0 GiB on device 0" in site.decision("m", "wait")["why"]
+        assert "other programs hold 23 GiB on device 0" in site.decision("m", "wait")["why"]
         gpu.hold(0)
         site.wait_for("m", "running")
         assert site.decision("m", "free")["numbers"]["share"] == 0.8

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines import engine_of
 from vllmd.engines.base import Call, Launch, Listen, Place
 from vllmd.errors import ConfigError
+from vllmd.sizes import GiB
 
 PLACE = Place(Path("/run/x"), ("0", "1"), GiB, 4 * GiB, port=33301)
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines import engine_of
 from vllmd.engines.base import Launch, Listen, Place
 from vllmd.errors import ConfigError
+from vllmd.sizes import GiB
 
 GPU = Place(Path("/run/x"), ("GPU-a", "GPU-b"), 40 * GiB, 80 * GiB, port=33301)
 NO_GPU = Place(Path("/run/x"), port=33301)

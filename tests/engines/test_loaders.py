@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines import loaders
 from vllmd.engines.loaders import LOADERS, CanLoadFast, Files, LoaderBook, filesystem, fitting, look, place, there
 from vllmd.engines.vllm import Vllm
 from vllmd.engines.weight_files import WeightFile
+from vllmd.sizes import GiB
 
 RUNAI, FAST, DIRECT = "runai_streamer", "fastsafetensors", "instanttensor"
 MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda1 rw

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines import ray_start
 from vllmd.engines.base import Launch, Place
 from vllmd.engines.ray_cluster import cluster_of
 from vllmd.engines.vllm import Vllm
 from vllmd.errors import ConfigError
+from vllmd.sizes import GiB
 
 VLLM = Vllm(accelerator=lambda: True)
 TWO_HERE = Place(Path("/run/x"), ("GPU-a", "GPU-b"), 20 * GiB, 80 * GiB)

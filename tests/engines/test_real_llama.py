@@ -18,9 +18,9 @@ from tests.engines.adapter import write_adapter
 from tests.engines.driven import Driven
 from tests.engines.installed import daemon
 from vllmd.config.types import AdapterConfig, ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines.base import Failure, Place
 from vllmd.engines.estimate import estimate
+from vllmd.sizes import GiB
 
 pytestmark = pytest.mark.llama
 

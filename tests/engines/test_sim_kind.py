@@ -10,12 +10,12 @@ import pytest
 
 from tests.engines.driven import LIMIT, Driven
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines import engine_of
 from vllmd.engines.base import Launch, Place
 from vllmd.errors import ConfigError
 from vllmd.simengine.device import device_usage, make_device
 from vllmd.simengine.options import Options, parse_options
+from vllmd.sizes import GiB
 
 
 def options_of(launch: Launch) -> Options:

@@ -13,9 +13,9 @@ import pytest
 
 from tests.engines.driven import Driven
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines import engine_of
 from vllmd.engines.base import Place
+from vllmd.sizes import GiB
 
 STAND_INS = Path(__file__).with_name("standins.py")
 Start = Callable[..., Driven]

@@ -16,7 +16,7 @@ from tests.engines.installed import Site, daemon, ports
 from tests.launcher.test_sessions import alive
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
-from vllmd.core.types import Device, GiB, Placement
+from vllmd.core.types import Device, Placement
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.homes import Homes
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -25,6 +25,7 @@ from vllmd.engines import transformers, vllm_standby
 from vllmd.engines.base import Place
 from vllmd.engines.standby import Standby
 from vllmd.engines.transformers_standby import CHECK
+from vllmd.sizes import GiB
 
 SCRIPT = """#!{python}
 import sys

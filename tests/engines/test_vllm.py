@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from vllmd.config.types import ModelConfig
-from vllmd.core.types import GiB
 from vllmd.engines.base import Launch, Place
 from vllmd.engines.vllm import SUN_PATH, Vllm, memory_share
 from vllmd.errors import ConfigError
+from vllmd.sizes import GiB
 
 ON_GPU = Vllm(accelerator=lambda: True)
 ON_CPU = Vllm(accelerator=lambda: False)

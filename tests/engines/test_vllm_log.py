@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vllmd.core.types import GiB, Source
+from vllmd.core.types import Source
 from vllmd.engines.vllm_log import clean, failure, footprint, progress
+from vllmd.sizes import GiB
 
 CORE = "(EngineCore pid=812) INFO 11-20 19:00:00 [gpu_model_runner.py:5150] "
 ERROR = "(EngineCore pid=812) ERROR 11-20 19:00:00 [core.py:1268] "

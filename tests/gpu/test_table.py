@@ -22,12 +22,12 @@ from tests.gpu.fake_amdsmi import Card, FakeAmdSmi
 from tests.gpu.fake_nvml import LOST, MISMATCH, NO_LIBRARY, FakeNvml, Gpu
 from tests.gpu.trees import amd_card, intel_card, kfd_node, write
 from vllmd.config.types import Config, DeviceConfig
-from vllmd.core.types import GiB
 from vllmd.daemon import device_watch, memory
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.memory import Memory
 from vllmd.gpu import Devices, Presence, environment, gpus, open_devices
 from vllmd.simengine.device import make_device
+from vllmd.sizes import GiB
 
 FIRST, SECOND = "0000:03:00.0", "0000:07:00.0"
 

@@ -12,10 +12,11 @@ import pytest
 from tests.gpu.fake_nvml import FakeNvml, Gpu
 from tests.gpu.trees import write
 from vllmd.config.types import Config, ModelConfig
-from vllmd.core.types import Device, GiB
+from vllmd.core.types import Device
 from vllmd.daemon.launch_planner import near_cpus
 from vllmd.gpu import Presence, open_devices
 from vllmd.launcher.protocol import ProtocolError, StartOrder
+from vllmd.sizes import GiB
 
 LOOK = """
 import os, sys

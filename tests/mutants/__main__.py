@@ -61,7 +61,7 @@ MUTATIONS = (
     Mutation(
         "one more replica is asked for once",
         "core/operator_commands.py",
-        "if not asked:",
+        "if not asks:",
         "if True:",
         REPLICAS,
     ),
@@ -96,7 +96,7 @@ MUTATIONS = (
     Mutation(
         "who is made to leave comes back if it was wanted",
         "core/jobs.py",
-        "asked.then = asked.then or asked_start(job)",
+        "asked.then = asked.then or wanted_start(job)",
         "pass",
         JOBS,
     ),
@@ -110,8 +110,8 @@ MUTATIONS = (
     Mutation(
         "an engine with frozen requests wakes before it stops",
         "core/engine_table.py",
-        "job = merge(r.job, moving or frozen, asked)",
-        "job = merge(r.job, moving, asked)",
+        "job = merge(r.job, moving or frozen, new)",
+        "job = merge(r.job, moving, new)",
         JOBS,
     ),
     Mutation(
@@ -195,7 +195,7 @@ MUTATIONS = (
         "core/test_policies.py",
     ),
     Mutation("the policy sees each request", "core/common.py", "self.used[r] = None", "pass", ALL_CORE),
-    Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH and", "if", REPLICAS),
+    Mutation("one late answer is no outlier", "core/health.py", "if h.late >= ENOUGH_ANSWERS and", "if", REPLICAS),
     Mutation(
         "two choices weigh what runs",
         "core/balancing.py",
@@ -206,22 +206,22 @@ MUTATIONS = (
     Mutation(
         "what an operator took down stays down",
         "core/balancing.py",
-        "if r.removed or r.off or (r.health and r.health.halted):",
-        "if r.removed or r.off:",
+        "if r.removed or r.disabled_because or (r.health and r.health.halted):",
+        "if r.removed or r.disabled_because:",
         ALL_CORE,
     ),
     Mutation(
         "nobody waits for a disabled replica",
         "core/balancing.py",
-        "if r.removed or r.off or (r.health and r.health.halted):",
+        "if r.removed or r.disabled_because or (r.health and r.health.halted):",
         "if r.removed or (r.health and r.health.halted):",
         "core/test_disabled.py",
     ),
     Mutation(
         "a disabled replica is not one of those that are missing",
         "core/scaling.py",
-        "r.retry_at <= self._core.now and not r.off and not",
-        "r.retry_at <= self._core.now and not",
+        "if not r.disabled_because and not (r.health",
+        "if not (r.health",
         "core/test_disabled.py",
     ),
     Mutation(
@@ -265,7 +265,7 @@ MUTATIONS = (
     Mutation(
         "a measured footprint replaces the booking",
         "core/engine_table.py",
-        "settled = self.now - r.changed >= SETTLED",
+        "settled = self.now - r.changed >= SETTLED_AFTER",
         "settled = True",
         "core/test_failures.py",
     ),

@@ -10,7 +10,7 @@ import pytest
 from vllmd.errors import BadRequest
 from vllmd.hub import cached_files
 from vllmd.store.elsewhere import everything
-from vllmd.store.fetch import Failed, File, _check_called, _quantized, quantization_of
+from vllmd.store.fetch import Failed, File, check_called, choose_quantization, quantization_of
 from vllmd.store.known import KNOWN
 from vllmd.store.names import Hub, wanted
 
@@ -110,10 +110,13 @@ def test_of_a_repository_goes_what_nobody_else_needs(tmp_path: Path) -> None:
 def test_a_quantisation_has_one_name_however_it_is_asked_for(wish: str) -> None:
     """As its file has it; the name that was said only where that alone would mean another file."""
     files = [File(name, 1, "a" * 40, "/b") for name in ("m-Q4_K_M.gguf", "m-Q8_0.gguf")]
-    assert [_quantized(files, wish, "org/m")[0].name, _quantized(files, wish, "org/m")[1]] == ["m-Q8_0.gguf", "Q8_0"]
+    assert [choose_quantization(files, wish, "org/m")[0].name, choose_quantization(files, wish, "org/m")[1]] == [
+        "m-Q8_0.gguf",
+        "Q8_0",
+    ]
     two = [File(name, 1, "a" * 40, "/b") for name in ("a-Q8_0.gguf", "b-Q8_0.gguf", "c.gguf")]
-    assert _quantized(two, "b-q8", "org/m") == (two[1], "b-q8")
-    assert _quantized(two, "c.g", "org/m") == (two[2], "c.g")
+    assert choose_quantization(two, "b-q8", "org/m") == (two[1], "b-q8")
+    assert choose_quantization(two, "c.g", "org/m") == (two[2], "c.g")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,6 @@ def test_a_quantisation_has_one_name_however_it_is_asked_for(wish: str) -> None:
 def test_a_request_says_the_one_name_of_what_it_has_fetched(repository: str, wish: str, called: str) -> None:
     """Of many spellings of one file each would add a model; the message says which is right."""
     with pytest.raises(Failed, match=f"by its own name only, which is {called}$"):
-        _check_called({"repository": repository, "quantization": wish}, called)
+        check_called({"repository": repository, "quantization": wish}, called)
     own, _, tag = called.partition(":")
-    _check_called({"repository": own, "quantization": tag}, called)
+    check_called({"repository": own, "quantization": tag}, called)

@@ -19,27 +19,27 @@ SAID = streams("text/plain", "what was done, in words")
 
 
 class RuntimeAdapters(Protocol):
-    """The daemon, as far as these endpoints need it."""
+    """The daemon's adapters that are loaded while a model serves."""
 
     async def load(self, asked: ForeignJson, caller: Caller) -> Response:
-        """Have an engine load an adapter, and offer it from then on; the engine's answer. Raises VllmdError."""
+        """Load an adapter into an engine and offer it. Returns the engine's answer. Raises VllmdError."""
 
     async def unload(self, asked: ForeignJson, caller: Caller) -> Response:
-        """Offer it no more. Raises NotFound, Conflict, BadRequest."""
+        """Stop offering an adapter. Raises NotFound, Conflict, BadRequest."""
 
 
 class AdapterEndpoints:
-    """What becomes of a request; the caller has been found to be an operator."""
+    """The handlers of the two routes. The router has checked the caller's scope."""
 
     def __init__(self, adapters: RuntimeAdapters) -> None:
         self._adapters = adapters
 
     async def load(self, request: Request) -> Response:
-        """``POST /v1/load_lora_adapter``: the engine has its say, or we refuse it. Raises VllmdError."""
+        """``POST /v1/load_lora_adapter``: the engine's answer, or our refusal. Raises VllmdError."""
         return await self._adapters.load(_members(request), request.caller)
 
     async def unload(self, request: Request) -> Response:
-        """``POST /v1/unload_lora_adapter``: 200 once nobody is offered it. Raises VllmdError."""
+        """``POST /v1/unload_lora_adapter``: 200 once the adapter is not offered any more. Raises VllmdError."""
         return await self._adapters.unload(_members(request), request.caller)
 
 

@@ -1,11 +1,13 @@
-"""What has happened since the start, counted as it happens; ``exposition`` writes it down for Prometheus.
+"""The counters since the daemon's start; ``exposition`` writes them for Prometheus.
 
-Plain dictionaries: nothing has to be imported before the first client is served. Requests are counted together, some
-at a time (``recorded``).
+They are plain dictionaries, since the first client shall not wait for the import of a metrics library. A busy daemon
+ends thousands of requests in a second that differ in times and sizes alone, so requests are noted and counted some at a
+time: by each ``AT_A_TIME``, and before a scrape reads (``add_up``).
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.tokens import Tokens
 from vllmd.records.ring import GONE, Entry
 
-AT_A_TIME = 256  # requests that wait to be counted
+AT_A_TIME = 256  # requests counted together
 
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
@@ -40,11 +42,8 @@ class Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative, as Prometheus has them: ``(upper bound, count)``, the last one ``+Inf``."""
-        found, sofar = [], 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            sofar += count
-            found.append((bound, float(sofar)))
-        return found
+        bounds = (*map(str, self.bounds), "+Inf")
+        return list(zip(bounds, map(float, itertools.accumulate(self.counts)), strict=True))
 
 
 class Histograms(dict[tuple[str, ...], Histogram]):
@@ -56,7 +55,7 @@ class Histograms(dict[tuple[str, ...], Histogram]):
 
 
 class Kind(NamedTuple):
-    """What requests are counted by."""
+    """The labels by which requests are counted."""
 
     route: str
     method: str
@@ -67,7 +66,7 @@ class Kind(NamedTuple):
 
 
 class Measurements(NamedTuple):
-    """What one request took: seconds, and bytes. ``first_byte``: None if it had no answer."""
+    """The times (seconds) and sizes (bytes) of one request. ``first_byte``: None if it had no answer."""
 
     seconds: float
     first_byte: float | None
@@ -99,9 +98,10 @@ class Counters:
         self.decisions: Counter[tuple[str, ...]] = Counter()  # model, decision
         self.replica_decisions: Counter[tuple[str, ...]] = Counter()  # model, replica, decision
         self.retries: Counter[tuple[str, ...]] = Counter()  # model, replica
-        self._entries: list[Entry] = []  # of requests that are to be counted
-        self._waits: list[tuple[str, float]] = []  # the same of their waits: model, seconds
-        self._uses: list[tuple[str, str, Tokens]] = []  # and of what they took: model, key
+        # Noted, to be counted by ``add_up``:
+        self._entries: list[Entry] = []
+        self._waits: list[tuple[str, float]] = []  # model, seconds
+        self._uses: list[tuple[str, str, Tokens]] = []  # model, key
         self.departures: Counter[tuple[str, ...]] = Counter()  # model, how (sleep, stop, freeze), cause
 
     def exchanged(self, exchange: Exchange) -> None:
@@ -111,16 +111,13 @@ class Counters:
         self._count(kind, [Measurements(exchange.elapsed, exchange.first_byte, request.received, exchange.sent)])
 
     def recorded(self, entry: Entry) -> None:
-        """Count a request that has ended, by what the record keeps of it: several at a time, or when somebody looks.
-
-        A busy daemon has thousands a second that differ in times and sizes alone.
-        """
+        """Note a request that has ended, by its entry in the record."""
         self._entries.append(entry)
         if len(self._entries) >= AT_A_TIME:
             self.add_up()
 
     def add_up(self) -> None:
-        """Count what has been recorded since; to be called before anything here is read."""
+        """Count what has been noted since the last time; must be called before any counter is read."""
         entries, self._entries = self._entries, []
         kinds: dict[Kind, list[Measurements]] = {}
         for e in entries:
@@ -131,17 +128,22 @@ class Counters:
         waits, self._waits, uses, self._uses = self._waits, [], self._uses, []
         for model, seconds in waits:
             self.waits[(model,)].observe(seconds)
-        for use in uses:
-            self._use(*use)
+        kinds_of_tokens = self.token_kinds
+        for model, key, tokens in uses:
+            self.tokens[(model,)] += tokens.total
+            kinds_of_tokens[model, "prompt"] += tokens.prompt
+            kinds_of_tokens[model, "answer"] += tokens.answer
+            if tokens.cached:
+                kinds_of_tokens[model, "cached"] += tokens.cached
+            if tokens.estimated:
+                kinds_of_tokens[model, "estimated"] += tokens.total
+            if key:
+                self.key_tokens[(key,)] += tokens.total
 
     def _count(self, kind: Kind, several: Sequence[Measurements]) -> None:
-        """By route, and by model, key and error where they have them."""
-        route, number, model, code = (
-            kind.route.replace(":path", "") or "none",
-            len(several),
-            kind.model,
-            str(kind.status),
-        )
+        """Count requests of one kind by route, and by model, key and error where they have them."""
+        route, model, code = kind.route.replace(":path", "") or "none", kind.model, str(kind.status)
+        number = len(several)
         times = [each.seconds for each in several]
         self.requests[route, kind.method if kind.route else "other", code] += number
         self.durations[(route,)].observe(*times)
@@ -157,36 +159,24 @@ class Counters:
             self.sent[(model,)] += sum(each.sent for each in several)
 
     def login_failed(self, how: str) -> None:
-        """An API key was wrong, or not looked at."""
+        """Count an API key that was wrong, or not checked after too many wrong ones (``how``)."""
         self.failed_logins[(how,)] += 1
 
     def waited(self, model: str, seconds: float) -> None:
-        """A request was admitted after so long. It counts from the next ``add_up`` on."""
+        """Note how long a request waited for its admission."""
         self._waits.append((model, seconds))
 
     def used(self, model: str, key: str, tokens: Tokens) -> None:
-        """What a request took is known, or reckoned. It counts from the next ``add_up`` on."""
+        """Note the tokens of a request, as its answer has them or as they are estimated."""
         self._uses.append((model, key, tokens))
 
-    def _use(self, model: str, key: str, tokens: Tokens) -> None:
-        total, kinds = tokens.total, self.token_kinds
-        self.tokens[(model,)] += total
-        kinds[model, "prompt"] += tokens.prompt
-        kinds[model, "answer"] += tokens.answer
-        if tokens.cached:
-            kinds[model, "cached"] += tokens.cached
-        if tokens.estimated:
-            kinds[model, "estimated"] += total
-        if key:
-            self.key_tokens[(key,)] += total
-
     def held(self, key: str, seconds: float) -> None:
-        """A key's models held devices for so many seconds; half of one for a second is half a second."""
+        """Count device seconds of a key: half of a device's memory held for a second is half a second."""
         if key:
             self.key_devices[(key,)] += seconds
 
     def decided(self, decision: Decision) -> None:
-        """The core decided something about a model, or about one of its replicas."""
+        """Count a decision about a model, or about one of its replicas."""
         self.decisions[decision.model, decision.what] += 1
         if decision.replica:
             self.replica_decisions[decision.model, decision.replica, decision.what] += 1
@@ -194,11 +184,11 @@ class Counters:
             self.departures[decision.model, decision.what, str(cause)] += 1
 
     def retried(self, model: str, replica: str) -> None:
-        """A request that this replica did not answer goes to another one."""
+        """Count a request that this replica did not answer, and that goes to another one."""
         self.retries[model, replica] += 1
 
     def changed(self, model: str, change: str, seconds: float, *, failed: bool) -> None:
-        """A start, wake, sleep or stop came to its end after ``seconds``; or an engine exited unasked."""
+        """Count a start, wake, sleep or stop that ended after ``seconds``, or an exit that nobody ordered."""
         if failed:
             self.failures[model, change] += 1
         else:

@@ -1,7 +1,15 @@
-"""What ``/metrics`` says, in prometheus_client's terms. Imported at the first scrape, not before."""
+"""The metrics of ``/metrics``, written with prometheus_client. Imported at the first scrape, not before.
+
+A machine with ten thousand models has two hundred thousand series, and the loop must not stand still while they are
+written. So a family comes in pieces of ``PIECE_SERIES`` series, each piece is encoded by itself as if it were a
+registry of its own, and the loop gets its turn in between; HELP and TYPE of all but a family's first piece are cut off.
+Which series a caller may see is decided by their labels, in one place, whichever family they belong to.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,7 +27,7 @@ from vllmd.proxy.access import ANYBODY, Caller
 
 Labels = tuple[str, ...]
 Values = Mapping[Any, float] | Iterable[tuple[Labels, float]]  # by label values
-PIECE = 500  # series that are written in one turn of the loop: about 5 ms
+PIECE_SERIES = 500  # written in one turn of the loop: about 5 ms
 END = b"# EOF\n"  # of OpenMetrics
 HEALTH_STATUSES = ("new", "serving", "resting", "slow", "ejected", "down")
 STATES = (*(state.value for state in State if state is not State.SLEEPING), "sleeping_l1", "sleeping_l2")
@@ -30,19 +38,22 @@ def expose_in_turns(
 ) -> Generator[None, None, tuple[bytes, str]]:
     """The exposition and its content type, in the format that ``accept`` prefers, for ``proxy.large.in_turns``.
 
-    Series of models and keys that the caller may not see are left out. Ten thousand models have two hundred
-    thousand lines. Families come in pieces, each is written by itself; HELP and TYPE are kept of a family's first one.
+    Series of models and keys that the caller may not see are left out.
     """
     encode, content_type = choose_encoder(accept)
     counters.add_up()
     written: dict[str, list[bytes]] = {}
     for metric in ProcessCollector(registry=None).collect():
         written[metric.name] = [_text(encode, metric)]
-    for metric in _families(counters, gauges):
-        metric.samples = [sample for sample in metric.samples if _shown(sample.labels, caller)]
+    families = [counted(counters), daemon_state(gauges)]
+    if gauges.snapshot:
+        families += [models(gauges), replicas(gauges), devices(gauges.snapshot.devices, gauges)]
+    for metric in itertools.chain.from_iterable(families):
+        metric.samples = [sample for sample in metric.samples if is_visible(sample.labels, caller)]
         text = _text(encode, metric)
         if metric.name in written:
-            written[metric.name].append(text[_end_of_comments(text) :])
+            samples = re.compile(rb"(#.*\n)*").match(text)  # behind the lines about the family, which are there already
+            written[metric.name].append(text[samples.end() if samples else 0 :])
         else:
             written[metric.name] = [text]
         yield
@@ -65,31 +76,14 @@ def _text(encode: Callable[[CollectorRegistry], bytes], metric: Metric) -> bytes
     return encode(_SingleFamily(metric)).removesuffix(END)
 
 
-def _end_of_comments(text: bytes) -> int:
-    """Where the samples begin, behind the lines about the family."""
-    at = 0
-    while text.startswith(b"#", at):
-        at = text.index(b"\n", at) + 1
-    return at
-
-
-def _shown(labels: Mapping[str, str], caller: Caller) -> bool:
-    """Whether the caller may see a series: whichever family it is in, its labels say whom it is about."""
+def is_visible(labels: Mapping[str, str], caller: Caller) -> bool:
+    """Whether the caller may see a series: its labels name the model and the key that it is about."""
     model, key = labels.get("model"), labels.get("key")
     return (not model or caller.may_use(model)) and (key is None or caller.may_see_key(key))
 
 
-def _families(counters: Counters, gauges: Gauges) -> Iterator[Metric]:
-    yield from _counted(counters)
-    yield from _health(gauges)
-    snapshot = gauges.snapshot
-    if snapshot:
-        yield from _models(gauges)
-        yield from _replicas(gauges)
-        yield from _devices(snapshot.devices, gauges)
-
-
-def _counted(counters: Counters) -> Iterator[Metric]:
+def counted(counters: Counters) -> Iterator[Metric]:
+    """Requests, tokens, failures and decisions since the daemon's start."""
     model = ["model"]
     yield from _counter("http_requests", "Requests by route, method and status.", ["route", "method", "code"],
                    counters.requests)  # fmt: skip
@@ -144,7 +138,8 @@ def _counted(counters: Counters) -> Iterator[Metric]:
                    ["model", "how", "cause"], counters.departures)  # fmt: skip
 
 
-def _health(gauges: Gauges) -> Iterator[Metric]:
+def daemon_state(gauges: Gauges) -> Iterator[Metric]:
+    """The daemon itself, and the host memory."""
     yield from _gauge("build_info", "The version.", ["version"], {(vllmd.__version__,): 1})
     yield from _gauge("ready", "Whether devices and engines have been found.", [], {(): gauges.snapshot is not None})
     yield from _gauge("configuration_valid", "Whether the last configuration read was usable.", [], {(): gauges.valid})
@@ -161,15 +156,15 @@ def _health(gauges: Gauges) -> Iterator[Metric]:
         yield from _gauge("host_memory_promised_bytes", "What of it is promised.", [], {(): snapshot.host_promised})
 
 
-def _models(gauges: Gauges) -> Iterator[Metric]:
-    """Each model as clients know it: with replicas in the state of the best of them, and with all their requests."""
-    models = gauges.snapshot.models if gauges.snapshot else ()
+def models(gauges: Gauges) -> Iterator[Metric]:
+    """Each model as clients see it: of several replicas the best state, and all their requests together."""
+    views = gauges.snapshot.models if gauges.snapshot else ()
 
     def each(name: str, about: str, value: Callable[[ModelView], float]) -> Iterator[Metric]:
-        return _gauge(f"model_{name}", about, ["model"], (((view.name,), value(view)) for view in models))
+        return _gauge(f"model_{name}", about, ["model"], (((view.name,), value(view)) for view in views))
 
     yield from _gauge("model_state", "1 for the state that the model is in.", ["model", "state"],
-                 (((view.name, state), state == state_of(view)) for view in models for state in STATES))  # fmt: skip
+                 (((view.name, state), state == state_of(view)) for view in views for state in STATES))  # fmt: skip
     yield from each("queue_length", "Requests that wait.", lambda view: view.queued)
     yield from each("running_requests", "Requests that run.", lambda view: view.in_flight)
     yield from each(
@@ -179,7 +174,7 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
     yield from each("disabled", "Whether an operator has disabled it.", lambda view: bool(view.disabled))
     yield from each("leases", "Leases that keep it.", lambda view: len(view.leases))
     held: Counter[Labels] = Counter()
-    for view in models:
+    for view in views:
         for engine in view.replicas:
             held.update({(view.name, str(index)): engine.memory for index in engine.devices})
     yield from _gauge("model_memory_bytes", "What the ledger has it at, on each device.", ["model", "device"], held)
@@ -192,10 +187,10 @@ def _models(gauges: Gauges) -> Iterator[Metric]:
                       ["model", "loader"], dict.fromkeys(gauges.last_loaders.items(), 1))  # fmt: skip
 
 
-def _replicas(gauges: Gauges) -> Iterator[Metric]:
+def replicas(gauges: Gauges) -> Iterator[Metric]:
     """Each of a model's replicas; a model with one engine has no series here."""
-    models = [model for model in (gauges.snapshot.models if gauges.snapshot else ()) if model.balanced]
-    known = [((model.name, replica.id), replica) for model in models for replica in model.replicas]
+    balanced = [model for model in (gauges.snapshot.models if gauges.snapshot else ()) if model.balanced]
+    known = [((model.name, replica.id), replica) for model in balanced for replica in model.replicas]
     labels = ["model", "replica"]
     yield from _gauge("replica_health", "1 for what its answers have earned it; down: its engine is not up.",
                  [*labels, "health"], {(*of, health): health == (view.health or "down")
@@ -206,9 +201,11 @@ def _replicas(gauges: Gauges) -> Iterator[Metric]:
                  {of: view.in_flight for of, view in known})  # fmt: skip
 
 
-def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric]:
+def devices(views: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric]:
+    """Each device's memory, and what its driver reports; the models' shares of their devices' power."""
+
     def each(name: str, about: str, value: Callable[[DeviceView], float]) -> Iterator[Metric]:
-        return _gauge(f"device_{name}", about, ["device"], {(str(view.index),): value(view) for view in devices})
+        return _gauge(f"device_{name}", about, ["device"], {(str(view.index),): value(view) for view in views})
 
     def read(name: str, about: str, values: Mapping[int, float]) -> Iterator[Metric]:
         return _gauge(f"device_{name}", about, ["device"], {(str(index),): value for index, value in values.items()})
@@ -243,7 +240,7 @@ def _devices(devices: tuple[DeviceView, ...], gauges: Gauges) -> Iterator[Metric
 
 
 def state_of(view: ModelView) -> str:
-    """``sleeping_l1`` says more than ``sleeping``."""
+    """The state's name in the API, with the level of sleep: ``sleeping_l1``."""
     return f"sleeping_l{view.level}" if view.state is State.SLEEPING else view.state.value
 
 
@@ -259,12 +256,13 @@ def _gauge(name: str, about: str, labels: list[str], values: Values) -> Iterator
 
 
 def _filled(new: Callable[[], Any], values: Values) -> Iterator[Metric]:
-    """At least one piece: a family without series is told of, too."""
-    pairs = iter(list(values.items()) if isinstance(values, Mapping) else values)  # a counter may get a new series
+    """The family in pieces, at least one: a family without series has its HELP and TYPE, too."""
+    # A copy: in another's turn of the loop a counter may get a new series.
+    pairs = iter(list(values.items()) if isinstance(values, Mapping) else values)
     family = new()
     for number, (labels, value) in enumerate(pairs, 1):
         family.add_metric(labels, float(value))
-        if number % PIECE == 0:
+        if number % PIECE_SERIES == 0:
             yield family
             family = new()
     yield family
@@ -274,7 +272,7 @@ def _histogram(name: str, about: str, labels: list[str], values: Mapping[Labels,
     family = HistogramMetricFamily(f"vllmd_{name}", about, labels=labels)
     for number, (key, histogram) in enumerate(list(values.items()), 1):
         family.add_metric(list(key), histogram.buckets(), histogram.total)
-        if number % (PIECE // 10) == 0:
+        if number % (PIECE_SERIES // 10) == 0:  # each has seventeen buckets
             yield family
             family = HistogramMetricFamily(f"vllmd_{name}", about, labels=labels)
     yield family

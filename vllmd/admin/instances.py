@@ -1,10 +1,9 @@
 """The instances API under ``/api/v1``: GPUs, processes, and models as instances on GPUs.
 
-An instance is an engine: of a model that has one, or one of its replicas. Whoever
-starts a model on a GPU gets the instance that is there, else one that is not loaded,
-else one more, which is known until it is stopped, or until a reload; a model whose
-replicas are configured has those and no more. A ``config`` of its own makes a model
-known that is not, for as long as the daemon lives.
+An instance is an engine: that of a model with one engine, or one of its replicas. A start on a GPU takes the instance
+that is there, else one that is not loaded, else adds one more, which lasts until it is stopped, or until a reload; a
+model whose replicas are configured has those and no more. A start with a ``config`` makes an unknown model known, for
+as long as the daemon lives.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ START, STOP, KILL = (NAME, KIND, GPU, CONFIG), (NAME, KIND, GPU), (PID, FORCE_KI
 
 @dataclass(frozen=True, slots=True)
 class InstanceRequest:
-    """What the body asks for."""
+    """The body of a start or a stop."""
 
     model_name: str
     model_type: str | None
@@ -52,16 +51,25 @@ class InstanceEndpoints:
         return json(await self._control.status.gpus())
 
     async def kill(self, request: Request) -> Response:
-        """``DELETE /api/v1/processes/{pid}``: 404 for none, 403 for a stranger's without ``?force=true``."""
+        """``DELETE /api/v1/processes/{pid}``: 403 for a process that is no engine's without ``?force=true``."""
         return json(await into(self._control.commands.kill, KILL, request))
 
     async def start(self, request: Request) -> Response:
         """``POST /api/v1/models/start``: 202 with the ``ModelInstanceInfo`` as it begins."""
         await self._control.status.opened()
-        asked = into(InstanceRequest, START, request)
-        if asked.config:
-            await self._bring(request, asked)
-        name, gpu = self._named(request, asked), asked.gpu_id
+        body = into(InstanceRequest, START, request)
+        if body.config:  # 1. Make the model known with these settings, if it is not.
+            authorise(request.caller, ADMIN, Reach.MACHINE)  # as PUT /admin/guests is
+            kind = self._kind(body)
+            settings = {"engine": kind, **body.config} if kind else body.config
+            trusted = request.peer.uid in (0, os.getuid())
+            known = await self._control.runtime_models.put(body.model_name, settings, trusted=trusted)
+            if known.differs:
+                where = "is configured" if known.configured else "is in use"
+                what = f"{body.model_name} {where} with another {', '.join(known.differs)}"
+                raise Conflict(what, param="config")
+        # 2. Start it, on the GPU if one is named.
+        name, gpu = self._resolved(request, body), body.gpu_id
         if gpu is None:
             await self._control.commands.load(name)
         chosen = name if gpu is None else await self._control.commands.load_on(name, gpu)
@@ -70,11 +78,11 @@ class InstanceEndpoints:
     async def stop(self, request: Request) -> Response:
         """``POST /api/v1/models/stop``: the ``ModelInstanceInfo`` once it has stopped, after its requests.
 
-        With a ``gpu_id`` only the instance on that GPU; the last one to go takes the model along.
+        With a ``gpu_id`` only the instance on that GPU is stopped; the last instance to stop takes the model along.
         """
         await self._control.status.opened()
-        asked = into(InstanceRequest, STOP, request)
-        name, gpu = self._named(request, asked), asked.gpu_id
+        body = into(InstanceRequest, STOP, request)
+        name, gpu = self._resolved(request, body), body.gpu_id
         line = self._control.status.line(name)
         if line.state == "stopped":
             raise NotFound(f"{name} is not running", param="model_name")
@@ -96,36 +104,24 @@ class InstanceEndpoints:
         return json([item for line in lines if line.state != "stopped" for item in items(line)])
 
     async def status_of(self, request: Request) -> Response:
-        """``GET /api/v1/models/status/{name}``: the items of one model, also if it is stopped. Raises UnknownModel."""
-        await self._control.status.opened()
-        return json(
-            items(self._control.status.line(self._control.status.resolve(request.params["name"], request.caller)))
-        )
+        """``GET /api/v1/models/status/{name}``: the items of one model, stopped or not. Raises UnknownModel."""
+        status = self._control.status
+        await status.opened()
+        return json(items(status.line(status.resolve(request.params["name"], request.caller))))
 
-    async def _bring(self, request: Request, asked: InstanceRequest) -> None:
-        """Make the model known with the settings of the body, if nobody knows it. Raises Conflict if they differ."""
-        authorise(request.caller, ADMIN, Reach.MACHINE)  # as PUT /admin/guests is
-        name, settings = asked.model_name, asked.config or {}
-        if kind := self._kind(asked):
-            settings = {"engine": kind, **settings}
-        known = await self._control.runtime_models.put(name, settings, trusted=request.peer.uid in (0, os.getuid()))
-        if known.differs:
-            where = "is configured" if known.configured else "is in use"
-            raise Conflict(f"{name} {where} with another {', '.join(known.differs)}", param="config")
-
-    def _named(self, request: Request, asked: InstanceRequest) -> str:
-        """The model that the body names, which is of the type that it names, if it does."""
-        name = self._control.status.resolve(asked.model_name, request.caller)
-        engine, kind = self._control.status.line(name).config.engine or "", self._kind(asked)
+    def _resolved(self, request: Request, body: InstanceRequest) -> str:
+        """The configured name of the body's model. Raises BadRequest where it is not of the body's type."""
+        name = self._control.status.resolve(body.model_name, request.caller)
+        engine, kind = self._control.status.line(name).config.engine or "", self._kind(body)
         if kind and kind != engine:
             raise BadRequest(f"{name} is of the type {engine!r}, not {kind!r}", param="model_type")
         return name
 
-    def _kind(self, asked: InstanceRequest) -> str:
-        """The type in the body, "" without one. Raises BadRequest for one that there is not."""
-        if asked.model_type is None:
+    def _kind(self, body: InstanceRequest) -> str:
+        """The engine kind that the body names, "" without one. Raises BadRequest for an unknown one."""
+        if body.model_type is None:
             return ""
-        kind, types = asked.model_type.lower(), self._control.status.types()
+        kind, types = body.model_type.lower(), self._control.status.types()
         if kind not in types:
             raise BadRequest(f"there is no type {kind!r}; there are {', '.join(types)}", param="model_type")
         return kind
@@ -137,7 +133,7 @@ def engines(line: ModelLine) -> Sequence[ModelLine]:
 
 
 def is_on(line: ModelLine, gpu: int) -> bool:
-    """Whether the instance is there; one that has no GPU, as it failed or is yet to get one, is nowhere else."""
+    """Whether the instance is on the GPU; one without any, which failed or is yet to get one, counts as there."""
     return gpu in line.devices or not line.devices
 
 
@@ -145,19 +141,19 @@ def instance(line: ModelLine, one: ModelLine | None = None) -> ModelInstanceInfo
     """A model, from its line of the status; with the state of ``one`` of its instances."""
     loaded = [each for each in engines(line) if each.state not in NO_ENGINE]
     gpus = sorted({gpu for each in loaded for gpu in each.devices})
-    told = one if one and not one.replicas else next(iter(loaded), engines(line)[0])
-    common = vars(_common(line, told))
+    shown = one if one and not one.replicas else next(iter(loaded), engines(line)[0])
+    common = vars(_common(line, shown))
     return ModelInstanceInfo(**common, active_gpu_ids=tuple(gpus), total_instances=len(loaded))
 
 
 def items(line: ModelLine) -> list[ModelStatusItem]:
-    """An item per instance that is loaded or has failed, or of the model; it names its first GPU."""
+    """An item for each instance that is loaded or has failed, else one for the model; each names its first GPU."""
     present = [each for each in engines(line) if each.state != "stopped"] or engines(line)[:1]
     return [ModelStatusItem(**vars(_common(line, each)), gpu_id=next(iter(each.devices), None)) for each in present]
 
 
 def _common(model: ModelLine, line: ModelLine) -> Instance:
-    """What both say of an instance; all of them bear the model's name."""
+    """The fields of an instance that both answers have; every instance bears the model's name."""
     _, _, port = line.socket.rpartition(":")
     return Instance(
         model_name=model.name,

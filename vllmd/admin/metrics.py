@@ -1,4 +1,4 @@
-"""``/metrics``: our own for Prometheus, and the engines' with a label that says whose they are."""
+"""``/metrics``: the daemon's own metrics for Prometheus, and the engines' own with the label ``model``."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class MetricsEndpoints:
         self._control = control
 
     async def own(self, request: Request) -> Response:
-        """``GET /metrics``; ``?model=`` the metrics of that model's engine instead."""
+        """``GET /metrics``: the daemon's; with ``?model=`` those of that model's engine instead."""
         name = request.query.get("model", "")
         if name:
             if READ not in request.caller.scopes:
-                authorise(request.caller, MODELS, Reach.ONE)  # its engine is asked
+                authorise(request.caller, MODELS, Reach.ONE)  # a request to its engine, as any other
             model = self._control.status.resolve(name, request.caller)
             return _text(merged([(model, (await self._control.status.scrape(model)).decode("utf-8", "replace"))]))
-        # The client library is a room that only whoever scrapes has to enter.
+        # The metrics library takes a while to import: only a daemon that is scraped pays, and in a thread.
         exposition = await asyncio.to_thread(importlib.import_module, "vllmd.admin.exposition")
         accept, gauges = request.headers.get("accept"), await self._control.status.gauges()
         records = self._control.records
@@ -42,19 +42,19 @@ class MetricsEndpoints:
         return Response(200, body, content_type)
 
     async def engines(self, request: Request) -> Response:
-        """``GET /metrics/engines``: those of every loaded engine, labelled with its model, or its replica's name."""
+        """``GET /metrics/engines``: those of every loaded engine, labelled with its model's or replica's name."""
+
+        async def scraped(model: str) -> str:
+            try:
+                return (await self._control.status.scrape(model)).decode("utf-8", "replace")
+            except (Conflict, UpstreamFailed):  # the others are shown all the same
+                return ""
+
         models = (await self._control.status.status(request.caller)).models
         lines = [each for line in models for each in line.replicas or (line,)]
         loaded = [line.name for line in lines if line.state not in UNLOADED]
-        texts = await asyncio.gather(*(self._scraped(model) for model in loaded))
+        texts = await asyncio.gather(*map(scraped, loaded))
         return _text(merged(zip(loaded, texts, strict=True)))
-
-    async def _scraped(self, model: str) -> str:
-        """One engine's metrics; "" where the engine does not answer, so that the others are still shown."""
-        try:
-            return (await self._control.status.scrape(model)).decode("utf-8", "replace")
-        except (Conflict, UpstreamFailed):
-            return ""
 
 
 def _text(text: str) -> Response:

@@ -1,4 +1,4 @@
-"""What any client may read: the model list and whether we are well."""
+"""Endpoints for every client: the list of models, health, the version."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ class ModelEndpoints:
         self._control = control
 
     async def every(self, request: Request) -> Response:
-        """``GET /v1/models``: what the key may use and is not hidden, loaded or not, then their aliases.
+        """``GET /v1/models``: every model that the key may use and that is not hidden, then their aliases.
 
-        An adapter, a variant and a pool are entries, too; ``parent`` is the model that they belong to.
-        As vLLM lists several served names: an alias is an entry of its own whose
-        ``root`` is the model, so that clients which offer a choice offer it, too. The list is one page, as Anthropic
-        has them.
+        Adapters, variants and pools are entries, too; ``parent`` is the model that they belong to. An alias is an entry
+        of its own whose ``root`` is the model, as vLLM lists several served names, so that clients which offer a choice
+        offer the alias. The list is one page, as Anthropic has them.
         """
         models = [model for model in await self._models(request) if not model.hidden]
         aliases = ((model, alias) for model in models for alias in model.aliases)
@@ -44,16 +43,16 @@ class ModelEndpoints:
 
     async def one(self, request: Request) -> Response:
         """``GET /v1/models/{id}``, by its name, an alias, or its end. Raises UnknownModel."""
-        asked = request.params["model"]
-        with contextlib.suppress(Forbidden):  # what one may not use one need not know of
-            name = self._control.status.called(asked, request.caller)
+        given = request.params["model"]
+        with contextlib.suppress(Forbidden):  # a model that the key may not use does not exist for it
+            name = self._control.status.called(given, request.caller)
             model = await self._control.status.model(name)
             if model is not None and request.caller.may_use(name):
-                return json(_card(model, asked if asked in model.aliases else name))
-        raise UnknownModel(f"model {asked!r} does not exist; GET /v1/models lists those that do", param="model")
+                return json(_card(model, given if given in model.aliases else name))
+        raise UnknownModel(f"model {given!r} does not exist; GET /v1/models lists those that do", param="model")
 
     async def settings(self, request: Request) -> Response:
-        """``GET /admin/config``: what is in force, with the origin of each setting; ``?model=``: that model's part."""
+        """``GET /admin/config``: the settings in force with their origins; with ``?model=`` those of that model."""
         name = request.query.get("model", "")
         model = self._control.status.resolve(name, request.caller) if name else ""
         lines = list[str]()
@@ -67,7 +66,7 @@ class ModelEndpoints:
         return [model for model in await self._control.status.models() if request.caller.may_use(model.id)]
 
     async def health(self, request: Request) -> Response:
-        """``GET /health``: 200 with ``status: ok``, or 503 with what is wrong."""
+        """``GET /health``: 200 with ``status: ok``, or 503 and what is wrong."""
         health = self._health(request)
         return json(health, 200 if health.status == "ok" else 503)
 
@@ -91,5 +90,5 @@ class ModelEndpoints:
 
 
 def _card(model: Card, name: str) -> Model:
-    """The card under one of its names, as OpenAI and Anthropic have it."""
+    """The entry of a model under one of its names."""
     return Model(**{**vars(model), "id": name}, created=_STARTED, created_at=_SINCE)

@@ -1,4 +1,4 @@
-"""``/openapi.json``, made of the route table itself, and ``/docs``, which shows it without anybody else's help."""
+"""``/openapi.json``, made of the route table itself, and ``/docs``, a page that shows it and loads nothing else."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vllmd.proxy.routing import Route, Router
 
 PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
 SCOPES = {
-    "open": "Anybody may.",
-    "health": "Anybody may, unless auth.public leaves health out.",
-    "metrics": "Anybody may, unless auth.public leaves metrics out.",
+    "open": "Open to every client.",
+    "health": "Open to every client, unless auth.public leaves health out.",
+    "metrics": "Open to every client, unless auth.public leaves metrics out.",
     "models": "Needs a key, if there are any.",
     "read": "On the operators' sockets, or with a key that has the scope read or admin.",
     "admin": "On the admin socket, or with a key that has the scope admin.",
@@ -35,7 +35,7 @@ ENGINES_OWN: Mapping[str, object] = {
 
 
 class Documentation:
-    """The two endpoints; the document is made when it is first asked for, of the routes that there are then."""
+    """The two endpoints. The document is made at the first request, when all routes have been added."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -56,7 +56,7 @@ def document(routes: Iterable[Route]) -> Schema:
     paths: dict[str, Schema] = {}
     for route in routes:
         path = PARAMETER.sub(r"{\1}", route.pattern)
-        paths.setdefault(path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(path, {})[route.method.lower()] = operation(route)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -67,7 +67,7 @@ def document(routes: Iterable[Route]) -> Schema:
         "security": [{}, {"bearer": []}, {"header": []}],
         "paths": paths,
         "components": {
-            "schemas": components(_all_below(Answer)),
+            "schemas": components(_subclasses(Answer)),
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -76,45 +76,32 @@ def document(routes: Iterable[Route]) -> Schema:
     }
 
 
-def _all_below(kind: type[Answer]) -> Iterator[type[Answer]]:
-    """Every dataclass that is told, by whichever route."""
+def _subclasses(kind: type[Answer]) -> Iterator[type[Answer]]:
     for each in kind.__subclasses__():
         yield each
-        yield from _all_below(each)
+        yield from _subclasses(each)
 
 
-def _operation(route: Route) -> Schema:
-    own: Schema = dict(route.doc) if _answered_here(route) else {**ENGINES_OWN, **route.doc}
+def operation(route: Route) -> Schema:
+    """The OpenAPI operation of a route: its own part, its path's parameters, a heading and the scope that it needs."""
+    answered_here = "responses" in route.doc  # else an engine answers
+    own: Schema = dict(route.doc) if answered_here else {**ENGINES_OWN, **route.doc}
     about = f"{own.pop('description', '')} {SCOPES[route.scope]}".strip()
-    described = cast(list[Schema], own.pop("parameters", []))
-    known = {each["name"] for each in described if each["in"] == "path"}
-    parameters = [*(each for each in _path_parameters(route.pattern) if each["name"] not in known), *described]
+    parameters = cast(list[Schema], own.pop("parameters", []))
+    described = {each["name"] for each in parameters if each["in"] == "path"}
+    undescribed: list[Schema] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name, _ in PARAMETER.findall(route.pattern)
+        if name not in described
+    ]
+    headings = {"v1": "models", "admin": "operation", "api": "instances", "upstream": "operation"}
     words = re.findall(r"\w+", PARAMETER.sub(r"\1", route.pattern))
-    operation: Schema = {
+    whole: Schema = {
         "operationId": "_".join([route.method.lower(), *words]),
-        "tags": [_tag(route)],
+        "tags": [headings.get(route.pattern.split("/")[1], "vllmd" if answered_here else "models")],
         "summary": route.summary,
         "description": about,
-        **({"parameters": parameters} if parameters else {}),
+        **({"parameters": [*undescribed, *parameters]} if undescribed or parameters else {}),
         **own,
     }
-    return {**operation, "security": []} if route.scope == "open" else operation
-
-
-def _path_parameters(pattern: str) -> list[Schema]:
-    return [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        for name, _ in PARAMETER.findall(pattern)
-    ]
-
-
-def _tag(route: Route) -> str:
-    """The heading it stands under."""
-    first = route.pattern.split("/")[1]
-    known = {"v1": "models", "admin": "operation", "api": "instances", "upstream": "operation"}
-    return known.get(first, "vllmd" if _answered_here(route) else "models")
-
-
-def _answered_here(route: Route) -> bool:
-    """An engine's answers are not described."""
-    return "responses" in route.doc
+    return {**whole, "security": []} if route.scope == "open" else whole

@@ -1,4 +1,4 @@
-"""``/ui`` and what it takes to sign in there."""
+"""``/ui``, and the endpoints that sign in and out there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllmd.api.verbs import Param
 from vllmd.errors import Forbidden, NotFound
 from vllmd.proxy.access import READ, Reach
 from vllmd.proxy.hosts import PAGE_HOST, shares_the_page
-from vllmd.proxy.http import Peer, Request, Response
+from vllmd.proxy.http import Request, Response
 from vllmd.proxy.routing import Router
 from vllmd.ui import files
 
@@ -27,9 +27,10 @@ CODE = Param("code", Text("the code of a link"), place="body", default=None)
 
 
 class PageEndpoints:
-    """The page, as one listener serves it: ``enabled`` tells whether it does; ``secure``: it is reached by TLS.
+    """The page on one listener. ``enabled`` says whether that serves it, ``secure`` whether it has TLS.
 
-    ``near``: only this machine reaches it; then the page has an origin of its own, see ``proxy.hosts.PAGE_HOST``.
+    ``near``: only this machine reaches the listener; then the page has an origin of its own, see
+    ``proxy.hosts.PAGE_HOST``.
     """
 
     def __init__(
@@ -85,10 +86,16 @@ class PageEndpoints:
         return Response(204, headers=(("set-cookie", f"{COOKIE}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict"),))
 
     async def link(self, request: Request) -> Response:
-        """``POST /admin/ui/links``: a path that signs its first visitor in, as whoever asks for it here."""
+        """``POST /admin/ui/links``: a path that signs in once, with the scopes of the caller."""
         if request.caller.page:
             raise Forbidden("a session makes no links: `vllmctl ui` does, or the key that was signed in with")
-        code = self._sessions.link(of_operator(request.caller, _name_of(request.peer)))
+        user, uid = "", request.peer.uid
+        if uid is not None:  # on an operators' socket
+            try:
+                user = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                user = f"uid {uid}"
+        code = self._sessions.link(of_operator(request.caller, user))
         return json(PageLink(f"/ui#code={code}", LINK_LIFE, self._listen))
 
     def _elsewhere(self, request: Request) -> bool:
@@ -103,12 +110,12 @@ class PageEndpoints:
         session = opened.session
         secure = "; Secure" if self._secure() else ""
         cookie = f"{COOKIE}={opened.cookie}; Path=/; Max-Age={LIFE:.0f}; HttpOnly; SameSite=Strict{secure}"
-        told = PageSession(opened.token, session.name, session.scopes, session.expires)
-        return json(told, headers=(("set-cookie", cookie), ("cache-control", "no-store")))
+        answer = PageSession(opened.token, session.name, session.scopes, session.expires)
+        return json(answer, headers=(("set-cookie", cookie), ("cache-control", "no-store")))
 
 
 def add_page(router: Router, page: PageEndpoints) -> None:
-    """The page's routes. Its files are no secret; what it shows wants a session."""
+    """Add the page's routes. Its files are open to all; what it shows needs a session."""
     open_to_all, add = Reach.NOTHING, router.add
     add("GET", "/ui", page.page, "open", "The page", streams("text/html", "the page"), open_to_all)
     add(
@@ -128,11 +135,3 @@ def add_page(router: Router, page: PageEndpoints) -> None:
         answers(PageLink),
         Reach.EACH,
     )
-
-
-def _name_of(peer: Peer) -> str:
-    """The user at the other end of an operators' socket."""
-    try:
-        return pwd.getpwuid(peer.uid).pw_name if peer.uid is not None else ""
-    except KeyError:
-        return f"uid {peer.uid}"

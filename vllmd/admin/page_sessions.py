@@ -66,9 +66,9 @@ class OpenedSession:
 
 
 class PageSessions:
-    """Hands out links, opens sessions, and knows the owner of each.
+    """Makes links, opens sessions, and identifies the owner of each.
 
-    ``clock`` tells Unix time. ``current``: what the API key of a digest opens now, None where there is none any more.
+    ``clock`` returns Unix time. ``current`` returns what the API key with a digest permits now, None for none.
     """
 
     def __init__(self, clock: Callable[[], float], current: Callable[[str], Caller | None], file: Path | None) -> None:
@@ -76,7 +76,11 @@ class PageSessions:
         self._current = current
         self._file = file
         self._links: dict[str, tuple[float, Caller]] = {}  # by digest
-        self._sessions = {session.cookie: session for session in _read(file)}
+        self._sessions: dict[str, Session] = {}  # by their cookies' digests
+        if file is not None:  # of an earlier daemon; what cannot be read is left out: people sign in again
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                sessions = [session_of(each) for each in json.loads(file.read_text())]
+                self._sessions = {session.cookie: session for session in sessions}
 
     def link(self, caller: Caller) -> str:
         """The code of a link that signs in once, as ``caller``, within ``LINK_LIFE``."""
@@ -86,14 +90,14 @@ class PageSessions:
         return code
 
     def open_by_link(self, code: str) -> OpenedSession:
-        """Use a link's code up. Raises Unauthorized for one that is unknown, used or too old."""
+        """Sign in by the code of a link, once. Raises Unauthorized for one that is unknown, used or too old."""
         expires, caller = self._links.pop(_digest(code), (0.0, None))
         if caller is None or expires < self._clock():
             raise Unauthorized("the link has been used, or is older than five minutes; `vllmctl ui` prints a new one")
         return self.open(caller)
 
     def open(self, caller: Caller) -> OpenedSession:
-        """Sign in as ``caller``; if that came by an API key, for as long as there is that key, and with its scopes."""
+        """Sign in as ``caller``; if it has an API key, for as long as that key exists, and with its current scopes."""
         cookie, token = secrets.token_urlsafe(BYTES), secrets.token_urlsafe(BYTES)
         models = None if caller.models is None else tuple(sorted(caller.models))
         scopes = tuple(sorted(caller.scopes - {MODELS}))
@@ -130,7 +134,7 @@ class PageSessions:
         self._write()
 
     def _write(self) -> None:
-        """Keep the sessions; where that fails they last until the daemon ends, which is no reason to refuse one."""
+        """Write the sessions down; if that fails they last until the daemon ends, which is no reason to refuse one."""
         if self._file is None:
             return
         kept = [asdict(session) for session in self._sessions.values() if session.expires > self._clock()]
@@ -153,7 +157,7 @@ def cookie_of(request: Request) -> str:
 
 
 def of_operator(caller: Caller, name: str) -> Caller:
-    """The operator of a socket by name: those have no key to be called by."""
+    """The caller under ``name`` if it has none, as operators on a socket have no key to be named by."""
     return replace(caller, name=caller.name or name)
 
 
@@ -166,24 +170,15 @@ def _keep_newest(kept: dict[str, T], most: int) -> None:
         del kept[next(iter(kept))]
 
 
-def _read(file: Path | None) -> list[Session]:
-    """What an earlier daemon kept. Whatever cannot be read is nothing: people sign in again."""
-    found: list[Session] = []
-    if file is None:
-        return found
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        found = [_session(each) for each in json.loads(file.read_text())]
-    return found
-
-
-def _session(told: ForeignJson) -> Session:
-    models = told["models"]
+def session_of(data: ForeignJson) -> Session:
+    """A session from its JSON object. Raises KeyError, TypeError, ValueError."""
+    models = data["models"]
     return Session(
-        cookie=str(told["cookie"]),
-        token=str(told["token"]),
-        name=str(told["name"]),
-        scopes=tuple(map(str, told["scopes"])),
-        expires=float(told["expires"]),
-        key=str(told["key"]),
+        cookie=str(data["cookie"]),
+        token=str(data["token"]),
+        name=str(data["name"]),
+        scopes=tuple(map(str, data["scopes"])),
+        expires=float(data["expires"]),
+        key=str(data["key"]),
         models=None if models is None else tuple(map(str, models)),
     )

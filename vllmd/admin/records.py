@@ -1,7 +1,7 @@
-"""What is followed of requests, and exported: ``/admin/events/requests``, ``/admin/trace``.
+"""Streams of the records: ``/admin/events/requests``, ``/admin/trace``.
 
-What is asked once (the last requests, recordings, use) are rows of ``vllmd.api.verbs``. A caller sees what its key
-may: the requests of its own key or, with the scope read, of all; bodies only with admin.
+The last requests, recordings and use are verbs, see ``vllmd.api.verbs``. A caller sees the requests of its own key or,
+with the scope read, of all keys; bodies only with the scope admin.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from vllmd.admin.control import Control
 from vllmd.admin.schemas import doc, streams, takes
 from vllmd.admin.streams import framed
-from vllmd.admin.verbs import NDJSON, into
+from vllmd.admin.verbs import NDJSON, into, ndjson
 from vllmd.api.answers import Arrival
-from vllmd.api.codec import encoded
 from vllmd.api.kinds import Flag, Moment
 from vllmd.api.verbs import WANTED, Param
 from vllmd.proxy.access import Reach
@@ -29,15 +28,15 @@ TRACE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """What is asked for of a trace."""
+class TraceRequest:
+    """The query of ``GET /admin/trace``."""
 
     since: float | None
     anonymised: bool
 
 
 def add_records(router: Router, control: Control) -> None:
-    """The routes of what comes piece by piece."""
+    """Add the streams to the route table."""
     ends = RecordsEndpoints(control)
     router.add("GET", "/admin/events/requests", ends.watch, "read", "Requests as they end", doc(
         streams("text/event-stream", "events whose data is a RequestEntry"), takes(WANTED)),
@@ -59,14 +58,14 @@ class RecordsEndpoints:
 
     async def trace(self, request: Request) -> Response:
         """``GET /admin/trace``: arrivals, a JSON object a line."""
-        asked = into(Exported, TRACE, request)
-        found = self._control.records.trace(asked.since, anonymised=asked.anonymised)
-        first = await anext(found, None)  # what cannot be is an error, not a stream
-        return Response(200, _lines(first, found), NDJSON)
+        query = into(TraceRequest, TRACE, request)
+        arrivals = self._control.records.trace(query.since, anonymised=query.anonymised)
+        first = await anext(arrivals, None)  # raises what is wrong while the answer can still be an error
 
+        async def every() -> AsyncIterator[Arrival]:
+            if first is not None:
+                yield first
+            async for arrival in arrivals:
+                yield arrival
 
-async def _lines(first: Arrival | None, rest: AsyncIterator[Arrival]) -> AsyncIterator[bytes]:
-    if first is not None:
-        yield encoded(first) + b"\n"
-    async for line in rest:
-        yield encoded(line) + b"\n"
+        return Response(200, ndjson(every()), NDJSON)

@@ -1,8 +1,8 @@
 """The route tables: what any client may read, and what an operator may do.
 
-Both are behind every listener; the scope of each row, and what it reaches, say who
-may (``vllmd.proxy.access``). A row's last columns are what ``/openapi.json`` says of
-it. What an operator may have done is ``vllmd.api.verbs``.
+Both are behind every listener; the scope of each row, and its reach, decide which callers may use it
+(``vllmd.proxy.access``). A row's other columns are its documentation in ``/openapi.json``. Operators' verbs are rows
+of ``vllmd.api.verbs``.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ OBJECT = {"type": "object"}
 ENGINE_OF = replace(OF_MODEL, about="that model's engine's own metrics instead")
 NOTHING, EACH, MACHINE = Reach.NOTHING, Reach.EACH, Reach.MACHINE  # a row without one is about one model
 ANOTHER = """\
-On a GPU where none of its instances is, one of its replicas that is not loaded is started there; a model without
-replicas in the configuration gets one more instance, which is known until it is stopped there, or until a reload."""
-ONE = "With a gpu_id the instance on that GPU only; the last one to go takes the model along."
+On a GPU that has none of its instances, one of its replicas that is not loaded is started there; a model without
+replicas in the configuration gets one more instance, which lasts until it is stopped there, or until a reload."""
+ONE = "With a gpu_id only the instance on that GPU; the last instance to stop takes the model along."
 PLAIN = streams("text/plain", "Prometheus' text format", {"application/openmetrics-text": {"schema": TEXT}})
 
 
 def add_public(router: Router, control: Control) -> None:
-    """What any client may read."""
+    """Add the routes for every client: models, health, metrics, documentation."""
     models, metrics = ModelEndpoints(control), MetricsEndpoints(control)
     add = router.add
     add("GET", "/v1/models", models.every, "models", "The models, loaded or not, and their aliases",
@@ -68,13 +68,13 @@ def add_public(router: Router, control: Control) -> None:
     add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN,
         EACH)  # fmt: skip
     documentation = Documentation(router)
-    add("GET", "/openapi.json", documentation.schema, "open", "What the paths take and give",
+    add("GET", "/openapi.json", documentation.schema, "open", "This API as an OpenAPI document",
         answers({"type": "object"}), NOTHING)  # fmt: skip
     add("GET", "/docs", documentation.page, "open", "The same as a page", streams("text/html", "a page"), NOTHING)
 
 
 def add_operator(router: Router, control: Control) -> None:
-    """What an operator may do."""
+    """Add the routes for operators: the verbs, streams, the instances API, run-time models, adapters, the store."""
     add_verbs(router, control)
     follow, models, add = StreamEndpoints(control), ModelEndpoints(control), router.add
     add("GET", "/admin/models", models.every, "read", "The models as /v1/models has them, for operators",
@@ -88,15 +88,15 @@ def add_operator(router: Router, control: Control) -> None:
         streams("text/event-stream", "events whose data is a Decision"), MACHINE)  # fmt: skip
     add("GET", "/admin/logs/{model:path}", follow.log, "read", "An engine's log",
         doc(streams("text/plain", "its lines"), takes(LOG)))  # fmt: skip
-    _add_instances(router, InstanceEndpoints(control))
+    add_instances(router, InstanceEndpoints(control))
     add_runtime_models(router, control.runtime_models, audited)
     add_adapters(router, control.adapters, audited)
     add_store(router, control.store, audited)
     add_records(router, control)
 
 
-def _add_instances(router: Router, instances: InstanceEndpoints) -> None:
-    """The routes of ``/api/v1``, by which some programs start and stop models."""
+def add_instances(router: Router, instances: InstanceEndpoints) -> None:
+    """Add the routes of ``/api/v1``, the instances API."""
     add = router.add
     add("GET", "/api/v1/gpus", instances.gpus, "read", "The GPUs and the processes on them",
         answers(tuple[GPUInfo, ...], also={501: Error}), MACHINE)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models that programs bring along: known for as long as the daemon lives, written nowhere."""
+"""Run-time models, which programs add: they last as long as the daemon, and are written nowhere."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SETTINGS: dict[str, object] = {"type": "object", "description": "settings of one
 
 
 class RuntimeModels(Protocol):
-    """The daemon, as far as these endpoints need it."""
+    """The run-time models, as the daemon implements them."""
 
     async def put(self, name: str, settings: Mapping[str, object], *, trusted: bool) -> Known:
-        """Make a model known. Raises BadRequest, TooManyRequests."""
+        """Add a run-time model. Raises BadRequest, TooManyRequests."""
 
     async def drop(self, name: str) -> None:
-        """Forget one; it is drained and stopped. Raises UnknownModel, Conflict for a configured one."""
+        """Drain, stop and remove a run-time model. Raises UnknownModel, Conflict for a configured one."""
 
 
 class RuntimeModelEndpoints:
-    """``/admin/guests/...``; the caller has been found to be an operator."""
+    """``/admin/guests/...``. The router has checked the caller's scope."""
 
     def __init__(self, runtime_models: RuntimeModels) -> None:
         self._models = runtime_models
@@ -37,7 +37,7 @@ class RuntimeModelEndpoints:
         """``PUT /admin/guests/{model}`` with the settings of a model as in vllmd.yaml(5).
 
         A model of that name that is configured, or in use, stays as it is; ``differs`` names the settings that
-        are not as asked for. Settings that could run the caller's code are only for root and the daemon's own user.
+        are not as requested. Settings that could run the caller's code are only for root and the daemon's own user.
         """
         settings = request.json() if request.body else {}
         if not isinstance(settings, dict):

@@ -1,6 +1,6 @@
-"""The words to say in a route's row what it takes and gives; ``openapi`` puts them together.
+"""Parts of OpenAPI operations, by which a route's row says what it takes and answers; ``openapi`` joins them.
 
-The schemas themselves are drawn from the dataclasses of ``vllmd.api.answers``.
+The schemas of answers are drawn from the dataclasses of ``vllmd.api.answers``.
 """
 
 from __future__ import annotations
@@ -18,23 +18,35 @@ TEXT: Schema = {"type": "string"}
 
 def answers(shape: object, status: int = 200, also: Mapping[int, type[Answer]] | None = None) -> Schema:
     """A JSON answer: a dataclass, a tuple of them, or a schema; ``also``: other statuses with their answers."""
-    found = {str(status): _json("as asked", shape if isinstance(shape, dict) else codec.schema(shape))}
-    for other, which in (also or {}).items():
-        found[str(other)] = _json("as asked" if other < 300 else "not as asked", codec.schema(which))
-    return {"responses": {**found, "default": ERROR}}
+    responses = {str(status): _json("as asked", shape if isinstance(shape, dict) else codec.schema(shape))}
+    for other, kind in (also or {}).items():
+        responses[str(other)] = _json("as asked" if other < 300 else "not as asked", codec.schema(kind))
+    return {"responses": {**responses, "default": ERROR}}
 
 
 def streams(content_type: str, about: str, other: Mapping[str, object] | None = None) -> Schema:
-    """An answer that comes piece by piece."""
+    """An answer that is a stream. ``other``: further content types with their schemas."""
     content = {content_type: {"schema": TEXT}, **(other or {})}
     return {"responses": {"200": {"description": about, "content": content}, "default": ERROR}}
 
 
 def takes(params: Sequence[Param]) -> Schema:
-    """What an operation takes: in the path and the query, and in a JSON object as the body."""
-    placed = [_parameter(each) for each in params if each.place != "body"]
-    fields = [each for each in params if each.place == "body"]
-    return {**({"parameters": placed} if placed else {}), **(_body(fields) if fields else {})}
+    """The parameters of an operation: in the path and the query, and as fields of a JSON object in the body."""
+    placed, properties = list[Schema](), dict[str, Schema]()
+    for param in params:
+        if param.place != "body":
+            placed.append(_parameter(param))
+            continue
+        schema = param.kind.schema(text=False)
+        schema = {"anyOf": [schema, {"type": "null"}]} if param.default is None else schema
+        default = {} if param.default in (REQUIRED, None) else {"default": param.default}
+        properties[param.key] = {**schema, **default, **({"description": param.about} if param.about else {})}
+    taken: Schema = {"parameters": placed} if placed else {}
+    if properties:
+        required = [each.key for each in params if each.place == "body" and each.default is REQUIRED]
+        schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        taken["requestBody"] = {"required": bool(required), "content": {"application/json": {"schema": schema}}}
+    return taken
 
 
 def takes_object(schema: Mapping[str, object]) -> Schema:
@@ -60,18 +72,6 @@ def _parameter(param: Param) -> Schema:
         schema["default"] = str(param.default) if schema["type"] == "string" else param.default
     required = {"required": True} if param.default is REQUIRED else {}
     return {"name": param.key, "in": param.place, "description": param.about, "schema": schema, **required}
-
-
-def _body(params: Sequence[Param]) -> Schema:
-    """The JSON object of these."""
-    properties, required = {}, [each.key for each in params if each.default is REQUIRED]
-    for each in params:
-        schema = each.kind.schema(text=False)
-        schema = {"anyOf": [schema, {"type": "null"}]} if each.default is None else schema
-        default = {} if each.default in (REQUIRED, None) else {"default": each.default}
-        properties[each.key] = {**schema, **default, **({"description": each.about} if each.about else {})}
-    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return {"requestBody": {"required": bool(required), "content": {"application/json": {"schema": schema}}}}
 
 
 def _json(about: str, schema: Mapping[str, object]) -> Schema:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vllmd.admin.control import Store
 from vllmd.admin.responses import json
 from vllmd.admin.schemas import answers, doc, takes, takes_object
-from vllmd.admin.verbs import NDJSON, into
+from vllmd.admin.verbs import NDJSON, into, ndjson
 from vllmd.api.answers import Added, Pulled, failure
 from vllmd.api.codec import encoded
 from vllmd.api.kinds import Flag, Text
@@ -33,7 +33,7 @@ SETTINGS: dict[str, object] = {
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """What is to be fetched."""
+    """The body of ``POST /admin/store/pull``."""
 
     model: str
     add: bool
@@ -49,33 +49,30 @@ class StoreEndpoints:
     async def pull(self, request: Request) -> Response:
         """``POST /admin/store/pull`` with ``{"model": NAME, "add": true, "detach": false}``.
 
-        Accept: application/x-ndjson or text/event-stream follow it; else the answer comes at its end, or with
-        ``detach`` at once.
+        With Accept: application/x-ndjson or text/event-stream the answer is the progress; else it comes at the end of
+        the download, or with ``detach`` at once.
         """
-        asked = into(Pull, PULL, request)
-        lines = self._store.pull(asked.model, add=asked.add, detached=asked.detach)
-        first = await anext(lines)  # what cannot be is an error, not a stream
+        body = into(Pull, PULL, request)
+        lines = self._store.pull(body.model, add=body.add, detached=body.detach)
+        first = await anext(lines)  # raises what is wrong with the request while the answer can still be an error
         accept = request.headers.get("accept")
         if "text/event-stream" in accept:
-            return Response(200, _events(first, lines), "text/event-stream", (("cache-control", "no-store"),))
+            events = server_sent(_until_the_end(first, lines))
+            return Response(200, events, "text/event-stream", (("cache-control", "no-store"),))
         if NDJSON in accept:
-            return Response(200, _lines(first, lines), NDJSON)
-        if asked.detach and not first.done:
-            self._side(lines)
+            return Response(200, ndjson(_until_the_end(first, lines)), NDJSON)
+        if body.detach and not first.done:
+
+            async def follow() -> None:
+                async for _ in lines:
+                    pass
+
+            task = asyncio.ensure_future(follow())
+            _TASKS.add(task)
+            task.add_done_callback(_TASKS.discard)
             return json(first)
         *_, last = [first, *[line async for line in lines]]
         return json(last, 503 if last.error else 200)
-
-    def _side(self, lines: AsyncIterator[Pulled]) -> None:
-        """Go on to the end without anybody who listens."""
-
-        async def follow() -> None:
-            async for _ in lines:
-                pass
-
-        task = asyncio.ensure_future(follow())
-        _TASKS.add(task)
-        task.add_done_callback(_TASKS.discard)
 
     async def add(self, request: Request) -> Response:
         """``PUT /admin/store/models/{model}`` with its settings."""
@@ -85,21 +82,17 @@ class StoreEndpoints:
         return json(await self._store.add(request.params["model"], settings))
 
 
-_TASKS: set[asyncio.Task[None]] = set()
+_TASKS: set[asyncio.Task[None]] = set()  # the loop itself refers to its tasks only weakly
 
 
-async def _lines(first: Pulled, rest: AsyncGenerator[Pulled, None]) -> AsyncIterator[bytes]:
-    async for line in _chained(first, rest):
-        yield encoded(line) + b"\n"
+async def server_sent(values: AsyncIterator[object]) -> AsyncIterator[bytes]:
+    """Each value as a server-sent event."""
+    async for value in values:
+        yield b"data: " + encoded(value) + b"\n\n"
 
 
-async def _events(first: Pulled, rest: AsyncGenerator[Pulled, None]) -> AsyncIterator[bytes]:
-    async for line in _chained(first, rest):
-        yield b"data: " + encoded(line) + b"\n\n"
-
-
-async def _chained(first: Pulled, rest: AsyncGenerator[Pulled, None]) -> AsyncIterator[Pulled]:
-    """All of them; who leaves early has left the download, too."""
+async def _until_the_end(first: Pulled, rest: AsyncGenerator[Pulled, None]) -> AsyncIterator[Pulled]:
+    """``first`` and ``rest``, an error as the last line; closing this closes ``rest``, and so leaves the download."""
     try:
         yield first
         async for line in rest:
@@ -111,7 +104,7 @@ async def _chained(first: Pulled, rest: AsyncGenerator[Pulled, None]) -> AsyncIt
 
 
 def add_store(router: Router, store: Store, audited: Callable[[LocalHandler], LocalHandler]) -> None:
-    """What is no row of the table of verbs: a download is followed, and a model's settings are as in a file."""
+    """Add the two routes that are no verbs: one streams, the other takes settings as a configuration file has them."""
     endpoints, add = StoreEndpoints(store), router.add
     add("POST", "/admin/store/pull", audited(endpoints.pull), "admin", "Have a model's files here, and follow that",
         doc(answers(Pulled), takes(PULL)), Reach.MACHINE)  # fmt: skip

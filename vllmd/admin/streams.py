@@ -1,4 +1,4 @@
-"""What an operator may follow: decisions as they are made, and the logs of engines. His verbs are ``verbs``."""
+"""Streams for operators: decisions as they are made, and the logs of engines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOG = (
 
 @dataclass(frozen=True, slots=True)
 class LogRequest:
-    """What is asked for of a log."""
+    """The path and query of ``GET /admin/logs/{model}``."""
 
     model: str
     lines: int
@@ -33,7 +33,7 @@ class LogRequest:
 
 
 class StreamEndpoints:
-    """``/admin/events`` and ``/admin/logs``; the caller has been found to be an operator."""
+    """``/admin/events`` and ``/admin/logs``. The router has checked the caller's scope."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -44,17 +44,17 @@ class StreamEndpoints:
 
     async def log(self, request: Request) -> Response:
         """``GET /admin/logs/{model}``; ``?lines=50&follow=true``. Plain text."""
-        asked = into(LogRequest, LOG, request)
-        model = self._control.status.resolve(asked.model, request.caller)
-        follow = asked.follow and request.method != "HEAD"
-        text = await _begun(self._control.following.log(model, asked.lines, follow=follow))
-        return Response(200, _lines(text), "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
+        query = into(LogRequest, LOG, request)
+        model = self._control.status.resolve(query.model, request.caller)
+        follow = query.follow and request.method != "HEAD"
+        text = await begun(self._control.following.log(model, query.lines, follow=follow))
+        return Response(200, text, "text/plain; charset=utf-8", (("x-accel-buffering", "no"),))
 
 
 async def framed(events: AsyncIterator[object], about: bytes) -> AsyncIterator[bytes]:
-    """Server-sent events, and a comment whenever nothing has happened for a while, so that nothing times out.
+    """Server-sent events, with a comment after each ``KEEP_ALIVE`` of silence, so that no proxy gives up.
 
-    ``about`` is the first comment: it opens the answer before anything has happened.
+    ``about``: the first comment, which opens the answer before the first event.
     """
     yield b": %b\n\n" % about
     coming = asyncio.ensure_future(anext(events))
@@ -72,33 +72,34 @@ async def framed(events: AsyncIterator[object], about: bytes) -> AsyncIterator[b
         await _close(events)
 
 
-async def _begun(lines: AsyncIterator[str]) -> AsyncIterator[str]:
-    """``lines`` with the first one fetched, if it comes soon: whatever is wrong is an error and not a broken answer."""
+async def begun(lines: AsyncIterator[str]) -> AsyncIterator[bytes]:
+    """The lines of a log as bytes, once the first one is there or ``FIRST_LINE`` has passed.
+
+    So an error that comes at once, as of a model without an engine, is raised here and is an error answer, not an
+    answer that breaks off.
+    """
     first = asyncio.ensure_future(anext(lines, None))
     await asyncio.wait({first}, timeout=FIRST_LINE)
-    return _from(first, lines) if not first.done() or first.result() is not None else _from(None, lines)
+    if first.done():
+        first.result()
+    return _from(first, lines)
 
 
-async def _from(first: asyncio.Future[str | None] | None, lines: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _from(first: asyncio.Future[str | None], lines: AsyncIterator[str]) -> AsyncIterator[bytes]:
     try:
-        line = await first if first else None
+        line = await first
         while line is not None:
-            yield line
+            yield line.encode("utf-8", "replace") + b"\n"
             line = await anext(lines, None)
     finally:
-        if first and not first.done():
-            first.cancel()
+        if not first.done():
+            first.cancel()  # which closes the generator: it must not be closed while it runs
         else:
             await _close(lines)
 
 
 async def _close(lines: AsyncIterator[object]) -> None:
-    """Let a generator that is not read to its end leave what it holds."""
+    """Close a generator that is not read to its end, so that it releases its resources now."""
     close = getattr(lines, "aclose", None)
     if close:
         await close()
-
-
-async def _lines(text: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    async for line in text:
-        yield line.encode("utf-8", "replace") + b"\n"

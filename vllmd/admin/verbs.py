@@ -1,7 +1,7 @@
-"""Operators' verbs: every row of ``vllmd.api.verbs`` becomes a route that checks, does and answers.
+"""Operators' verbs: every row of ``vllmd.api.verbs`` becomes a route that checks, acts and answers.
 
-All parameters are checked before anything is done; whatever is wrong raises BadRequest, or NotFound where the path
-names nothing. Every verb of an administrator leaves a record of who used it, and how that went.
+All parameters are checked before anything is done; a wrong one raises BadRequest, or NotFound where it is in the path.
+Every verb that needs the scope admin leaves a line in the log: the key or user that called it, and the outcome.
 """
 
 from __future__ import annotations
@@ -43,100 +43,87 @@ def add_verbs(router: Router, control: Control) -> None:
 
 
 class VerbEndpoint:
-    """The handler of one row; the caller has been found to be an operator."""
+    """The handler of one row. The router has checked the caller's scope."""
 
     def __init__(self, verb: Verb, control: Control) -> None:
         self._verb = verb
         self._control = control
 
     async def __call__(self, request: Request) -> Response:
-        """1. check, 2. do, 3. tell what came of it."""
+        """Check, act, answer. Raises VllmdError."""
         verb, control = self._verb, self._control
-        arguments = self._arguments(request)
+        # 1. Check. The models first: a caller that may not use one learns nothing else about its request.
+        models = [each for each in verb.takes if isinstance(each.kind, ModelName)]
+        arguments: dict[str, object] = {
+            name: value and control.status.resolve(str(value), request.caller)
+            for name, value in read(models, request).items()
+        }
+        arguments |= read([each for each in verb.takes if each not in models], request)
         wait, model = arguments.pop("wait", False), str(arguments.get("model", ""))
+        # 2. Act: post an event to the core, or call the method that the row names.
+        result = None
         if verb.event:
             await control.commands.post(verb.event, arguments)
-            told = None
         else:
-            told = attrgetter(verb.does)(control)(**arguments, **({"caller": request.caller} if verb.each else {}))
-            told = await told if inspect.isawaitable(told) else told
-        if verb.settles:
-            return await self._settled(request, model, wait=bool(wait))
-        return await json_in_turns(told if told is not None else control.status.line(model))
-
-    def _arguments(self, request: Request) -> dict[str, object]:
-        """The parameters by name; a model by its configured name. Raises UnknownModel, Forbidden for one of others.
-
-        The models first: whoever may not use one is told nothing else about the request.
-        """
-        models = [each for each in self._verb.takes if isinstance(each.kind, ModelName)]
-        asked = {name: str(value) for name, value in read(models, request).items()}
-        resolve = self._control.status.resolve
-        found = {name: model and resolve(model, request.caller) for name, model in asked.items()}
-        return {**found, **read([each for each in self._verb.takes if each not in models], request)}
-
-    async def _settled(self, request: Request, model: str, *, wait: bool) -> Response:
-        """What became of it: line by line, now, or when it has come to rest."""
-        progress = self._control.following.progress(model)
+            caller = {"caller": request.caller} if verb.each else {}
+            result = attrgetter(verb.does)(control)(**arguments, **caller)
+            result = await result if inspect.isawaitable(result) else result
+        # 3. Answer: at once; or, where a model changes its state, with its progress or when that has ended.
+        if not verb.settles:
+            return await json_in_turns(result if result is not None else control.status.line(model))
+        progress = control.following.progress(model)
         if NDJSON in request.headers.get("accept"):
-            return Response(200, _lines(progress), NDJSON)
+            return Response(200, ndjson(progress), NDJSON)
         if not wait:
-            return json(self._control.status.line(model), 202)
+            return json(control.status.line(model), 202)
         async for line in progress:
             last = line
         if last.error:
             raise EngineFailed(last.error.message)
-        return json(self._control.status.line(model))
+        return json(control.status.line(model))
 
 
-async def _lines(values: AsyncIterator[object]) -> AsyncIterator[bytes]:
+async def ndjson(values: AsyncIterator[object]) -> AsyncIterator[bytes]:
+    """Each value as a line of JSON."""
     async for value in values:
         yield encoded(value) + b"\n"
 
 
-# -- what a request asks for
+# -- parameters
 
 
 def read(params: Sequence[Param], request: Request) -> dict[str, object]:
-    """The parameters by name, those that are not given with their defaults. Raises BadRequest, NotFound."""
-    places: Mapping[str, Mapping[str, object]] = {
-        "path": request.params,
-        "query": request.query,
-        "body": _body([each.key for each in params if each.place == "body"], request),
-    }
-    found = {}
+    """The parameters by name, those that are left out with their defaults. Raises BadRequest, NotFound."""
+    fields = [each.key for each in params if each.place == "body"]
+    body = request.json() if fields and request.body else {}
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    for name in body:
+        if name not in fields:
+            raise BadRequest(f"there is no field {name!r}; there are {', '.join(fields)}", param=name)
+    places: Mapping[str, Mapping[str, object]] = {"path": request.params, "query": request.query, "body": body}
+    values = {}
     for param in params:
         value = places[param.place].get(param.key, param.default)
         if value is verbs.REQUIRED:
             raise BadRequest(f"{param.key} is missing: {param.kind.accepts}", param=param.key)
         if param.key not in places[param.place]:
-            found[param.name] = value
+            values[param.name] = value
         else:
-            found[param.name] = param.read_json(value) if param.place == "body" else param.read_text(str(value))
-    return found
+            values[param.name] = param.read_json(value) if param.place == "body" else param.read_text(str(value))
+    return values
 
 
 def into(make: Callable[..., T], params: Sequence[Param], request: Request) -> T:
-    """What ``make`` makes of them, by their names."""
+    """Call ``make`` with the parameters by name. Raises BadRequest, NotFound."""
     return make(**read(params, request))
 
 
-def _body(known: Sequence[str], request: Request) -> Mapping[str, object]:
-    """The JSON object in the body (none: an empty one), which has no other fields than these."""
-    body = request.json() if known and request.body else {}
-    if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object")
-    for name in body:
-        if name not in known:
-            raise BadRequest(f"there is no field {name!r}; there are {', '.join(known)}", param=name)
-    return body
-
-
-# -- what the documentation says
+# -- documentation
 
 
 def operation(verb: Verb) -> Schema:
-    """What ``/openapi.json`` says of it beyond its route."""
+    """The OpenAPI operation of a verb, but for its path and summary."""
     line = {"schema": {"$ref": f"#/components/schemas/{verb.answer.__name__}"}}
     error = {"schema": {"$ref": "#/components/schemas/Error"}}
     done = {"description": "as asked", "content": {"application/json": line}}
@@ -150,32 +137,31 @@ def operation(verb: Verb) -> Schema:
     return doc(takes(verb.takes), {"responses": responses}, about=verb.about)
 
 
-# -- the record
+# -- audit
 
 
 def audited(handler: LocalHandler) -> LocalHandler:
-    """``handler``, and a record of who asked for it, and how it went."""
+    """``handler``, and a line in the log for each request: who called it, and the outcome."""
+
+    def note(request: Request, outcome: str) -> None:
+        by = f"the key {request.key}" if request.key else str(request.peer)
+        by = f"{request.key} on the page" if request.caller.page else by
+        fields = {"VLLMD_VERB": f"{request.method} {request.path}", "VLLMD_BY": by, "REQUEST_ID": request.id}
+        if "model" in request.params:
+            fields["MODEL"] = request.params["model"]
+        query = f"?{request.query_string}" if request.query_string else ""
+        log.info("%s %s%s by %s: %s", request.method, request.path, query, by, outcome, extra={"journal": fields})
 
     async def handle(request: Request) -> Response:
         try:
             response = await handler(request)
         except VllmdError as error:
-            known = isinstance(error, ConfigError) and request.path == "/admin/reload"  # the log has all of it already
-            _record(request, f"refused: {'the configuration is invalid' if known else error.message.splitlines()[0]}")
+            # What is wrong with the configuration has been logged, line by line.
+            is_logged = isinstance(error, ConfigError) and request.path == "/admin/reload"
+            note(request, f"refused: {'the configuration is invalid' if is_logged else error.message.splitlines()[0]}")
             raise
         done = "done" if response.status == 200 and isinstance(response.body, bytes) else "begun"
-        _record(request, done if response.status < 400 else f"failed: {response.status}")
+        note(request, done if response.status < 400 else f"failed: {response.status}")
         return response
 
     return handle
-
-
-def _record(request: Request, outcome: str) -> None:
-    who = f"the key {request.key}" if request.key else str(request.peer)
-    if request.caller.page:
-        who = f"{request.key} on the page"
-    fields = {"VLLMD_VERB": f"{request.method} {request.path}", "VLLMD_BY": who, "REQUEST_ID": request.id}
-    if "model" in request.params:
-        fields["MODEL"] = request.params["model"]
-    query = f"?{request.query_string}" if request.query_string else ""
-    log.info("%s %s%s by %s: %s", request.method, request.path, query, who, outcome, extra={"journal": fields})

@@ -1,8 +1,9 @@
-"""What is told over HTTP, as it is on the wire. Memory is in bytes, time in seconds, a moment in Unix time.
+"""The JSON objects of the API as dataclasses. Memory is in bytes, time in seconds, a moment in Unix time.
 
 The daemon makes these (``vllmd.daemon.serializers``), the clients and vllmctl read them, and their JSON Schema is drawn
-from them (``codec.schema``). The daemon tells all fields but those in ``sparse``; a default is what a client sees of an
-older daemon that does not tell the field. Whatever a daemon tells beyond these fields is kept, and has no type.
+from them (``codec.schema``): a field's ``Annotated`` text is its description there. The daemon sends every field, but
+those in ``sparse`` only where they are not None. A default is what a client sees of an older daemon that does not send
+the field; a field of a newer daemon that is not here is kept, and has no type.
 
 No class here has slots: ``vars()`` of an answer is its JSON object.
 """
@@ -35,7 +36,7 @@ _MISSING = object()
 
 
 class Answer:
-    """Base of all that is told."""
+    """Base class of the JSON objects: a frozen dataclass whose methods are not compiled for each class."""
 
     sparse: ClassVar[frozenset[str]] = frozenset()  # fields that are left out where they are None
     _blank: ClassVar[dict[str, object]] = {}  # every field with its default, or _MISSING
@@ -43,17 +44,18 @@ class Answer:
     _needed: ClassVar[tuple[str, ...]] = ()  # fields without a default
 
     def __init__(self, *given: object, **named: object) -> None:
-        """As a dataclass has it, in a tenth of the time: a frozen one that is not ours sets its fields one by one."""
+        """As of a dataclass, in a tenth of the time: the generated one of a frozen class sets fields one by one."""
         kind = type(self)
-        told = {**kind._blank, **named}
+        values = {**kind._blank, **named}
         if given:
-            told.update(zip(kind._blank, given, strict=False))
+            values.update(zip(kind._blank, given, strict=False))
         for name, make in kind._made:
-            if told[name] is _MISSING:
-                told[name] = make()
-        if len(told) != len(kind._blank) or len(given) > len(told) or any(told[n] is _MISSING for n in kind._needed):
+            if values[name] is _MISSING:
+                values[name] = make()
+        lacks = any(values[name] is _MISSING for name in kind._needed)
+        if lacks or len(values) != len(kind._blank) or len(given) > len(values):
             raise TypeError(f"{kind.__name__} has other fields, or needs {', '.join(kind._needed)}")
-        vars(self).update(told)
+        vars(self).update(values)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise FrozenInstanceError(f"cannot assign to field {name!r}")
@@ -78,7 +80,7 @@ class Answer:
 
 @dataclass_transform(frozen_default=True)
 def answer(kind: type[T]) -> type[T]:
-    """A frozen dataclass with the methods of Answer: none is compiled for each class, so that vllmctl starts soon."""
+    """Make a frozen dataclass that keeps Answer's methods: compiling each class's own would delay vllmctl's start."""
     kind = dataclass(init=False, repr=False, eq=False)(kind)
     every = fields(kind)  # type: ignore[arg-type]
     kind._blank = {each.name: _MISSING if each.default is MISSING else each.default for each in every}
@@ -103,7 +105,7 @@ class ErrorDetails(Answer):
 
 @answer
 class ModelSettings(Answer):
-    """What of a model's settings is shown beside its state; empty once the configuration has the model no more."""
+    """The settings of a model that are shown beside its state; empty once the model is not configured any more."""
 
     sparse = frozenset({"engine", "model", "aliases"})
 
@@ -127,7 +129,7 @@ class ModelLine(Answer):
     idle: float | None = None
     since: Annotated[float | None, "seconds in that state, where that is known"] = None
     pinned: bool = False
-    disabled: Annotated[str, "what clients are told instead of an answer: an operator has disabled it"] = ""
+    disabled: Annotated[str, "the message that clients get instead of an answer, if an operator has disabled it"] = ""
     leases: tuple[str, ...] = ()
     waiting_for: str = ""
     failure: str = ""
@@ -136,7 +138,7 @@ class ModelLine(Answer):
     silent: Annotated[float | None, "seconds for which it has answered nothing, while requests wait in it"] = None
     health: HealthStatus = ""
     latency: Annotated[float | None, "of a replica: seconds to the first byte of its answers"] = None
-    rests_in: Annotated[float | None, "seconds until it would sleep, sleep deeper or stop for its age"] = None
+    rests_in: Annotated[float | None, "seconds until its idle rules make it sleep, sleep deeper or stop"] = None
     pid: int | None = None
     unit: str = ""
     socket: str = ""
@@ -145,21 +147,21 @@ class ModelLine(Answer):
     detail: str = ""
     last_start_seconds: float | None = None
     start_phases: Phases = field(default_factory=dict)
-    loader: Annotated[str, "what loads its weights; empty: its engine, as it does by itself"] = ""
-    version: Annotated[str, "of its engine at its last start, where that has an environment"] = ""
-    power: Annotated[float | None, "watts, its share of its devices"] = None
+    loader: Annotated[str, "the loader of its weights; empty: the engine's own"] = ""
+    version: Annotated[str, "version of its engine at its last start, where that has an environment"] = ""
+    power: Annotated[float | None, "watts, its share of its devices' draw"] = None
     unused_energy: Annotated[float | None, "joules that it has drawn since its last request"] = None
     started_at: Annotated[float | None, "Unix time"] = None
     config: ModelSettings = ModelSettings()
-    replica_of: Annotated[str, "the model of which it is one of several engines"] = ""
+    replica_of: Annotated[str, "of a replica: the name of its model"] = ""
     replicas: tuple[ModelLine, ...] = ()
     serving: Annotated[int, "how many of its engines serve"] = 0
-    degraded: Annotated[bool, "a replica is down that ought to serve"] = False
+    degraded: Annotated[bool, "a replica is down that should serve"] = False
 
 
 @answer
 class Device(Answer):
-    """What a device has, and what of it is promised."""
+    """A device's memory: all of it, promised to models, held by others."""
 
     index: int
     memory: int = 0
@@ -172,7 +174,7 @@ class Device(Answer):
 
 @answer
 class DeviceNow(Device):
-    """And what it is, and how it was at the last reading."""
+    """A device with its name and its place in the machine, and with the last reading of its sensors."""
 
     name: str = ""
     id: str = ""
@@ -183,12 +185,12 @@ class DeviceNow(Device):
     power: Watts | None = None
     temperature: Annotated[float | None, "degrees Celsius"] = None
     utilisation: Annotated[float | None, "per cent of the time that it computed, as the driver says"] = None
-    throttled: Annotated[str, "why it is slowed down against its will"] = ""
+    throttled: Annotated[str, "why its clock is reduced (heat, power)"] = ""
 
 
 @answer
 class Preview(Answer):
-    """What a verb would do as things stand, in sentences. ``possible``: it would change anything."""
+    """What a verb would do now, in sentences. ``possible``: it would change something."""
 
     action: str
     text: str = ""
@@ -243,24 +245,24 @@ class Configuration(Answer):
 
 @answer
 class HostMemory(Answer):
-    """For models that sleep at level 1."""
+    """The host memory for models that sleep at level 1."""
 
     sparse = frozenset({"standbys"})
 
     budget: int = 0
     promised: int = 0
-    standbys: Annotated[int | None, "what standbys hold; they are given up for whoever is promised it"] = None
+    standbys: Annotated[int | None, "held by standbys, which end when a model needs it"] = None
 
 
 @answer
 class Host(Answer):
-    """The machine around the devices. Null is what it does not tell."""
+    """The machine around the devices; a value that it does not report is null."""
 
     system: Annotated[str, "its kernel and architecture"] = ""
     cpus: int = 0
-    load: Annotated[float | None, "processes that ran or wanted to, mean of the last minute"] = None
+    load: Annotated[float | None, "load average of the last minute"] = None
     memory: int = 0
-    available: Annotated[int | None, "bytes of memory that could be had without swapping"] = None
+    available: Annotated[int | None, "bytes of memory that are available without swapping"] = None
 
 
 @answer
@@ -290,7 +292,7 @@ class Download(Answer):
 
 @answer
 class Pulled(Answer):
-    """A line of an answer that tells how a download comes along; the last one is ``done``, or has the ``error``."""
+    """The progress of a download, a line of a stream; the last line is ``done``, or has the ``error``."""
 
     sparse = frozenset({"done", "added", "settings", "seconds", "error"})
 
@@ -303,8 +305,8 @@ class Pulled(Answer):
     elapsed: float = 0.0
     behind: tuple[str, ...] = ()
     done: bool | None = None
-    added: Annotated[bool | None, "whether it is served from now on"] = None
-    settings: Annotated[Object | None, "with which it is, or would be, served"] = None
+    added: Annotated[bool | None, "whether the model is served from now on"] = None
+    settings: Annotated[Object | None, "the settings with which the model is, or would be, served"] = None
     seconds: float | None = None
     error: ErrorDetails | None = None
 
@@ -341,7 +343,10 @@ class Added(Answer):
 
 @answer
 class Removed(Answer):
-    """A model that is served no more. ``kept``: why files stay. ``bytes``: of what goes, ``freed``: of what is gone."""
+    """A model that is not served any more.
+
+    ``kept``: why files stay. ``bytes``: size of the files to be removed, ``freed``: of those that were.
+    """
 
     model: str
     file: str = ""
@@ -369,7 +374,7 @@ class Status(Answer):
     backend: str = ""
     source: str = ""
     trouble: Annotated[str, "why the devices do not answer"] = ""
-    unwritten: Annotated[str, "what of the daemon's own files cannot be written now, and why"] = ""
+    unwritten: Annotated[str, "which of the daemon's own files cannot be written now, and why"] = ""
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()
     host_memory: HostMemory = HostMemory()
@@ -380,7 +385,7 @@ class Status(Answer):
 
 @answer
 class Decision(Answer):
-    """What was decided about a model, and why; in a stream of events also what became of it, with the ``state``."""
+    """A decision of the scheduler about a model, and why; in a stream of events also each change of ``state``."""
 
     sparse = frozenset({"state"})
 
@@ -394,21 +399,21 @@ class Decision(Answer):
 
 @answer
 class Decisions(Answer):
-    """The last ones, oldest first."""
+    """The last decisions, oldest first."""
 
     decisions: tuple[Decision, ...] = ()
 
 
 @answer
 class ErrorText(Answer):
-    """What went wrong, in a progress that ends with it."""
+    """The error with which a stream of progress ends."""
 
     message: str = ""
 
 
 @answer
 class Progress(Answer):
-    """A line of an answer that tells how a model comes along; the last one is ``done``."""
+    """The progress of a start, wake, sleep or stop, a line of a stream; the last line is ``done``."""
 
     sparse = frozenset({"phase", "detail", "elapsed", "seconds", "done", "error"})
 
@@ -421,7 +426,7 @@ class Progress(Answer):
     error: ErrorText | None = None
 
 
-# -- what became of an operator's word
+# -- results of operators' verbs
 
 
 @answer
@@ -429,13 +434,13 @@ class ProbedReplica(Answer):
     """One engine's answer to a probe."""
 
     name: str
-    seconds: Annotated[float | None, "until its answer; null if there was none"] = None
+    seconds: Annotated[float | None, "until its answer; null without one"] = None
     message: Annotated[str, "why there are no seconds"] = ""
 
 
 @answer
 class Probed(Answer):
-    """All of them, the fastest first; ``fastest`` is null where none answered."""
+    """The answers of a model's engines to a probe, the fastest first; ``fastest`` is null without any."""
 
     model: str = ""
     fastest: str | None = None
@@ -456,16 +461,16 @@ class Reloaded(Answer):
 
 @answer
 class Suspended(Answer):
-    """Which devices engines have left for the machine's sleep, or have again."""
+    """The devices that engines have left before the machine's sleep, or may use again."""
 
     devices: tuple[int, ...] = ()
     stopped: Annotated[tuple[str, ...], "the engines that were on them"] = ()
-    left: Annotated[tuple[str, ...], "those that would not end in time"] = ()
+    left: Annotated[tuple[str, ...], "the engines that did not end in time"] = ()
 
 
 @answer
 class Killed(Answer):
-    """A process that is gone."""
+    """A process that was killed."""
 
     pid: int = 0
     status: Literal["killed"] = "killed"
@@ -474,12 +479,12 @@ class Killed(Answer):
 
 @answer
 class KeyLine(Answer):
-    """An API key, without its text. ``settings``: its limits and the like, where they are not as every key has them."""
+    """An API key, without its text. ``settings``: its limits and the like that are not at their defaults."""
 
     name: str
     scopes: tuple[str, ...] = ()
     models: Annotated[tuple[str, ...], "the only ones that it may use; empty: all"] = ()
-    configured: Annotated[bool, "in the configuration, where alone it can be changed"] = False
+    configured: Annotated[bool, "it is in the configuration, and can be changed only there"] = False
     at: Annotated[float | None, "when it was made, in Unix time; null for a configured one"] = None
     settings: Object = field(default_factory=dict)
 
@@ -493,7 +498,7 @@ class Keys(Answer):
 
 @answer
 class NewKey(Answer):
-    """A key that was made: its text is told this once."""
+    """A key that was made, with its text, which no other answer has."""
 
     name: str
     key: str = ""
@@ -501,7 +506,7 @@ class NewKey(Answer):
 
 @answer
 class Known(Answer):
-    """A model that a program brought along; ``differs``: settings that are not as asked for."""
+    """A run-time model; ``differs``: settings that are not as requested."""
 
     model: str
     configured: bool = False
@@ -511,13 +516,13 @@ class Known(Answer):
 
 @answer
 class Dropped(Answer):
-    """And one that is forgotten."""
+    """A run-time model that was removed."""
 
     model: str
     dropped: bool = True
 
 
-# -- what any client may read
+# -- for every client
 
 
 @answer
@@ -541,7 +546,7 @@ class Card(Answer):
     hidden: Annotated[bool, "not in lists"] = False
     aliases: tuple[str, ...] = ()
     state: State = "stopped"
-    disabled: Annotated[str, "what is told instead of an answer, where an operator has disabled it"] = ""
+    disabled: Annotated[str, "the message instead of an answer, if an operator has disabled it"] = ""
     engine: str = ""
     max_model_len: Annotated[int | None, "the running engine's, else the configured one"] = None
     capabilities: tuple[str, ...] = ()
@@ -555,7 +560,7 @@ class Card(Answer):
 
 @answer
 class Model(Card):
-    """The card as OpenAI and Anthropic have it, under one of its names."""
+    """A model under one of its names, with the fields of OpenAI's and Anthropic's APIs."""
 
     object: Literal["model"] = "model"
     type: Literal["model"] = "model"
@@ -566,7 +571,7 @@ class Model(Card):
 
 @answer
 class ModelList(Answer):
-    """One page of all of them, as OpenAI and Anthropic have it."""
+    """All models on one page, with the fields of OpenAI's and Anthropic's APIs."""
 
     sparse = frozenset({"models"})
 
@@ -580,14 +585,14 @@ class ModelList(Answer):
 
 @answer
 class DeviceFree(Device):
-    """What of it may still be promised."""
+    """A device with the memory that may still be promised."""
 
     free: int = 0
 
 
 @answer
 class Health(Answer):
-    """Whether vllmd is well, and can serve at once."""
+    """The health of vllmd, and whether it can serve at once (``ready``)."""
 
     status: Annotated[str, "ok, or what is wrong"] = "ok"
     ready: bool = True
@@ -598,7 +603,7 @@ class Health(Answer):
 
 @answer
 class Alive(Answer):
-    """The answer of a daemon that is there, whatever else is wrong."""
+    """The answer to a liveness probe, whatever else is wrong."""
 
     status: Literal["ok"] = "ok"
 
@@ -618,7 +623,7 @@ class Error(Answer):
 
 
 def failure(error: VllmdError) -> ErrorDetails:
-    """An error as it stands in an answer."""
+    """The JSON object of an error."""
     return ErrorDetails(error.message, error.type, error.param, error.code)
 
 
@@ -627,7 +632,7 @@ def failure(error: VllmdError) -> ErrorDetails:
 
 @answer
 class PageSession(Answer):
-    """The user who is signed in to the page, and until when; ``token``: the half of the session that the page keeps."""
+    """A session of the page: its user, when it ends, and the ``token`` that the page sends with each request."""
 
     token: str
     name: str = ""
@@ -637,29 +642,29 @@ class PageSession(Answer):
 
 @answer
 class PageLink(Answer):
-    """A path that signs its first visitor in, and the addresses that it is a path of."""
+    """A path of the page that signs in once, and the addresses that have it."""
 
     path: str
     expires_in: Annotated[float, "seconds"] = 0.0
     listen: tuple[str, ...] = ()
 
 
-# -- requests, and who used how much
+# -- requests and use
 
 
 @answer
 class RequestTokens(Answer):
-    """Tokens that a request took. ``cached``: of the prompt's, those that its engine had already."""
+    """Tokens of a request. ``cached``: those of the prompt that the engine had in its cache."""
 
     prompt: int = 0
     cached: int = 0
     answer: int = 0
-    estimated: Annotated[bool, "reckoned from sizes: no usage told them"] = False
+    estimated: Annotated[bool, "estimated from sizes, since the answer had no usage"] = False
 
 
 @answer
 class RequestEntry(Answer):
-    """A request that ended, or one under way, of which null is what is not known yet."""
+    """A request that ended, or one under way; a value that is not known yet is null."""
 
     id: Annotated[str, "the x-request-id"]
     number: Annotated[int, "counts up; 0 while it is under way"] = 0
@@ -670,20 +675,20 @@ class RequestEntry(Answer):
     replica: str = ""
     key: str = ""
     client: Annotated[str, "its address, or the process on a Unix socket"] = ""
-    agent: Annotated[str, "which program it says that it is: its User-Agent"] = ""
+    agent: Annotated[str, "the client's User-Agent"] = ""
     status: Annotated[int, "499 where the client left before an answer, 0 while there is none"] = 0
-    error: Annotated[str, "the kind of error, if vllmd ended it with one"] = ""
+    error: Annotated[str, "the kind of error, if vllmd ended the request with one"] = ""
     message: str = ""
     stream: bool = False
     received: Annotated[int, "bytes"] = 0
     sent: Annotated[int, "bytes"] = 0
-    queue_seconds: Annotated[float | None, "waited for others and for room"] = None
-    load_seconds: Annotated[float | None, "waited while the model started or woke"] = None
-    first_byte_seconds: Annotated[float | None, "from its arrival to the first byte of its answer"] = None
+    queue_seconds: Annotated[float | None, "waiting for other requests and for room"] = None
+    load_seconds: Annotated[float | None, "waiting for the model to start or wake"] = None
+    first_byte_seconds: Annotated[float | None, "from its arrival to the first byte of the answer"] = None
     seconds: Annotated[float, "from its arrival to its end, or until now"] = 0.0
     retries: int = 0
     tokens: RequestTokens | None = None
-    bodies: Annotated[bool, "whether its bodies were recorded"] = False
+    bodies: Annotated[bool, "its bodies were recorded"] = False
 
 
 @answer
@@ -703,7 +708,7 @@ class Cancelled(Answer):
 
 @answer
 class RecordedBodies(Answer):
-    """The bodies of a request and of its answer, files and secrets cut out. ``..._cut``: only the beginning is kept."""
+    """The bodies of a request and of its answer, without files and secrets. ``..._cut``: only the beginning is kept."""
 
     request: str = ""
     answer: str = ""
@@ -732,16 +737,16 @@ class Recording(Answer):
 
 @answer
 class Recordings(Answer):
-    """The recordings that go on, and what is kept."""
+    """The recordings under way, and the memory of the bodies that they have kept."""
 
     recordings: tuple[Recording, ...] = ()
-    requests: Annotated[int, "how many requests have bodies now"] = 0
-    bytes: Annotated[int, "what these take"] = 0
+    requests: Annotated[int, "requests whose bodies are kept"] = 0
+    bytes: Annotated[int, "size of these bodies"] = 0
 
 
 @answer
 class UsageRow(Answer):
-    """Sums of one key, model or time, by what was asked for."""
+    """Sums of use for one key, model or time, or a combination of these."""
 
     sparse = frozenset({"key", "model", "day", "hour", "month"})
 
@@ -755,7 +760,7 @@ class UsageRow(Answer):
     prompt: Annotated[float, "tokens"] = 0
     cached: Annotated[float, "tokens"] = 0
     answer: Annotated[float, "tokens"] = 0
-    estimated: Annotated[float, "tokens that were reckoned from sizes"] = 0
+    estimated: Annotated[float, "tokens that were estimated from sizes"] = 0
     engine_seconds: float = 0
     device_seconds: Annotated[float, "the share of devices' memory that was held, times seconds"] = 0
     memory_mib_seconds: float = 0
@@ -763,18 +768,18 @@ class UsageRow(Answer):
 
 @answer
 class Usage(Answer):
-    """What each key and model used between two moments in Unix time."""
+    """Use between two moments in Unix time, summed ``by`` key, model or time."""
 
     by: tuple[str, ...] = ()
     since: float = 0.0
     until: float = 0.0
-    trouble: Annotated[str, "why nothing can be written down now"] = ""
+    trouble: Annotated[str, "why use cannot be recorded now"] = ""
     rows: tuple[UsageRow, ...] = ()
 
 
 @answer
 class Arrival(Answer):
-    """A request as ``vllmctl simulate`` reads it: when it came, and its tokens in and out."""
+    """A request as ``vllmctl simulate`` reads it: time of arrival, model, and tokens in and out."""
 
     sparse = frozenset({"key"})
 
@@ -809,12 +814,12 @@ class GPUInfo(Answer):
 
 @answer
 class KillProcessResponse(Killed):
-    """What became of the process, under ``/api/v1``."""
+    """A process that was killed, as ``/api/v1`` names it."""
 
 
 @answer
 class Instance(Answer):
-    """A model as instances on GPUs; its state is in capitals."""
+    """An instance of a model on a GPU; its state is in capitals."""
 
     model_name: str
     model_type: str = ""
@@ -828,7 +833,7 @@ class Instance(Answer):
 
 @answer
 class ModelInstanceInfo(Instance):
-    """All instances of a model, with the state of one."""
+    """A model with the number of its instances and their GPUs, and the state of one."""
 
     active_gpu_ids: tuple[int, ...] = ()
     total_instances: int = 0

@@ -1,7 +1,7 @@
 """The kinds of values that a verb takes: how each is checked, and how it is described.
 
-``of_text`` reads what stands in a path or a query, ``of_json`` what stands in a body; both raise ValueError for what is
-not acceptable, and ``accepts`` says what would be.
+``of_text`` reads a value from a path or a query, ``of_json`` from a body; both raise ValueError for a value that is not
+acceptable, and ``accepts`` says in words what would be.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Text:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModelName:
-    """A model's name, alias, or the end of a name that only one model has; whether it is known the daemon says."""
+    """A model's name, alias, or the end of a name that only one model has; the daemon resolves it."""
 
     annotation: ClassVar[str] = "str"
     accepts: ClassVar[str] = "the name of a model"
@@ -186,7 +186,7 @@ class Word:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class JsonObject:
-    """An object whose fields somebody else checks."""
+    """An object whose fields the verb itself checks."""
 
     what: str = "an object"
     annotation: ClassVar[str] = "Mapping[str, object]"

@@ -1,10 +1,14 @@
-"""The model that a name means: as clients send it to the daemon, and as it is typed after a verb of vllmctl.
+"""Which model a name means: as clients send it to the daemon, and as it is typed after a verb of vllmctl.
 
-The exact name or alias first. What clients make of names by habit comes after it, one habit after another, and each
-only where it leads to one model: a tag ``:latest`` (Ollama's clients), other case or another Unicode form of the same
-letters, a provider's prefix (LiteLLM's and others' ``openai/``, ``ollama/``, ``hosted_vllm/``), and the end of a name
-without what stands before its slashes. White space and slashes at either end mean nothing. Nothing that could be two
-models is guessed.
+An exact name or alias comes first. After it come the ways in which clients change names by habit, one after another,
+and each counts only where it leads to one model:
+
+1. the tag ``:latest`` that Ollama's clients add;
+2. other case, or another Unicode form of the same letters;
+3. a provider's prefix, such as ``openai/``, ``ollama/`` or ``hosted_vllm/``, that LiteLLM and others add;
+4. the end of a name, without what stands before its slashes, alone or behind such a prefix.
+
+White space and slashes at either end are ignored. A name that could be two models is an error, not a guess.
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ from vllmd.errors import BadRequest, UnknownModel
 LONGEST_NAME = 256  # characters of a model's name; a longer one is refused before anything is compared with it
 TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
 
-MOST_TOLD = 3  # names in a message
+MOST_NAMED = 3  # names in a message
 MOST_COMPARED = 500  # names that a wrong one is compared with
 
-FIRST_MODEL = "vllmctl run smollm2"  # fetches one, serves it and asks it
+FIRST_MODEL = "vllmctl run smollm2"  # the command that fetches a model, serves it and asks it
 LATEST = ":latest"
-# By which programs choose an API; some send it on with the name.
+# Prefixes by which programs choose an API; some send them on with the name.
 PREFIXES = tuple(
     f"{name}/"
     for name in (
@@ -36,13 +40,13 @@ PREFIXES = tuple(
 
 
 class Meanings:
-    """Which models each of many names can mean; nearly always that is one, which has no set of its own."""
+    """Which models each of many names can mean. Nearly every name means one, for which no set is made."""
 
     def __init__(self) -> None:
         self._known: dict[str, str | set[str]] = {}
 
     def note(self, name: str, model: str) -> None:
-        """``name`` can mean ``model`` as well."""
+        """Note that ``name`` can mean ``model`` as well."""
         before = self._known.setdefault(name, model)
         if isinstance(before, set):
             before.add(model)
@@ -50,13 +54,13 @@ class Meanings:
             self._known[name] = {before, model}
 
     def of(self, name: str) -> set[str]:
-        """The models, none for a name that nobody noted."""
+        """The models that ``name`` can mean; empty for an unknown name."""
         known = self._known.get(name, set())
         return {known} if isinstance(known, str) else known
 
 
 class Guesses:
-    """What names can mean that are none exactly, by other case, and by their ends. ``names``: each with its model."""
+    """Which models an inexact name can mean, by other case and by its end. ``names``: each with its model."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.folded, self.suffixes, self.folded_suffixes = Meanings(), Meanings(), Meanings()
@@ -70,7 +74,7 @@ class Guesses:
 
 
 class Names:
-    """The names of all models, and of what else is offered (``offers``).
+    """The names of all models, and of adapters, variants and pools (``offers``).
 
     ``models``: each model's name with its aliases. ``listed_by``: how a user gets a list of them, for messages.
     """
@@ -86,7 +90,7 @@ class Names:
         for model, aliases in models:
             for name in (model, *aliases):
                 self._exact[name] = model
-        self._of_models = len(self._exact)  # so many names, the first ones, are models'
+        self._of_models = len(self._exact)  # the first of the names; the others are offers'
         for name in offers:
             self._exact.setdefault(name, name)
         self._known_guesses: Guesses | None = None
@@ -96,30 +100,35 @@ class Names:
 
     @property
     def _guesses(self) -> Guesses:
-        """Made when a name is asked for that is none exactly: of ten thousand models they take megabytes."""
+        """Made for the first name that is not exact: of ten thousand models they take megabytes."""
         if self._known_guesses is None:
             self._known_guesses = Guesses(self._exact)
         return self._known_guesses
 
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
-        """The configured name, of a model or another offer. Raises UnknownModel, or BadRequest if it is missing or
-        could be several.
+        """The configured name of the model or offer that ``name`` means.
 
-        Only ``visible`` models are guessed and suggested; another one is found by its full name or alias alone,
-        and whoever asks finds out whether it may be used.
+        Raises UnknownModel, or BadRequest for a name that is missing, too long, or could be several models. Only
+        ``visible`` models are guessed and suggested; any other is found by its full name or alias alone, and whether
+        the caller may use it is decided elsewhere.
         """
         if name in self._exact:
             return self._exact[name]
-        if not name:
-            return self._only(visible)
-        if len(name) > LONGEST_NAME:  # before anything is compared with it
+        if not name:  # llama.cpp's own clients send none: the only model there is
+            models = set(filter(visible, itertools.islice(self._exact.values(), self._of_models)))
+            if len(models) != 1:
+                raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
+            return models.pop()
+        if len(name) > LONGEST_NAME:
             raise BadRequest(TOO_LONG_A_NAME, param="model")
-        for readings in self._readings(name):
-            found = set(filter(visible, readings))
-            if len(found) == 1:
-                return next(iter(found))
-            if found:
-                raise BadRequest(f"model {name!r} could be {_either(sorted(found))}; name one of them", param="model")
+        for meanings in self._meanings(name):
+            models = set(filter(visible, meanings))
+            if len(models) == 1:
+                return next(iter(models))
+            if models:
+                some, others = sorted(models)[:MOST_NAMED], len(models) - MOST_NAMED
+                either = " or ".join(map(repr, some)) + (f" or {others} others" if others > 0 else "")
+                raise BadRequest(f"model {name!r} could be {either}; name one of them", param="model")
         raise UnknownModel(self._unknown(name, visible), param="model")
 
     def with_replica(
@@ -139,8 +148,8 @@ class Names:
                 raise
             return known
 
-    def _readings(self, name: str) -> Iterator[set[str]]:
-        """The models that ``name`` can mean, by one habit after another."""
+    def _meanings(self, name: str) -> Iterator[set[str]]:
+        """The models that ``name`` can mean, in the order of the file's docstring."""
         plain = name.strip().strip("/")
         if plain.lower().endswith(LATEST):
             plain = plain[: -len(LATEST)]
@@ -150,20 +159,15 @@ class Names:
         guesses = self._guesses
         yield guesses.folded.of(folded(plain))
         lowered = plain.lower()
-        for prefix in PREFIXES:
-            if lowered.startswith(prefix):
-                yield guesses.folded.of(folded(plain[len(prefix) :]))
-        for known, wanted in _by_suffix(guesses, plain):
-            yield known.of(wanted)
-
-    def _only(self, visible: Callable[[str], bool]) -> str:
-        """The model of a request that names none, as llama.cpp's own clients do: the only one there is."""
-        models = set(filter(visible, itertools.islice(self._exact.values(), self._of_models)))
-        if len(models) != 1:
-            raise BadRequest("the request names no model; GET /v1/models lists those there are", param="model")
-        return models.pop()
+        without_prefix = [plain[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix)]
+        for rest in without_prefix:
+            yield guesses.folded.of(folded(rest))
+        for end in (plain, *without_prefix):
+            yield guesses.suffixes.of(end)
+            yield guesses.folded_suffixes.of(folded(end))
 
     def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
+        """The error for a name that means nothing: with the nearest names, else with how to list them."""
         if not self._exact:
             return f"model {name!r} does not exist: no models are configured; on its machine: {FIRST_MODEL}"
         seen = [known for known, model in self._exact.items() if visible(model)]
@@ -180,12 +184,6 @@ class Names:
         return f"model {name!r} does not exist; {self._listed_by}"
 
 
-def _either(names: Sequence[str]) -> str:
-    """``'a' or 'b'``; of many the first ones."""
-    more = f" or {len(names) - MOST_TOLD} others" if len(names) > MOST_TOLD else ""
-    return " or ".join(map(repr, names[:MOST_TOLD])) + more
-
-
 def _suffixes(name: str) -> Iterable[str]:
     """``org/team/name`` may also be called ``team/name`` or ``name``."""
     parts = name.split("/")
@@ -198,11 +196,3 @@ def folded(name: str) -> str:
         lowered = name.lower()
         return name if lowered == name else lowered
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-
-
-def _by_suffix(guesses: Guesses, name: str) -> Iterator[tuple[Meanings, str]]:
-    """Where to look for a name that is the end of another one, also behind a provider's prefix."""
-    lowered = name.lower()
-    for asked in (name, *(name[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix))):
-        yield guesses.suffixes, asked
-        yield guesses.folded_suffixes, folded(asked)

@@ -1,12 +1,13 @@
-"""The table of operators' verbs. A row is all that the route, its documentation, the clients and vllmctl know of one.
+"""The table of operators' verbs: one row for each, from which everything else that concerns the verb is made.
 
-Of a row follow: the route and what it checks (``vllmd.admin.verbs``), its operation in ``/openapi.json``, a method of
-``Client`` and ``AsyncClient`` (``packaging/dev/make-clients`` writes them), a verb of vllmctl with its arguments, help
+From a row follow the route and its checks (``vllmd.admin.verbs``), the operation in ``/openapi.json``, a method of
+``Client`` and ``AsyncClient`` (written by ``packaging/dev/make-clients``), a verb of vllmctl with its arguments, help
 and completion (``vllmd.cli.table``), and its lines in the manual.
 
-What is done is either a core's event, by its name in ``vllmd.core.events``, whose fields are called as the parameters
-are; or a method of what ``vllmd.admin.control`` describes, which takes the parameters by their names. A test holds both
-to the row. What is no operator's verb has no row: streams (events, logs), health, metrics, the instances API.
+A verb either posts an event to the core (``event``: its class in ``vllmd.core.events``, whose fields have the
+parameters' names), or calls a method (``does``: its path in ``vllmd.admin.control.Control``, with the parameters by
+their names). ``tests/api/test_verbs.py`` holds every row to that. Streams (events, logs), health, metrics and the
+instances API are not verbs, and have no rows.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ from vllmd.errors import BadRequest, NotFound
 
 LONGEST_PROBE = 3600.0  # seconds
 LONGEST_LEASE = 1e9  # seconds; some thirty years
-LONGEST_RECORDING, RECORDING = 7 * 86400.0, 600.0  # seconds
-LONGEST_BODY, BODY = 16 << 20, 64 << 10  # bytes kept of one
-MOST_SHOWN, SHOWN = 10_000, 100  # requests in one answer
-REQUIRED = ...
+LONGEST_RECORDING, RECORDING = 7 * 86400.0, 600.0  # seconds: the limit, and the default
+LONGEST_BODY, BODY = 16 << 20, 64 << 10  # bytes kept of one body: the limit, and the default
+MOST_SHOWN, SHOWN = 10_000, 100  # requests in one answer: the limit, and the default
+REQUIRED = ...  # in place of a parameter's default: it must be given
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Param:
-    """One parameter.
+    """One parameter of a verb.
 
-    ``name``: Python's, and that on the wire unless ``wire`` is another. ``default``: REQUIRED without one.
-    ``keyword``: the clients' methods take it by its name only. ``flags``: how vllmctl spells it, ``--NAME`` if nothing
-    else is said; one of the path is a word, called ``metavar``, of which it takes ``many`` and does the verb for each.
-    ``missing``: what is said of a value in a path that cannot be one.
+    ``name``: in Python, and on the wire unless ``wire`` says another. ``default``: REQUIRED without one. ``keyword``:
+    the clients' methods take it by name only. ``flags``: vllmctl's spellings, by default ``--NAME``; a parameter of the
+    path is a word there, called ``metavar``, and with ``many`` the verb is done for each of several words.
+    ``missing``: the error for a value in the path that cannot be right.
     """
 
     name: str
@@ -106,7 +107,7 @@ class Param:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Method:
-    """A method of the clients. ``part``: which field of the answer it returns, "" for the answer."""
+    """A method of the clients. ``part``: the field of the answer that it returns, "" for the whole answer."""
 
     name: str
     about: str
@@ -115,10 +116,11 @@ class Method:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Command:
-    """A verb of vllmctl. ``about`` is its line of help, ``more`` the rest of its description.
+    """A verb of vllmctl. ``about``: its line of help, ``more``: the rest of its description.
 
-    ``fixed``: parameters that it does not take, with their values. ``said``: what is printed for each thing done, with
-    the parameters and the answer's fields in braces; for a verb that settles, what follows "M is running after 3s".
+    ``fixed``: values of parameters that the command line does not take. ``said``: the line that is printed for each
+    thing done, with parameters and fields of the answer in braces; of a verb that settles, the end of the line
+    "MODEL is running after 3s".
     """
 
     name: str
@@ -131,7 +133,7 @@ class Command:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Call:
-    """One request. ``patient``: its answer may take as long as a model takes to load, so no read timeout counts."""
+    """One HTTP request of a client. ``patient``: its answer may take as long as a start, so it has no read timeout."""
 
     method: str
     path: str
@@ -142,13 +144,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Verb:
-    """One row.
+    """One row of the table.
 
-    ``event`` or ``does``: see above. A ModelLine is the answer that needs no maker: it is the line of the model.
-    ``settles``: the model moves, and who asks may wait (``?wait=true``) until it has come to rest, or follow it
-    (``Accept: application/x-ndjson``). ``patient``: it takes as long as engines take, whoever waits.
-    ``each``: it tells of many models, and ``does`` gets the ``caller``, whom only its own ones are shown.
-    ``refuses``: HTTP statuses with which it says no in its own way, for the documentation.
+    ``event`` or ``does``: what is done, see the file's docstring. Where that returns nothing, the answer is the
+    ModelLine of the model. ``settles``: the model changes its state, and the caller may wait for the end of that
+    (``?wait=true``) or follow it (``Accept: application/x-ndjson``). ``patient``: the answer always takes as long as
+    engines take. ``each``: the answer is about many models, and ``does`` gets the ``caller``, to show only those that
+    it may see. ``refuses``: HTTP statuses of errors that are the verb's own, for the documentation.
     """
 
     name: str
@@ -170,7 +172,7 @@ class Verb:
 
     @property
     def takes(self) -> tuple[Param, ...]:
-        """All parameters, ``wait`` among them where it settles."""
+        """All parameters, with ``wait`` if the verb settles."""
         return (*self.params, WAIT) if self.settles else self.params
 
     @property
@@ -179,7 +181,7 @@ class Verb:
         return any(each.place == "path" and isinstance(each.kind, ModelName) for each in self.params)
 
     def call(self, arguments: Mapping[str, object]) -> Call:
-        """The request, with these values by the parameters' names. Raises BadRequest for an empty name in the path."""
+        """The HTTP request with these arguments by the parameters' names. Raises BadRequest for an empty path part."""
         path, query, body = self.path, dict[str, str](), dict[str, object]()
         for param in sorted(self.takes, key=lambda each: each is not WAIT):
             value = arguments.get(param.name, param.default)
@@ -196,7 +198,7 @@ class Verb:
 
 
 def quoted(value: object) -> str:
-    """A model's name may hold slashes; they are quoted so that no verb can hide in it."""
+    """A value as one part of a path: slashes in a model's name are quoted, so that no verb can hide behind them."""
     if value == "":
         raise BadRequest("the model's name is empty", param="model")
     return quote(str(value), safe="")
@@ -257,9 +259,9 @@ REQUEST_ID = Param("request_id", Text("the id of a request"), "its x-request-id"
                    missing="there is no request {value!r}")  # fmt: skip
 
 PROBES = """\
-Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
+Probe the model's engines, all at once. Returns the ``fastest``, and the seconds of each of the ``replicas``.
 
-But with ``all``, which gives each of them ``limit`` seconds, nobody is waited for once another has answered.
+Without ``all`` none is waited for once another has answered; with it each has ``limit`` seconds.
 Raises Conflict where none of them serves."""
 
 ON_MODEL = "/admin/models/{model:path}"
@@ -267,7 +269,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("load", "POST", f"{ON_MODEL}/load", "Start or wake a model", ModelLine, (MODEL,),
          does="commands.load", settles=True,
          python=Method("load_model",
-                       "Start or wake it. Raises EngineFailed where it was waited for and did not start."),
+                       "Start or wake a model. Raises EngineFailed if the caller waits and the model does not start."),
          commands=(Command("start", "Start or wake models, and wait until they serve", aliases=("load",),
                            said="; its output: vllmctl logs {model}"),)),
     Verb("wake", "POST", f"{ON_MODEL}/wake", "Wake or start a model", ModelLine, (MODEL,),
@@ -277,144 +279,144 @@ VERBS: tuple[Verb, ...] = (
                            aliases=("wakeup", "wake_up", "wake")),)),
     Verb("unload", "POST", f"{ON_MODEL}/unload", "Stop a model", ModelLine, (MODEL, FORCE_OFF),
          does="commands.unload", settles=True,
-         python=Method("unload_model", "Stop it, after its requests unless ``force``."),
+         python=Method("unload_model", "Stop a model, after its requests unless ``force``."),
          commands=(Command("stop", "Stop models after their requests, and forget failures", aliases=("unload",)),)),
     Verb("sleep", "POST", f"{ON_MODEL}/sleep", "Put a model to sleep", ModelLine, (MODEL, LEVEL),
          does="commands.sleep", settles=True, refuses=(409,),
-         python=Method("sleep_model", "Put it to sleep at level 1 or 2, or stop it (3)."),
+         python=Method("sleep_model", "Put a model to sleep at level 1 or 2, or stop it (3)."),
          commands=(Command("sleep", "Put models to sleep after their requests",
                            "Level 1 keeps the weights in host memory, level 2 discards them, level 3 stops the "
                            "engine."),)),
     Verb("pin", "POST", f"{ON_MODEL}/pin", "Pin or unpin a model", ModelLine, (MODEL, PINNED), event="PinSet",
-         python=Method("pin_model", "Keep it loaded once it is, or do so no more."),
+         python=Method("pin_model", "Keep a model loaded once it is, or let it be evicted again."),
          commands=(Command("pin", "Keep models loaded: they are never evicted and never sleep", fixed={"pinned": True},
                            said="{model} is pinned until vllmctl unpin, or until the daemon restarts"),
                    Command("unpin", "Let models be evicted and sleep again", fixed={"pinned": False},
-                           said="{model} is pinned no more; a restart of the daemon pins what the "
+                           said="{model} is not pinned any more; a restart of the daemon pins what the "
                                 "configuration pins"))),
-    Verb("disable", "POST", f"{ON_MODEL}/disable", "Serve nobody by a model until it is enabled", ModelLine,
+    Verb("disable", "POST", f"{ON_MODEL}/disable", "Take a model out of use until it is enabled", ModelLine,
          (MODEL, MESSAGE), does="commands.disable", refuses=(503,),
-         about="Requests for it get 503 with the code model_disabled and the message. Those that run come to their "
-               "end, then its engine is stopped. It stays disabled over restarts. A replica may be named, too.",
-         python=Method("disable_model", "Have its clients told ``message``; it stops once its requests have ended."),
-         commands=(Command("disable", "Take models out of use: who asks for them gets your message",
-                           "Requests that run come to their end, then the engine is stopped; those that wait, and all "
-                           "that come, get status 503 with the message. Nothing loads the model, over restarts as "
-                           "well, until vllmctl enable. Of a model with replicas one may be named, such as MODEL@2.",
-                           said="{model} is disabled; clients are told: {disabled}"),)),
+         about="Running requests are finished, then the engine is stopped. Waiting and new ones get 503 with the code "
+               "model_disabled and the message. It stays disabled over restarts. A replica may be named, too.",
+         python=Method("disable_model", "Take a model out of use, after its requests; clients get ``message`` then."),
+         commands=(Command("disable", "Take models out of use; their clients get your message",
+                           "Running requests are finished, then the engine is stopped; waiting and new ones get status "
+                           "503 with the message. Nothing loads the model, over restarts as well, until vllmctl "
+                           "enable. Of a model with replicas one may be named, such as MODEL@2.",
+                           said="{model} is disabled; clients get the message: {disabled}"),)),
     Verb("enable", "POST", f"{ON_MODEL}/enable", "Serve a disabled model again", ModelLine, (MODEL,),
          does="commands.enable", refuses=(503,),
-         python=Method("enable_model", "Serve it again, with all its replicas."),
+         python=Method("enable_model", "Serve a disabled model again, with all its replicas."),
          commands=(Command("enable", "Put models in use again that were disabled",
                            said="{model} is in use again; the next request loads it"),)),
-    Verb("probe", "POST", f"{ON_MODEL}/probe", "How soon each of a model's engines answers", Probed,
+    Verb("probe", "POST", f"{ON_MODEL}/probe", "How soon a model's engines answer", Probed,
          (MODEL, ALL, LIMIT), does="commands.probe", patient=True, refuses=(409,),
          python=Method("probe", PROBES)),
     Verb("lease", "POST", f"{ON_MODEL}/lease", "Keep a model for a time", ModelLine, (MODEL, LEASE, SECONDS),
          does="commands.lease",
-         python=Method("lease_model", "Keep it under the name ``lease``; after ``seconds`` the lease ends, and the "
-                                      "last one stops the model.")),
+         python=Method("lease_model", "Keep a model loaded under the name ``lease``, for ``seconds``; the last lease "
+                                      "to end stops it.")),
     Verb("release", "DELETE", f"{ON_MODEL}/lease", "Give a lease back", ModelLine,
          (MODEL, Param("lease", Text("the name of a lease"), "its name"), STOP), does="commands.release",
          python=Method("release_model", "Give a lease back; ``stop``: if it was the last, stop the model at once.")),
-    Verb("preview", "GET", f"{ON_MODEL}/preview", "What a verb would do with a model, as things stand", Preview,
+    Verb("preview", "GET", f"{ON_MODEL}/preview", "What a verb would do with a model now", Preview,
          (MODEL, PREVIEWED), does="previews.of_model", scope="read", each=True,
-         python=Method("preview", "What that verb would do with it as things stand; nothing is done.")),
+         python=Method("preview", "What the verb ``action`` would do with a model now; nothing is done.")),
     Verb("preview_device", "GET", "/admin/devices/{device}/preview", "What a verb would do with a device",
          Preview, (DEVICE, PREVIEWED_DRAIN), does="previews.of_device", scope="read",
          python=Method("preview_device", "What draining the device, or giving it back, would do; nothing is done.")),
     Verb("status", "GET", "/admin/status", "Everything vllmctl shows", Status, does="status.status", scope="read",
          each=True,
-         python=Method("status", "How everything stands: the daemon, its devices, its models.")),
+         python=Method("status", "The status of the daemon, its devices and its models.")),
     Verb("decisions", "GET", "/admin/decisions", "The last decisions and their numbers", Decisions,
          (Param("model", ModelName(), "of that model only", default=""),), does="status.decisions", scope="read",
          python=Method("decisions", "The last decisions with their numbers, oldest first.", "decisions")),
-    Verb("plan", "POST", "/admin/plan", "What the recorded traffic would have met with other devices, models or rules",
+    Verb("plan", "POST", "/admin/plan", "Simulate the recorded traffic with other devices, models or rules",
          Plan, PLANNED, does="plans.run", patient=True, refuses=(404, 409, 504),
-         about="Simulated beside how it is, as vllmctl simulate --recorded does it, by a process of its own; one at a "
-               "time, with the last 20,000 requests at most.",
-         python=Method("plan", "What the recorded traffic would have met with other devices, models or rules.")),
-    Verb("reload", "POST", "/admin/reload", "Take the configuration anew", Reloaded, does="commands.reload",
-         python=Method("reload", "Take the configuration anew. Raises ConfigError if it is invalid; nothing changed.")),
+         about="Two runs, as it is and with the change, as vllmctl simulate --recorded makes them. A process of its "
+               "own does it, one plan at a time, with the last 20,000 requests at most.",
+         python=Method("plan", "Simulate the recorded traffic as it is, and with other devices, models or rules.")),
+    Verb("reload", "POST", "/admin/reload", "Read the configuration again", Reloaded, does="commands.reload",
+         python=Method("reload", "Read the configuration again. Raises ConfigError where it is invalid.")),
     Verb("kill", "POST", "/admin/processes/{pid}/kill", "Kill the engine that has a process", Killed,
          (PID, FORCE_KILL), does="commands.kill",
-         python=Method("kill_process", "Kill the engine that has the process, as a whole."),
-         commands=(Command("kill", "Kill the engine that has a process, as a whole: for one that nothing else ends",
+         python=Method("kill_process", "Kill the whole engine that a process belongs to."),
+         commands=(Command("kill", "Kill the whole engine that a process belongs to, where nothing else ends it",
              "Models end properly with vllmctl stop. A process that is no engine's, but holds a GPU, is killed with "
              "--force, as far as the daemon's user may.", said="{message}"),)),
     Verb("drain", "POST", "/admin/devices/{device}/drain", "Take a device out of use for maintenance, or give it back",
          Device, (DEVICE, DRAINED), does="commands.drain",
-         python=Method("drain_device", "Take a device out of use, or give it back; how it is then."),
-         commands=(Command("drain", "Take GPUs out of use for maintenance: what runs there ends with its requests, and "
-                           "nothing new comes", fixed={"drained": True},
+         python=Method("drain_device", "Take a device out of use, or give it back."),
+         commands=(Command("drain", "Take GPUs out of use for maintenance: engines there end after their requests, and "
+                           "no new one starts", fixed={"drained": True},
                            said="device {device} is drained until vllmctl undrain, or until the daemon restarts; "
                                 "vllmctl gpus shows what still runs there"),
                    Command("undrain", "Give drained GPUs back", fixed={"drained": False},
                            said="device {device} is in use again"))),
-    Verb("suspend", "POST", "/admin/suspend", "Have engines leave the GPUs before the machine sleeps, or come back",
-         Suspended, (SUSPENDED,), does="commands.suspend", patient=True,
-         about="Requests get five seconds, then they are cut; CPU models go on. vllmd-sleep.service asks for it.",
-         python=Method("suspend", "Have engines leave the GPUs, or come back; who was there."),
-         commands=(Command("suspend", "Have engines leave the GPUs, before the machine sleeps",
+    Verb("suspend", "POST", "/admin/suspend", "Take the engines off the GPUs before the machine sleeps, or let them "
+         "back", Suspended, (SUSPENDED,), does="commands.suspend", patient=True,
+         about="Requests have five seconds, then they are cut; CPU models go on. vllmd-sleep.service calls it.",
+         python=Method("suspend", "Take the engines off the GPUs, or let them back. Returns those that were there."),
+         commands=(Command("suspend", "Take the engines off the GPUs, before the machine sleeps",
                            fixed={"suspended": True}, said="no engine is on a GPU until vllmctl resume"),
                    Command("resume", "Let engines use the GPUs again, after the machine's sleep",
                            fixed={"suspended": False}, said="the GPUs are in use again"))),
     Verb("cached", "GET", "/admin/store", "What the engines' caches hold", Cached, does="store.contents", scope="read",
-         python=Method("cached_models", "What the engines' caches hold, and which models are loaded from it.",
+         python=Method("cached_models", "The models in the engines' caches, and which served models use each.",
                        "cached")),
     Verb("stop-download", "DELETE", "/admin/store/downloads/{model:path}", "End the download of a model", Download,
          (NAMED,), does="store.stop", refuses=(404,),
-         python=Method("stop_download", "End a download; what has come is kept for the next one.")),
-    Verb("remove", "DELETE", "/admin/store/models/{model:path}", "Serve a model no more", Removed,
+         python=Method("stop_download", "End a download; the part that is here is kept for the next one.")),
+    Verb("remove", "DELETE", "/admin/store/models/{model:path}", "Remove an added model", Removed,
          (NAMED, FILES, DRY), does="store.remove", patient=True, refuses=(404, 409),
          python=Method("remove_model",
-                       "Serve an added model no more, and with ``files`` remove those; ``dry``: only say so.")),
+                       "Remove an added model, and with ``files`` its files; ``dry``: only say what would go.")),
     Verb("keys", "GET", "/admin/keys", "The API keys, without their text", Keys, does="keys.list", scope="read",
          python=Method("keys", "All keys, without their text.", "keys")),
-    Verb("create_key", "POST", "/admin/keys", "Make an API key; its text is told this once", NewKey,
-         (Param("name", Text("a name"), "whose it is", "body"), KEY_SETTINGS), does="keys.create", refuses=(409,),
-         about="Without any keys everybody may use the models: from the first one on every request needs one.",
-         python=Method("create_key", "Make a key; its text is told this once.")),
-    Verb("limit_key", "POST", "/admin/keys/{name}/limits", "Change what a key may, at once", KeyLine,
+    Verb("create_key", "POST", "/admin/keys", "Make an API key; only this answer has its text", NewKey,
+         (Param("name", Text("a name"), "its name", "body"), KEY_SETTINGS), does="keys.create", refuses=(409,),
+         about="Without any key every client may use the models: from the first one on every request needs one.",
+         python=Method("create_key", "Make a key; only this answer has its text.")),
+    Verb("limit_key", "POST", "/admin/keys/{name}/limits", "Change the settings of a key, at once", KeyLine,
          (KEY, KEY_SETTINGS), does="keys.limit",
-         python=Method("limit_key", "Change the settings that are named, and no others.")),
-    Verb("revoke_key", "DELETE", "/admin/keys/{name}", "Have a key open nothing any more, at once", Keys, (KEY,),
+         python=Method("limit_key", "Change the named settings of a key, and no others.")),
+    Verb("revoke_key", "DELETE", "/admin/keys/{name}", "Revoke a key, at once", Keys, (KEY,),
          does="keys.revoke",
-         python=Method("revoke_key", "Have it open nothing any more.", "keys")),
+         python=Method("revoke_key", "Revoke a key. Returns the keys that are left.", "keys")),
     Verb("requests", "GET", "/admin/requests", "The last requests, and those under way", Requests,
          (*WANTED, Param("limit", Count(0, MOST_SHOWN), "how many of the last", default=SHOWN)),
          does="records.requests", scope="read", each=True,
-         python=Method("requests", "The last requests and those under way that are as asked for, from ``since`` on.")),
+         python=Method("requests", "The last requests and those under way that match the filters.")),
     Verb("request", "GET", "/admin/requests/{request_id}", "One of the last requests, with its head", RequestInFull,
          (REQUEST_ID,), does="records.request", scope="read", each=True, refuses=(404,),
-         about="With bodies, if they were recorded and the caller may change things.",
-         python=Method("request", "One of the last requests. Raises NotFound.")),
-    Verb("cancel", "DELETE", "/admin/requests/{request_id}", "End a request that is under way", Cancelled,
+         about="With its bodies, if they were recorded and the caller has the scope admin.",
+         python=Method("request", "One of the last requests, with its head. Raises NotFound.")),
+    Verb("cancel", "DELETE", "/admin/requests/{request_id}", "Cancel a request that is under way", Cancelled,
          (REQUEST_ID,), does="records.cancel", each=True, refuses=(404,),
-         about="One that waits leaves its queue, one that runs its engine. Its client gets status 403 with the code "
+         about="A waiting request leaves its queue, a running one its engine. The client gets status 403 with the code "
                "request_cancelled, after which clients do not try again by themselves; where the answer has begun, it "
                "is broken off.",
-         python=Method("cancel_request", "End one that waits or runs, as it was then. Raises NotFound.", "cancelled"),
-         commands=(Command("cancel", "End requests that are under way, by their ids in vllmctl requests",
+         python=Method("cancel_request", "Cancel a request that waits or runs. Raises NotFound.", "cancelled"),
+         commands=(Command("cancel", "Cancel requests that are under way, by their ids in vllmctl requests",
                            "Their clients get status 403 with the code request_cancelled, after which they do not try "
                            "again by themselves; where an answer has begun, it is broken off. The engine is free at "
                            "once; the model stays loaded.", said="request {request_id} is cancelled"),)),
-    Verb("recordings", "GET", "/admin/recordings", "Whose bodies are recorded now", Recordings,
+    Verb("recordings", "GET", "/admin/recordings", "The recordings of bodies that are under way", Recordings,
          does="records.recorded", scope="read",
-         python=Method("recordings", "Whose bodies are recorded, and how much is kept.")),
+         python=Method("recordings", "The recordings of bodies under way, and the size of what they have kept.")),
     Verb("record", "POST", "/admin/recordings", "Record bodies of a model's or a key's requests", Recordings,
          (Param("model", Text("the name of a model"), "of that model", "body", default=None),
           Param("key", Text("the name of a key"), "of the key with that name", "body", default=None),
           Param("seconds", Seconds(LONGEST_RECORDING, above_zero=True), "for how long", "body", default=RECORDING),
           Param("most_bytes", Count(1, LONGEST_BODY), "how much of each body", "body", default=BODY)),
          does="records.record",
-         about="Clients are told by the field x-vllmd-recorded of each answer.",
-         python=Method("record", "Have bodies kept, in memory, of a model's requests, a key's, or of both together.")),
+         about="Each recorded answer has the field x-vllmd-recorded.",
+         python=Method("record", "Keep bodies, in memory, of a model's requests, a key's, or of both together.")),
     Verb("stop-recording", "DELETE", "/admin/recordings", "End a recording, or all", Recordings,
          (Param("number", Count(), "which; all without it", default=None),), does="records.stop_recording",
-         about="With the last one what is kept of bodies goes.", refuses=(404,),
-         python=Method("stop_recording", "End one, or all of them.")),
-    Verb("usage", "GET", "/admin/usage", "Who used how much", Usage,
+         about="The end of the last recording removes all recorded bodies.", refuses=(404,),
+         python=Method("stop_recording", "End one recording, or all.")),
+    Verb("usage", "GET", "/admin/usage", "Use by key, model or time", Usage,
          (Param("by", Text("key, model, day, hour or month, or several with commas between"), "what to add up by",
                 default="key"),
           Param("since", Moment(), "Unix time, or how long ago; 30d without it", default=None),
@@ -426,7 +428,4 @@ VERBS: tuple[Verb, ...] = (
 
 def verb(name: str) -> Verb:
     """The row of this name. Raises KeyError."""
-    for row in VERBS:
-        if row.name == name:
-            return row
-    raise KeyError(name)
+    return {row.name: row for row in VERBS}[name]

@@ -1,13 +1,13 @@
-"""vllmctl: one file per verb in ``verbs/``, found by its name and imported only when it is asked for.
+"""vllmctl: one file per verb in ``verbs/``, found by its name and imported only when that verb is called.
 
     arguments  the argument parser, built from the verbs
     admin      the admin API over its Unix socket or a URL
-    failures   what goes wrong, in words, with an exit status of sysexits(3)
-    show       sizes, times, states: how each is written
+    failures   error messages, each with an exit status of sysexits(3)
+    show       how sizes, times and states are written
     terminal   tables and prose that fit a terminal, a line that shows that something is under way
     completion shell completion, generated from the parser
 
-No httpx, no asyncio: ``vllmctl ps`` is for people who wait for it.
+No httpx, no asyncio: their imports would take longer than ``vllmctl ps`` itself.
 """
 
 from __future__ import annotations
@@ -33,15 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     except BrokenPipeError:
-        _forget_stdout()
+        import os
+
+        # What is still buffered goes nowhere: the interpreter would write it as it ends, and complain of the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_PIPE
     except OSError as error:
         say(f"vllmctl: {error}", sys.stderr)
         return EX_SOFTWARE
-
-
-def _forget_stdout() -> None:
-    """Keep the interpreter from complaining, as it ends, of a reader that has gone."""
-    import os
-
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Answer)
 
 SYSTEM_SOCKET, READ_SOCKET = "/run/vllmd/admin.sock", "/run/vllmd/read.sock"
-OPENING = 10.0  # seconds that a daemon which has just been woken may take to look around
+OPENING_SECONDS = 10.0  # that a daemon which was just started may take to find devices and engines
 NDJSON = "application/x-ndjson"
-ANSWER = 30.0  # seconds the daemon has for an answer that it need not wait for
+ANSWER_SECONDS = 30.0  # that the daemon has for an answer which waits for nothing
 
 
 def user_socket() -> str:
-    """Where the socket of a daemon under ``systemctl --user`` is."""
+    """The path of the admin socket of a daemon under ``systemctl --user``."""
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
     return f"{runtime}/vllmd/admin.sock"
 
@@ -38,7 +38,7 @@ def user_socket() -> str:
 def socket_path(arguments: Namespace) -> str:
     """--socket, else $VLLMD_ADMIN_SOCKET, else the system's, unless only the user's own is there (or --user).
 
-    Of the system's two the one for administrators, or for whoever may not open that, the one for those who look on.
+    Of the system's two sockets it is the admin one, unless the user may open the read-only one alone.
     """
     given = arguments.socket or os.environ.get("VLLMD_ADMIN_SOCKET")
     if given:
@@ -73,11 +73,11 @@ class Admin:
         self.key: str = arguments.key or os.environ.get("VLLMD_API_KEY", "")
 
     def status(self, *, broken: bool = False) -> Status:
-        """Everything that the daemon shows, once it has found its devices and engines (or after 10 s without).
+        """The daemon's status, once it has found its devices and engines (or after 10 s without).
 
-        Of a daemon whose configuration is invalid there is nothing to show: Failure, unless ``broken``.
+        A daemon whose configuration is invalid has no models to show: Failure, unless ``broken``.
         """
-        until = time.monotonic() + OPENING
+        until = time.monotonic() + OPENING_SECONDS
         with Working("vllmd is looking for devices and engines"):
             while True:
                 status = understood(Status, self.get("/admin/status"))
@@ -91,7 +91,7 @@ class Admin:
 
     def get(self, path: str, **query: object) -> Any:
         """The JSON answer of a GET."""
-        return self._json("GET", path, query, None, ANSWER)
+        return self._json("GET", path, query, None, ANSWER_SECONDS)
 
     def post(self, path: str, body: object = None, **query: object) -> Any:
         """The JSON answer of a POST, waited for as long as it takes."""
@@ -103,13 +103,13 @@ class Admin:
 
     def delete(self, path: str, **query: object) -> Any:
         """The JSON answer of a DELETE."""
-        return self._json("DELETE", path, query, None, ANSWER)
+        return self._json("DELETE", path, query, None, ANSWER_SECONDS)
 
     def ask(self, verb: Verb, arguments: Mapping[str, object]) -> Any:
         """The JSON answer to an operator's verb; one that changes something is waited for as long as it takes."""
         call = verb.call(arguments)
         return self._json(
-            call.method, call.path, dict(call.query), call.body, None if call.method == "POST" else ANSWER
+            call.method, call.path, dict(call.query), call.body, None if call.method == "POST" else ANSWER_SECONDS
         )
 
     def told(self, verb: Verb, kind: type[T], arguments: Mapping[str, object]) -> T:
@@ -142,9 +142,18 @@ class Admin:
     def _request(
         self, method: str, path: str, query: dict[str, object], body: object, timeout: float | None, accept: str
     ) -> http.client.HTTPResponse:
-        connection, prefix = self._connection(timeout)
-        asked = {name: _word(value) for name, value in query.items() if value is not None and value is not False}
-        target = prefix + path + ("?" + urlencode(asked) if asked else "")
+        connection: http.client.HTTPConnection
+        target, given = path, {name: value for name, value in query.items() if value is not None and value is not False}
+        if given:
+            target += "?" + urlencode({name: "true" if value is True else str(value) for name, value in given.items()})
+        if not self.url:
+            connection = UnixConnection(self.path, timeout)
+        else:
+            parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise Failure(f"{self.url!r} is no URL; one is http://127.0.0.1:33258", EX_USAGE)
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            connection, target = kind(parts.hostname, parts.port, timeout=timeout), parts.path.rstrip("/") + target
         headers = {"Accept": accept, "Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -157,27 +166,14 @@ class Admin:
             raise self._unreachable(error) from None
         return answer
 
-    def _connection(self, timeout: float | None) -> tuple[http.client.HTTPConnection, str]:
-        if not self.url:
-            return UnixConnection(self.path, timeout), ""
-        parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise Failure(f"{self.url!r} is no URL; one is http://127.0.0.1:33258", EX_USAGE)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        return kind(parts.hostname, parts.port, timeout=timeout), parts.path.rstrip("/")
-
     def _unreachable(self, error: Exception) -> Failure:
         if not isinstance(error, OSError):
             error = ConnectionError(f"the answer broke off ({type(error).__name__})")
         return of_url(self.url, error) if self.url else of_socket(self.path, error)
 
 
-def _word(value: object) -> str:
-    return "true" if value is True else str(value)
-
-
 def understood(kind: type[T], data: object) -> T:
-    """The answer in decoded JSON. Raises Failure for one that is none of vllmd's."""
+    """An answer from decoded JSON. Raises Failure for JSON that vllmd does not send."""
     try:
         return parse(kind, data)
     except Unexpected as error:
@@ -185,7 +181,7 @@ def understood(kind: type[T], data: object) -> T:
 
 
 def decoded(data: bytes | str) -> Any:
-    """JSON of a server, its texts fit for a terminal; {} where it is none. It may quote engines, and be no vllmd."""
+    """JSON of a server, its texts fit for a terminal, as they may quote engines; {} where it is no JSON."""
     try:
         return _printable(json.loads(data))
     except (ValueError, RecursionError):

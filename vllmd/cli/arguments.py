@@ -1,11 +1,9 @@
 """The argument parser, built from the files in ``verbs/`` and the table of operators' verbs (``table``).
 
-A verb is a module there: its name is the file's (``_`` for ``-``), its help the
-first line of its docstring, the rest of the docstring its description; it has
-``arguments(parser)`` and ``run(arguments)``, and may have ``ALIASES`` or, to
-read all its arguments itself, ``TAKES_ALL``. Only the verb that was asked for is
-imported; all of them for help and for the manual. So whatever most verbs can do
-without (the configuration, engines, the table) is imported where it is used.
+A verb is a module there: its name is the file's (``_`` for ``-``), its help the first line of its docstring, the rest
+of the docstring its description; it has ``arguments(parser)`` and ``run(arguments)``, and may have ``ALIASES`` or, to
+parse all its arguments itself, ``TAKES_ALL``. Only the verb that is called is imported; all of them for help and for
+the manual. So a module that few verbs need (the configuration, engines, the table) is imported where it is used.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ PACKAGE = "vllmd.cli.verbs"
 FOLDER = os.path.join(os.path.dirname(__file__), "verbs")
 WITH_VALUE = ("--socket", "--url", "--key")
 
-# What people try who come from elsewhere, and what does it here.
-TRIED = {
+# Verbs of other programs, and what does their work here.
+VERBS_ELSEWHERE = {
     "create": "vllmctl add serves a model whose files are here, vllmctl pull fetches one",
     "download": "vllmctl pull fetches a model",
     "install": "vllmctl run MODEL fetches a model and asks it",
@@ -54,7 +52,7 @@ first steps:
 
 See vllmctl(1), vllmd.yaml(5) and vllmd(8).
 """
-TRIED |= dict.fromkeys(("delete", "del", "uninstall"), "vllmctl rm removes a model")
+VERBS_ELSEWHERE |= dict.fromkeys(("delete", "del", "uninstall"), "vllmctl rm removes a model")
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
             near = difflib.get_close_matches(str(value), action.choices, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; {self.prog} --help lists them"
-            hint = f"; {TRIED[value]}" if value in TRIED else hint
+            hint = f"; {VERBS_ELSEWHERE[value]}" if value in VERBS_ELSEWHERE else hint
             raise argparse.ArgumentError(None, f"there is no verb {value!r}{hint}")
         super()._check_value(action, value)
 
@@ -114,20 +112,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return argparse.Namespace(run=module(names[0]).run, rest=rest)
     parser = build(names)
     arguments, unknown = parser.parse_known_args(in_order(parser, argv))
-    if unknown:  # argparse would show how vllmctl is called, which is not what was asked
-        _verb_parser(parser, arguments.verb).error(f"unrecognized arguments: {' '.join(unknown)}")
+    if unknown:  # with the verb's usage: argparse itself would show that of vllmctl
+        verb = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+        verb.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
     for name, value in (("socket", None), ("url", None), ("key", None), ("user", False), ("json", False)):
         arguments.__dict__.setdefault(name, value)
     return arguments
-
-
-def _verb_parser(parser: argparse.ArgumentParser, verb: str) -> argparse.ArgumentParser:
-    """The parser of a verb, or of one of its other names."""
-    for each in parser._actions:
-        if isinstance(each, argparse._SubParsersAction):
-            found: argparse.ArgumentParser = each.choices[verb]
-            return found
-    return parser
 
 
 def in_order(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
@@ -157,12 +147,12 @@ def in_order(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
 
 
 def _takes_value(parser: argparse.ArgumentParser, word: str) -> bool:
-    """Whether the next word is the value of this option: it has none in itself."""
+    """Whether the next word is the value of this option: the option has one, and not in the same word."""
     if "=" in word or (not word.startswith("--") and len(word) > 2):
         return False
     known = parser._option_string_actions
-    found = [known[word]] if word in known else [action for name, action in known.items() if name.startswith(word)]
-    return bool(found) and found[0].nargs != 0
+    options = [known[word]] if word in known else [action for name, action in known.items() if name.startswith(word)]
+    return bool(options) and options[0].nargs != 0
 
 
 def _verb(argv: Sequence[str]) -> int:
@@ -215,7 +205,7 @@ def add(subparsers: Any, name: str, everywhere: argparse.ArgumentParser) -> None
 
 
 def common() -> argparse.ArgumentParser:
-    """What may stand before and after the verb."""
+    """The options that may stand before or after the verb."""
     parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     where = parser.add_argument_group("which vllmd")
     where.add_argument("--socket", metavar="PATH", help="admin socket (default: /run/vllmd/admin.sock)")

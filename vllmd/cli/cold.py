@@ -1,9 +1,9 @@
-"""How long a model takes to start: through vllmd, and the same command line by itself.
+"""How long a model takes to start: through vllmd, and by the same command line without it.
 
-What is started by itself is what the daemon starts, as the kernel has it: argv and environment of the engine's main
-process, run as the same user and with a run directory of its own. So the two differ in nothing but vllmd. Root can
-read that, and the engine's own user. A first start, which is not counted, shows it, and leaves both with files that are
-in the page cache and with whatever the engine compiles once.
+The command line is that of the engine which the daemon has started, as the kernel has it: argv and environment of its
+main process, run as the same user, with a run directory of its own. So the two starts differ in nothing but vllmd. Only
+root and the engine's own user can read that. A first start, which is not counted, shows the command line, and leaves
+both with files that are in the page cache and with whatever the engine compiles once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +34,14 @@ from vllmd.engines.base import Engine, Progress
 from vllmd.engines.start_phases import StartPhases
 from vllmd.engines.start_times import first_phase
 
-PROBE, POLL, END, LONGEST = 5.0, 0.02, 30.0, 3600.0  # seconds: for an answer, between looks, for its end, for a start
+PROBE_SECONDS, POLL_SECONDS = 5.0, 0.02  # for an answer of the engine, and between two probes
+END_SECONDS, LONGEST_START_SECONDS = 30.0, 3600.0
+LAST_LINES = 10  # of the engine's log, shown where it does not start
 
 
 @dataclass(frozen=True, slots=True)
 class Cold:
-    """One start: seconds from the order until it served, and of which each phase took so many."""
+    """One start: seconds from the order until the engine served, and the seconds of each phase."""
 
     seconds: float
     phases: Mapping[str, float] = field(default_factory=dict)
@@ -46,7 +49,7 @@ class Cold:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What runs as a model's engine. ``address``: its socket's path, or HOST:PORT."""
+    """An engine's command line, environment and user. ``address``: its socket's path, or HOST:PORT."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -57,10 +60,10 @@ class Command:
     address: str
 
 
-def measure(admin: Admin, name: str, told: Callable[[str], None]) -> dict[str, Cold]:
-    """Start it alone and through vllmd, by turns; it is left as vllmd started it. Raises Failure.
+def measure(admin: Admin, name: str, say: Callable[[str], None]) -> dict[str, Cold]:
+    """Start a model alone, then through vllmd, which is how it is left. Raises Failure.
 
-    ``told`` is called with what goes on.
+    ``say`` is called with each step.
     """
     if admin.url:
         raise Failure(
@@ -71,23 +74,23 @@ def measure(admin: Admin, name: str, told: Callable[[str], None]) -> dict[str, C
         raise Failure(f"{line.name} has several engines, name one: {', '.join(each.name for each in line.replicas)}",
                       EX_USAGE)  # fmt: skip
     if not line.pid:
-        told(f"starting {line.name} once, to see how")
-        line = _through(admin, line.name)[0]
+        say(f"starting {line.name} once, to see how")
+        line = start_through_vllmd(admin, line.name)[0]
     command = read_command(line)
-    # Which process it is the daemon says, who is not trusted with root; its launcher runs no engine as root.
+    # The pid comes from the daemon, which is not trusted with root; and its launcher runs no engine as root.
     if command.uid == 0 and admin.path == SYSTEM_SOCKET:
         raise Failure(f"process {line.pid} is root's, and so no engine: its command is not run", EX_NOPERM)
     engine = engine_of(ModelConfig(line.name, engine=line.config.engine or "", model=line.config.model or ""))
-    _stopped(admin, line.name)
-    told(f"starting {line.name} alone")
+    models.change(admin, line.name, verb("unload"), {}, quiet=True)
+    say(f"starting {line.name} alone")
     alone = start_alone(command, engine, line)
-    told(f"starting {line.name} through vllmd")
-    _, through = _through(admin, line.name)
+    say(f"starting {line.name} through vllmd")
+    _, through = start_through_vllmd(admin, line.name)
     return {"vllmd": through, "alone": alone}
 
 
 def table(measured: Mapping[str, Cold]) -> str:
-    """A row for each phase, and one for the whole; what takes no time is left out."""
+    """A row for each phase that takes any time, and one for the whole start."""
     phases = dict.fromkeys(phase for cold in measured.values() for phase in cold.phases)
     rows = [
         (phase, *(_seconds(cold.phases.get(phase)) for cold in measured.values()))
@@ -122,32 +125,45 @@ def _words(path: Path) -> tuple[str, ...]:
 
 
 def start_alone(command: Command, engine: Engine, line: ModelLine) -> Cold:
-    """Start it, wait until it serves, and end it. Raises Failure where it ends before."""
-    with _own_place(command) as here:
-        phases = StartPhases()
+    """Start the engine, wait until it serves, and end it. Raises Failure where it ends before it serves."""
+    phases, last_lines = StartPhases(), deque[str](maxlen=LAST_LINES)
+
+    def read_log(lines: IO[str]) -> None:
+        for text in lines:
+            last_lines.append(text.rstrip())
+            if progress := engine.progress(text):
+                phases.enter(progress)
+
+    with own_run_directory(command) as here:
         began = time.monotonic()
         as_user = {"user": here.uid, "group": here.gid, "extra_groups": here.groups} if os.geteuid() == 0 else {}
         process = subprocess.Popen(here.argv, env=here.environment, cwd=here.cwd, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                    errors="replace", **as_user)  # type: ignore[call-overload] # fmt: skip
         phases.enter(Progress(first_phase(engine.kind)))
-        last: list[str] = []
-        reader = threading.Thread(target=_read, args=(process.stdout, engine, phases, last), daemon=True)
+        reader = threading.Thread(target=read_log, args=(process.stdout,), daemon=True)
         reader.start()
         try:
-            while not _answers(here.address, engine, line):
-                if process.poll() is not None or time.monotonic() - began > LONGEST:
+            while not is_ready(here.address, engine, line):
+                if process.poll() is not None or time.monotonic() - began > LONGEST_START_SECONDS:
                     reader.join(1.0)
-                    raise Failure(f"{line.name} did not start alone; its last lines:\n" + "\n".join(last),
+                    raise Failure(f"{line.name} did not start alone; its last lines:\n" + "\n".join(last_lines),
                                   EX_UNAVAILABLE)  # fmt: skip
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
             return Cold(time.monotonic() - began, phases.end())
         finally:
-            _end(process)
+            # The process itself first, in order; then whatever it has started.
+            with contextlib.suppress(OSError):
+                process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @contextlib.contextmanager
-def _own_place(command: Command) -> Iterator[Command]:
+def own_run_directory(command: Command) -> Iterator[Command]:
     """The command with a run directory of its own instead of the one that the daemon's engine had."""
     theirs = os.path.dirname(command.address) if command.address.startswith("/") else ""
     if not theirs:
@@ -166,20 +182,12 @@ def _own_place(command: Command) -> Iterator[Command]:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _read(lines: IO[str], engine: Engine, phases: StartPhases, last: list[str]) -> None:
-    """Read its log to the end, and note which phase it is in."""
-    for text in lines:
-        last[:] = [*last, text.rstrip()][-10:]
-        if progress := engine.progress(text):
-            phases.enter(progress)
-
-
-def _answers(address: str, engine: Engine, line: ModelLine) -> bool:
-    """Whether it serves, by its kind's own probe."""
+def is_ready(address: str, engine: Engine, line: ModelLine) -> bool:
+    """Whether the engine serves, by the readiness probe of its kind."""
     probe = engine.ready(ModelConfig(line.name, engine=engine.kind))
     host, _, port = address.rpartition(":")
-    connection = (UnixConnection(address, PROBE) if address.startswith("/")
-                  else http.client.HTTPConnection(host, int(port), timeout=PROBE))  # fmt: skip
+    connection = (UnixConnection(address, PROBE_SECONDS) if address.startswith("/")
+                  else http.client.HTTPConnection(host, int(port), timeout=PROBE_SECONDS))  # fmt: skip
     try:
         connection.request(probe.method, probe.path)
         return connection.getresponse().status == probe.expect
@@ -189,19 +197,8 @@ def _answers(address: str, engine: Engine, line: ModelLine) -> bool:
         connection.close()
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the process, and whatever it has started."""
-    with contextlib.suppress(OSError):
-        process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(END)
-    with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _through(admin: Admin, name: str) -> tuple[ModelLine, Cold]:
-    """Start it through vllmd; its line then, and how long that took whoever asked."""
+def start_through_vllmd(admin: Admin, name: str) -> tuple[ModelLine, Cold]:
+    """Start a model through vllmd. Returns its line of the status then, and how long the start took a caller."""
     began = time.monotonic()
     models.change(admin, name, verb("load"), {}, quiet=True)
     seconds = time.monotonic() - began
@@ -209,10 +206,6 @@ def _through(admin: Admin, name: str) -> tuple[ModelLine, Cold]:
     if not line.pid:
         raise Failure(f"{name} has no engine of its own here that could be started alone", EX_UNAVAILABLE)
     return line, Cold(seconds, line.start_phases)
-
-
-def _stopped(admin: Admin, name: str) -> None:
-    models.change(admin, name, verb("unload"), {}, quiet=True)
 
 
 def _seconds(seconds: float | None) -> str:

@@ -14,7 +14,7 @@ FILE_DESTS = ("file", "config", "output", "socket")
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """What completes after a verb: ``options`` as (spellings, help, takes a value), and the words of its arguments."""
+    """The completions of a verb: ``options`` as (spellings, help, whether it takes a value), ``words`` of arguments."""
 
     name: str
     about: str
@@ -25,36 +25,30 @@ class Verb:
 
 
 def table() -> list[Verb]:
-    """Every verb and alias, with its options and what it is about."""
-    return [_verb(name, parser, about) for name, parser, about in parsers()]
+    """Every verb and alias with its completions."""
+    rows = []
+    for name, parser, about in parsers():
+        options, words = [], list[str]()
+        for action in parser._actions:
+            if action.option_strings:
+                text = (action.help or "").replace("%%", "%")
+                options.append((tuple(action.option_strings), text, action.nargs != 0))
+            else:
+                words += [str(choice) for choice in action.choices or ()]
+        dests = {action.dest for action in parser._actions}
+        is_model, is_file = bool(dests & set(MODEL_DESTS)), bool(dests & set(FILE_DESTS))
+        rows.append(Verb(name, about, tuple(options), tuple(words), is_model, is_file))
+    return rows
 
 
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser, str]]:
     """Name, parser and help of every verb and alias."""
-    subparsers = _subparsers(build(verbs()))
+    subparsers = next(each for each in build(verbs())._actions if isinstance(each, argparse._SubParsersAction))
     abouts = {choice.dest.partition(" ")[0]: choice.help or "" for choice in subparsers._choices_actions}
     about = ""
     for name, parser in subparsers.choices.items():
         about = abouts.get(name, about)  # an alias follows its verb
         yield name, parser, about
-
-
-def _subparsers(parser: argparse.ArgumentParser) -> argparse._SubParsersAction[argparse.ArgumentParser]:
-    return next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-
-
-def _verb(name: str, parser: argparse.ArgumentParser, about: str) -> Verb:
-    options, words, dests = [], [], set()
-    for action in parser._actions:
-        if action.option_strings:
-            options.append((tuple(action.option_strings), (action.help or "").replace("%%", "%"), action.nargs != 0))
-        else:
-            dests.add(action.dest)
-            words += [str(choice) for choice in action.choices or ()]
-    dests |= {action.dest for action in parser._actions}
-    return Verb(
-        name, about, tuple(options), tuple(words), bool(dests & set(MODEL_DESTS)), bool(dests & set(FILE_DESTS))
-    )
 
 
 def script(shell: str) -> str:
@@ -93,7 +87,19 @@ complete -F _vllmctl vllmctl
 def zsh() -> str:
     """The completion script for zsh."""
     names = "\n".join(f"        {_quote(f'{verb.name}:{verb.about}')}" for verb in table())
-    cases = "\n".join(_zsh_case(verb) for verb in table())
+    cases = []
+    for verb in table():
+        specs = []
+        for spellings, about, value in verb.options:
+            text = about.replace("[", "(").replace("]", ")").replace(":", " -")
+            specs += [_quote(f"{spelling}[{text}]" + (":value:_files" if value else "")) for spelling in spellings]
+        if verb.models:
+            specs.append("'*:model:_vllmctl_models'")
+        elif verb.words:
+            specs.append(_quote(f"1:what:({' '.join(verb.words)})"))
+        elif verb.files:
+            specs.append("'*:file:_files'")
+        cases.append(f"        {verb.name}) _arguments {' '.join(specs)} ;;")
     return f"""\
 #compdef vllmctl
 # zsh completion for vllmctl; made by: vllmctl completion zsh
@@ -112,25 +118,11 @@ _vllmctl() {{
         return
     fi
     case ${{words[2]}} in
-{cases}
+{chr(10).join(cases)}
     esac
 }}
 _vllmctl "$@"
 """
-
-
-def _zsh_case(verb: Verb) -> str:
-    specs = []
-    for spellings, about, value in verb.options:
-        text = about.replace("[", "(").replace("]", ")").replace(":", " -")
-        specs += [_quote(f"{spelling}[{text}]" + (":value:_files" if value else "")) for spelling in spellings]
-    if verb.models:
-        specs.append("'*:model:_vllmctl_models'")
-    elif verb.words:
-        specs.append(_quote(f"1:what:({' '.join(verb.words)})"))
-    elif verb.files:
-        specs.append("'*:file:_files'")
-    return f"        {verb.name}) _arguments {' '.join(specs)} ;;"
 
 
 def fish() -> str:
@@ -152,5 +144,5 @@ def fish() -> str:
 
 
 def _quote(text: str) -> str:
-    """In single quotes, in which no single quote can be written in all three shells."""
+    """``text`` in single quotes, without single quotes: no way to write one works in all three shells."""
     return "'" + text.replace("'", "") + "'"

@@ -1,6 +1,6 @@
-"""What may be wrong with a machine: one function per question, each asks a ``Host`` and yields findings.
+"""The checks of ``vllmctl doctor``: one function for each question, which examines a ``Host`` and yields findings.
 
-A finding is (verdict, what, advice): ``ok``, ``warning`` (works, but) or ``bad``.
+A finding is (verdict, what, advice); the verdict is ``ok``, ``warning`` (works, but) or ``bad``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOCKETS = ("vllmd.socket", "vllmd-admin.socket", "vllmd-read.socket", "vllmd-ins
 USERS_SOCKETS = ("vllmd.socket", "vllmd-admin.socket")  # of systemctl --user
 LAUNCHER = "vllmd-launcher.socket"  # static: it comes up with vllmd.service, and is down before the first start
 FEWEST_TASKS = 1024
-# A daemon of one's own beside the system's: one line that can be pasted.
+# How a user's own daemon gets another port than the system's: one line that can be pasted.
 OWN_PORT = (
     "use that one, or give yours its own: "
     r"printf '[Socket]\nListenStream=\nListenStream=127.0.0.1:33259\n' | "
@@ -36,7 +36,7 @@ SOCKET_FILES = {"vllmd-admin.socket": "/run/vllmd/admin.sock", "vllmd-read.socke
 
 
 def python(host: Host) -> Iterator[Finding]:
-    """The packages that it is built on."""
+    """The Python packages that vllmd needs."""
     missing = [package for module, package in NEEDED.items() if not host.has_module(module)]
     if missing:
         yield "bad", f"Python packages are missing: {', '.join(missing)}", f"apt install {' '.join(missing)}"
@@ -88,10 +88,11 @@ def units(host: Host) -> Iterator[Finding]:
         if host.systemctl("is-failed", unit) == "failed":
             journal = f"journalctl {'--user ' * host.user}-u {unit}"
             yield "bad", f"{unit} has failed", f"{journal}, then {systemctl} reset-failed {unit}"
-    yield from _leftovers(host)
+    yield from leftover_engines(host)
 
 
-def _leftovers(host: Host) -> Iterator[Finding]:
+def leftover_engines(host: Host) -> Iterator[Finding]:
+    """Engines that run while no daemon does."""
     scopes = host.systemctl("list-units", "--no-legend", "--plain", "--state=active", "vllmd-model-*.scope")
     names = [line.split()[0] for line in scopes.splitlines() if line.strip()]
     if names and host.systemctl("is-active", "vllmd.service") != "active":
@@ -173,12 +174,13 @@ def configuration(host: Host) -> Iterator[Finding]:
     if not reading.problems and not reading.config.models:
         yield "warning", "no models are configured", "vllmctl run smollm2 fetches a small one and asks it"
     for name, model in reading.config.models.items():
-        yield from _model(host, name, model.source)
+        yield from model_files(host, name, model.source)
     yield from programs(reading.config, users=host.user)
     yield from vllm_on_cpu(reading.config)
 
 
-def _model(host: Host, name: str, source: str) -> Iterator[Finding]:
+def model_files(host: Host, name: str, source: str) -> Iterator[Finding]:
+    """Whether the path from which a model is loaded exists, and can be read by the engines' user."""
     try:
         missing = source.startswith("/") and not host.path(source).exists()
     except PermissionError:

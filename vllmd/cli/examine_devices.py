@@ -1,7 +1,7 @@
-"""``vllmctl doctor`` about devices: drivers, nodes, groups, libraries; and whether what is there answers.
+"""``vllmctl doctor`` about devices: drivers, device nodes, groups, libraries; then whether the devices answer.
 
-Each finding has the one command that mends it. What the files show already is not asked of the driver again: it would
-say the same in other words.
+Each finding has the one command that mends it. Where the files show a fault, the driver is not asked as well: it would
+report the same in other words.
 """
 
 from __future__ import annotations
@@ -14,32 +14,18 @@ from vllmd.cli.examined import Finding, Host
 from vllmd.gpu import Devices, Presence, Sample, gpus
 from vllmd.sizes import in_words
 
-PATIENCE = 10.0  # seconds for a driver's answer: without persistence mode it takes some
+PATIENCE_SECONDS = 10.0  # for a driver's answer: without persistence mode it takes a few
 UNKNOWN = "dmesg says what it met; it comes back with a reset of the GPU, or a reboot"
 RULES = "udevadm trigger --subsystem-match=drm --subsystem-match=kfd"
 
 
 def driver(host: Host) -> Iterator[Finding]:
-    """The GPUs' drivers, their device nodes and what reads them; then, if all is as it should be, their answer."""
-    found = list(_by_files(host))
-    yield from found
-    if not any(verdict == "bad" for verdict, _, _ in found):
-        yield from _answers(host, quiet=not found)
-
-
-def _by_files(host: Host) -> Iterator[Finding]:
-    loaded = host.path("/proc/driver/nvidia/version").exists()
-    wsl = host.path("/dev/dxg").exists()
+    """The GPUs' drivers, device nodes and libraries, by their files; then, if these are well, the driver's answer."""
     here = Presence(host.root)
-    if wsl:
-        yield from _wsl(host)
-    elif loaded:
-        yield from _nvidia(host)
-    elif cards := here.displays("0x10de"):
-        advice = "modprobe nvidia; if it fails, dmesg says why (no module for this kernel, Secure Boot, nouveau)"
-        yield "bad", f"there is an NVIDIA card at {', '.join(cards)}, but its driver is not loaded", advice
-    yield from _amd(host, here)
-    yield from _intel(host, here)
+    findings = [*nvidia(host, here), *amd(host, here), *intel(host)]
+    yield from findings
+    if not any(verdict == "bad" for verdict, _, _ in findings):
+        yield from driver_answers(host, quiet=not findings)
 
 
 def declared(host: Host) -> bool:
@@ -49,8 +35,36 @@ def declared(host: Host) -> bool:
     return read(env=host.env).config.devices is not None
 
 
-def _nvidia(host: Host) -> Iterator[Finding]:
+def nvidia(host: Host, here: Presence) -> Iterator[Finding]:
+    """NVIDIA's driver, of Linux or in WSL of Windows, its device nodes, and the library that reads it."""
+    if host.path("/dev/dxg").exists():
+        if host.path("/usr/lib/wsl/lib/libnvidia-ml.so.1").exists():
+            yield "ok", "Windows' NVIDIA driver is there", ""
+        else:
+            what = "this is WSL, but Windows gives it no NVIDIA library"
+            yield "bad", what, "wsl --update in Windows, and NVIDIA's driver there; none belongs into Linux"
+        return
+    if not host.path("/proc/driver/nvidia/version").exists():
+        if cards := here.displays("0x10de"):
+            advice = "modprobe nvidia; if it fails, dmesg says why (no module for this kernel, Secure Boot, nouveau)"
+            yield "bad", f"there is an NVIDIA card at {', '.join(cards)}, but its driver is not loaded", advice
+        return
     yield "ok", "NVIDIA's driver is loaded", ""
+    yield from nvidia_nodes(host)
+    # The library's release is in its file's name; a package upgrade leaves the old module loaded until a reboot.
+    folders = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
+    libraries = [path for folder in folders for path in host.path(folder).glob("libnvidia-ml.so.*.*")]
+    module = _text(host.path("/sys/module/nvidia/version"))
+    library = libraries[0].name.removeprefix("libnvidia-ml.so.") if libraries else ""
+    if module and library and module != library:
+        what = f"the driver was upgraded: module {module} is loaded, the library is {library}"
+        yield "bad", what, "reboot"
+    if not host.has_module("pynvml"):
+        yield "bad", "NVIDIA's GPUs cannot be read without NVML's Python package", "apt install python3-pynvml"
+
+
+def nvidia_nodes(host: Host) -> Iterator[Finding]:
+    """The device nodes of NVIDIA's driver, and their permissions."""
     nodes = sorted(path for path in host.path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
     if not nodes:
         yield "bad", "there are no /dev/nvidia0, /dev/nvidia1, ...", "nvidia-modprobe -c 0"
@@ -60,31 +74,10 @@ def _nvidia(host: Host) -> Iterator[Finding]:
     if nodes and not host.path("/dev/nvidia-uvm").exists():
         advice = "nvidia-modprobe -u -c 0, or enable nvidia-persistenced; engines may not load it themselves"
         yield "bad", "/dev/nvidia-uvm is missing", advice
-    module, library = _text(host.path("/sys/module/nvidia/version")), _nvml_version(host)
-    if module and library and module != library:
-        what = f"the driver was upgraded: module {module} is loaded, the library is {library}"
-        yield "bad", what, "reboot"
-    if not host.has_module("pynvml"):
-        yield "bad", "NVIDIA's GPUs cannot be read without NVML's Python package", "apt install python3-pynvml"
 
 
-def _nvml_version(host: Host) -> str:
-    """The release that the installed library is of, by its file's name; "" where that does not tell."""
-    for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"):
-        for path in host.path(folder).glob("libnvidia-ml.so.*.*"):
-            return path.name.removeprefix("libnvidia-ml.so.")
-    return ""
-
-
-def _wsl(host: Host) -> Iterator[Finding]:
-    if host.path("/usr/lib/wsl/lib/libnvidia-ml.so.1").exists():
-        yield "ok", "Windows' NVIDIA driver is there", ""
-    else:
-        what = "this is WSL, but Windows gives it no NVIDIA library"
-        yield "bad", what, "wsl --update in Windows, and NVIDIA's driver there; none belongs into Linux"
-
-
-def _amd(host: Host, here: Presence) -> Iterator[Finding]:
+def amd(host: Host, here: Presence) -> Iterator[Finding]:
+    """AMD's compute driver, and whether engines may use it."""
     unbound = set(here.unbound("0x1002"))
     if host.path("/dev/kfd").exists():
         yield "ok", "AMD's compute driver is loaded", ""
@@ -96,8 +89,8 @@ def _amd(host: Host, here: Presence) -> Iterator[Finding]:
         yield "warning", f"there is an AMD card at {', '.join(sorted(unbound))}, but its driver is not loaded", advice
 
 
-def _intel(host: Host, here: Presence) -> Iterator[Finding]:
-    """Of cards with memory of their own; nearly every office machine has one of Intel's without."""
+def intel(host: Host) -> Iterator[Finding]:
+    """Intel's driver for GPUs with memory of their own; nearly every office machine has a GPU of Intel's without."""
     drivers = [name for name in ("xe", "i915") if host.path(f"/sys/bus/pci/drivers/{name}").is_dir()]
     if not drivers or (not list(host.path("/sys/class/drm").glob("card*/lmem_total_bytes")) and "xe" not in drivers):
         return
@@ -106,12 +99,12 @@ def _intel(host: Host, here: Presence) -> Iterator[Finding]:
 
 
 def _access(host: Host, what: str, whose: str) -> Iterator[Finding]:
-    """Whether engines may open it: it and the render nodes beside it are the group render's."""
+    """Whether engines may open the device node ``what``, and the render nodes beside it: of the group render."""
     nodes = [path for path in sorted(host.path("/dev/dri").glob("renderD*")) if path.exists()]
     if not nodes:
         yield "bad", f"there is no /dev/dri/renderD128, by which {whose} GPUs are used", RULES
     user = "vllmd-engine"
-    if host.user or user not in _first_fields(host.path("/etc/passwd")):
+    if host.user or user not in {line.partition(":")[0] for line in _text(host.path("/etc/passwd")).splitlines()}:
         return
     groups = dict(line.split(":")[0::3] for line in _text(host.path("/etc/group")).splitlines() if line.count(":") == 3)
     closed = [path for path in (host.path(what), *nodes) if path.exists() and path.stat().st_mode & 0o006 != 0o006]
@@ -121,15 +114,23 @@ def _access(host: Host, what: str, whose: str) -> Iterator[Finding]:
         yield "bad", f"{user} is not in the group render, which owns {what}", f"usermod -aG render,video {user}"
 
 
-def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
-    """What the daemon would be told if it asked now."""
+def driver_answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
+    """The devices and a reading of them, as the daemon would get them now."""
     if declared(host):
         return
-    told = _asked(host)
-    if told is None:
-        yield "bad", f"the GPU driver has not answered for {PATIENCE:.0f} s", UNKNOWN
+    answers: list[tuple[Devices, Sample]] = []
+
+    def ask() -> None:
+        opened = host.devices(Presence(host.root))
+        answers.append((opened, opened.sample() if opened.readable else Sample()))
+
+    thread = threading.Thread(target=ask, daemon=True)  # a driver that hangs cannot be interrupted: it is left behind
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    if not answers:
+        yield "bad", f"the GPU driver has not answered for {PATIENCE_SECONDS:.0f} s", UNKNOWN
         return
-    devices, sample = told
+    devices, sample = answers[0]
     if devices.trouble:
         yield "bad", devices.trouble.why, devices.trouble.remedy or UNKNOWN
     elif not gpus(devices.inventory()) and quiet:
@@ -144,24 +145,6 @@ def _answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
             yield "warning", f"{name}: it is slowed down: {seen.throttled}", "look after its cooling and its power"
         else:
             yield "ok", f"{name}: {in_words(device.memory, gap='', digits='.0f')}", ""
-
-
-def _asked(host: Host) -> tuple[Devices, Sample] | None:
-    """The devices and a reading of them; None if they do not answer. A thread that hangs is left behind."""
-    answers: list[tuple[Devices, Sample]] = []
-
-    def ask() -> None:
-        devices = host.devices(Presence(host.root))
-        answers.append((devices, devices.sample() if devices.readable else Sample()))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return answers[0] if answers else None
-
-
-def _first_fields(file: Path) -> set[str]:
-    return {line.partition(":")[0] for line in _text(file).splitlines()}
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The machine that ``vllmctl doctor`` examines, and the form of what it finds."""
+"""The machine that ``vllmctl doctor`` examines, and the form of a finding."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def has_module(name: str) -> bool:
 
 
 def readable_by(user: str, path: Path) -> bool:
-    """Whether that user may read the file; True where that cannot be found out: only root can ask for somebody else."""
+    """Whether a user may read the file; True where that cannot be tested, which takes root."""
     try:
-        who = pwd.getpwnam(user)
+        account = pwd.getpwnam(user)
     except KeyError:
         return True
     if os.geteuid() != 0:
         return True
     done = subprocess.run(
         ["/bin/sh", "-c", 'test -r "$1"', "sh", str(path)],
-        user=who.pw_uid,
-        group=who.pw_gid,
-        extra_groups=os.getgrouplist(user, who.pw_gid),
+        user=account.pw_uid,
+        group=account.pw_gid,
+        extra_groups=os.getgrouplist(user, account.pw_gid),
         check=False,
     )
     return done.returncode == 0
 
 
 def of_this_machine(here: Presence) -> Devices:
-    """As the daemon would ask for them, with nothing configured and nothing hidden."""
+    """The devices as the daemon would find them without any configuration."""
     from vllmd.config.types import Config
 
     return open_devices(Config(), {}, here=here)

@@ -1,4 +1,4 @@
-"""What goes wrong, in words that say what to do next, with an exit status of sysexits(3)."""
+"""Failures of a verb: a message that says what to do next, and an exit status of sysexits(3)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # what OpenSSL makes 
 
 
 class Failure(Exception):
-    """The verb cannot go on. ``message`` is for the person, ``status`` for the shell."""
+    """Ends the verb: ``message`` is printed, ``status`` is the exit status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -68,7 +68,7 @@ class Failure(Exception):
 
 
 def of_answer(status: int, body: Any) -> Failure:
-    """The failure that an HTTP answer of the admin API tells."""
+    """An error answer of the admin API as a failure."""
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
         return Failure(f"vllmd answered {status} without saying why", STATUSES.get(status, EX_SOFTWARE))
@@ -76,7 +76,7 @@ def of_answer(status: int, body: Any) -> Failure:
     message = str(error.get("message") or f"vllmd answered {status}")
     message = message.replace("GET /v1/models lists those", "vllmctl ps lists those")
     invalid, _, where = message.partition(", tell its administrator: ")
-    if where:  # who asks is one
+    if where:  # users of vllmctl are its administrators
         return Failure(f"{invalid}, see vllmctl config check: {where}", EX_CONFIG)
     return Failure(message, CODES.get(code, STATUSES.get(status, EX_SOFTWARE)))
 
@@ -99,7 +99,7 @@ def of_socket(path: str, error: OSError) -> Failure:
         import getpass
 
         return Failure(
-            f"you may not use {path}, which is open to the group vllmd-admin (vllmd-read: to look on); "
+            f"you may not use {path}, which is open to the group vllmd-admin (vllmd-read: read-only); "
             f"sudo usermod -aG vllmd-admin {getpass.getuser()}, then log in again",
             EX_NOPERM,
         )

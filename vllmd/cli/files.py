@@ -1,4 +1,4 @@
-"""Reading and replacing files, with words for what goes wrong."""
+"""Reading and replacing files; each error is a Failure that says what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(path: Path) -> str:
 
 
 def existing(path: Path) -> str:
-    """The text of a file that must be there; ``-`` is the standard input."""
+    """The text of a file that must exist; ``-`` is the standard input. Raises Failure."""
     import sys
 
     if str(path) == "-":
@@ -35,7 +35,7 @@ def existing(path: Path) -> str:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write the file anew in one step, with the mode and owner that it had; nothing is lost if the disk is full."""
+    """Replace the text of a file in one step, and keep its mode and owner; a full disk leaves it as it was."""
     target = Path(os.path.realpath(path))
     temporary = ""
     try:
@@ -43,28 +43,18 @@ def replace(path: Path, text: str) -> None:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            _like(target, descriptor)
+            if target.exists():
+                old = target.stat()
+                os.fchmod(descriptor, old.st_mode & 0o7777)
+                if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(descriptor, old.st_uid, old.st_gid)
+            else:
+                os.fchmod(descriptor, 0o644)  # mkstemp's files are their owner's alone
             os.fsync(descriptor)
         os.replace(temporary, target)
-    except PermissionError:
-        _forget(temporary)
-        raise Failure(f"you may not write {path}; try again with sudo", EX_NOPERM) from None
     except OSError as error:
-        _forget(temporary)
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        if isinstance(error, PermissionError):
+            raise Failure(f"you may not write {path}; try again with sudo", EX_NOPERM) from None
         raise Failure(f"{path} cannot be written: {error.strerror}; it is as it was", EX_CANTCREAT) from None
-
-
-def _like(target: Path, descriptor: int) -> None:
-    try:
-        old = target.stat()
-    except FileNotFoundError:
-        os.fchmod(descriptor, 0o644)
-        return
-    os.fchmod(descriptor, old.st_mode & 0o7777)
-    if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-        os.fchown(descriptor, old.st_uid, old.st_gid)
-
-
-def _forget(temporary: str) -> None:
-    if temporary and os.path.exists(temporary):
-        os.unlink(temporary)

@@ -1,7 +1,7 @@
-"""What ``vllmctl engine`` asks to be done, by whom, and how it is shown while it lasts.
+"""The client side of the installer: requests of ``vllmctl engine``, and the progress shown meanwhile.
 
-On a machine with vllmd's units it is the installer's service that does it, for all users' engines; otherwise, and with
-``--user``, it is done here and now, in the folder in which the user's own daemon looks.
+On a machine with vllmd's units the installer's service does the work, for the engines of the whole machine; otherwise,
+and with ``--user``, this process does, in the folder in which the user's own daemon looks.
 """
 
 from __future__ import annotations
@@ -27,47 +27,44 @@ from vllmd.installer.pip import Progress
 from vllmd.installer.requests import Chosen, Removed
 
 SOCKET = "/run/vllmd/installer.sock"
-SILENCE = 60.0  # seconds after which a service that says nothing is given up; it says something twice a second
-WORTH_A_LINE = 10**7  # bytes of a download that is told where no terminal is
+SILENCE_SECONDS = 60.0  # after which a silent service is given up; it reports progress twice a second
+WORTH_A_LINE_BYTES = 10**7  # a larger download is reported where no terminal is
 Done = TypeVar("Done", Installed, Chosen, Removed)
 CALLED = {"cpu": "for the CPU", "cuda": "for CUDA"}
 
 
 def by_service(arguments: Namespace) -> bool:
-    """Whether it is the machine's engines that are meant, and the service that changes them."""
+    """Whether the machine's engines are meant, which only the service changes. Raises Failure with --url."""
     if arguments.url:
         raise Failure("an engine is installed on its own machine: run vllmctl there", EX_USAGE)
     return not arguments.user and not os.environ.get("VLLMD_ENGINES") and os.path.exists(SOCKET)
 
 
 def own_root(arguments: Namespace) -> Path:
-    """The folder that we change ourselves: root's is the machine's, where there is no service."""
+    """The folder that this process changes itself: root's is the machine's, where there is no service."""
     first, *_ = environments.roots()
-    told = os.environ.get("VLLMD_ENGINES")
-    return environments.SYSTEM if os.geteuid() == 0 and not arguments.user and not told else first
+    is_named = bool(os.environ.get("VLLMD_ENGINES"))
+    return environments.SYSTEM if os.geteuid() == 0 and not arguments.user and not is_named else first
 
 
 def perform(arguments: Namespace, request: Mapping[str, object], answer: type[Done]) -> Done:
-    """Have a request of ``installer.requests`` done, and show how far it is. Raises Failure.
+    """Do a request of ``installer.requests``, here or by the service, and show the progress. Raises Failure.
 
     ``answer``: the class of its verb's answer.
     """
     line = show.StatusLine(quiet=arguments.json)
 
-    def told(progress: Progress) -> None:
-        if (
-            line.live
-            or progress.total >= WORTH_A_LINE
-            or progress.phase not in ("resolving", "downloading", "unpacking")
-        ):
+    def say(progress: Progress) -> None:
+        is_short = progress.phase in ("resolving", "downloading", "unpacking") and progress.total < WORTH_A_LINE_BYTES
+        if line.live or not is_short:
             line.say(lambda _: sentence(progress), f"{progress.phase} {progress.what}")
 
     try:
         if by_service(arguments):
-            return _by_service(request, answer, told)
+            return ask_service(request, answer, say)
         logging.getLogger("vllmd.installer").setLevel(logging.ERROR)  # pip's many lines, of which a sentence is made
         own = {key: value for key, value in os.environ.items() if not key.startswith("VLLMD_")}
-        done = requests.perform(request, own_root(arguments), told, own)
+        done = requests.perform(request, own_root(arguments), say, own)
         assert isinstance(done, answer)
         return done
     except VllmdError as error:
@@ -77,7 +74,7 @@ def perform(arguments: Namespace, request: Mapping[str, object], answer: type[Do
 
 
 def sentence(progress: Progress) -> str:
-    """How far it is, in a line: ``downloading torch-2.13.0.whl, 45.2 of 200.1 MB (1.2 GB before)``."""
+    """The progress in a line: ``downloading torch-2.13.0.whl, 45.2 of 200.1 MB (1.2 GB before)``."""
     text = f"{progress.phase} {progress.what}".rstrip()
     if progress.total:
         text += f", {progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"
@@ -86,22 +83,22 @@ def sentence(progress: Progress) -> str:
     return text
 
 
-def _by_service(request: Mapping[str, object], answer: type[Done], told: Callable[[Progress], None]) -> Done:
-    """Ask the installer's service. Returns its last answer; raises Failure."""
+def ask_service(request: Mapping[str, object], answer: type[Done], say: Callable[[Progress], None]) -> Done:
+    """Send a request to the installer's service. Returns its last answer; raises Failure."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(SILENCE)
+        connection.settimeout(SILENCE_SECONDS)
         try:
             connection.connect(SOCKET)
             connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 for line in lines:
-                    told_now = decoded(line)
-                    if "done" in told_now:
-                        return answer(**told_now["done"])
-                    if "failed" in told_now:
-                        status = STATUSES.get(told_now.get("status", 0), EX_UNAVAILABLE)
-                        raise Failure(str(told_now["failed"]), status)
-                    told(Progress(**told_now["progress"]))
+                    message = decoded(line)
+                    if "done" in message:
+                        return answer(**message["done"])
+                    if "failed" in message:
+                        status = STATUSES.get(message.get("status", 0), EX_UNAVAILABLE)
+                        raise Failure(str(message["failed"]), status)
+                    say(Progress(**message["progress"]))
         except PermissionError:
             raise Failure(f"you may not use {SOCKET}, which is open to the group vllmd-admin: with sudo it works, and "
                           "vllmctl --user engine installs for yourself", EX_NOPERM) from None  # fmt: skip
@@ -112,7 +109,7 @@ def _by_service(request: Mapping[str, object], answer: type[Done], told: Callabl
 
 
 def environment() -> dict[str, str]:
-    """The variables of our own that say how the network is reached; they are root's to hand on."""
+    """Our variables for proxies and certificates, which only root may hand on to the service."""
     names = (*requests.PROXIES, *requests.CERTIFICATES)
     return {name: os.environ[name] for name in names if os.environ.get(name)} if os.geteuid() == 0 else {}
 
@@ -124,15 +121,12 @@ def install(arguments: Namespace, kind: str, **more: str | bool) -> Installed:
 
 
 def ensure(arguments: Namespace, kind: str) -> None:
-    """See that a kind of engine is there, for a verb that needs one: install it where it is not. Raises Failure."""
-    if environments.in_use(kind) or (program := environments.PROGRAMS.get(kind)) is None or _in_path(program):
+    """Install a kind of engine if it is neither installed nor in PATH, for a verb that needs it. Raises Failure."""
+    import shutil
+
+    program = environments.PROGRAMS.get(kind)
+    if environments.in_use(kind) or program is None or (program and shutil.which(program)):
         return
     show.say(f"there is no {kind} here yet: installing it", sys.stderr)
     done = install(arguments, kind)
     show.say(f"{kind} {done.version}, {CALLED.get(done.build, '')}, is installed", sys.stderr)
-
-
-def _in_path(program: str) -> bool:
-    import shutil
-
-    return bool(program and shutil.which(program))

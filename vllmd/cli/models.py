@@ -1,4 +1,4 @@
-"""What the verbs on models share: their argument, finding one in the status, following a change."""
+"""Shared by the verbs on models: their argument, finding a model in the status, following a change of one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool = False) -> None:
-    """MODEL, or several, or (``optional``) none."""
+    """Add the argument MODEL, several of it with ``many``, none with ``optional``."""
     about = "name, alias, or the end of a name that only one model has"
     if many:
         parser.add_argument("models", nargs="*" if optional else "+", metavar="MODEL", help=about)
@@ -30,7 +30,7 @@ def argument(parser: argparse.ArgumentParser, many: bool = True, optional: bool 
 
 
 def find(status: Status, name: str) -> ModelLine:
-    """The line of a model in the status, or of a replica, by a name that the daemon would take. Raises Failure."""
+    """The status line of a model or replica, by any name that the daemon would accept. Raises Failure."""
     from vllmd.api.names import Names  # most verbs leave it to the daemon
 
     lines = {line.name: line for line in status.models}
@@ -39,10 +39,10 @@ def find(status: Status, name: str) -> ModelLine:
     if not name:
         raise Failure("a model's name is empty", EX_DATAERR)
     try:
-        found = names.with_replica(name, replicas.__contains__)
+        configured = names.with_replica(name, replicas.__contains__)
     except VllmdError as error:
         raise Failure(error.message, EX_DATAERR) from None
-    return replicas.get(found) or lines[found]
+    return replicas.get(configured) or lines[configured]
 
 
 def every(status: Status) -> Iterator[tuple[ModelLine, list[str]]]:
@@ -55,7 +55,7 @@ def every(status: Status) -> Iterator[tuple[ModelLine, list[str]]]:
 
 
 def each(arguments: Namespace, act: Callable[[Admin, str], Any]) -> int:
-    """``act`` on every model named; with --json all answers in one list."""
+    """Call ``act`` for every model named; with --json print all answers in one list."""
     admin = Admin(arguments)
     answers = [act(admin, model) for model in arguments.models]
     if arguments.json:
@@ -64,7 +64,7 @@ def each(arguments: Namespace, act: Callable[[Admin, str], Any]) -> int:
 
 
 def follow(arguments: Namespace, verb: Verb, given: Mapping[str, object], done: str = "") -> int:
-    """Do it with every model and show how it comes along; ``done`` ends what is said then."""
+    """Call a verb for every model named and show its progress; ``done`` is the end of the line printed then."""
 
     def act(admin: Admin, model: str) -> Any:
         if getattr(arguments, "no_wait", False):
@@ -80,7 +80,7 @@ def follow(arguments: Namespace, verb: Verb, given: Mapping[str, object], done: 
 def change(
     admin: Admin, model: str, verb: Verb, given: Mapping[str, object], done: str = "", *, quiet: bool
 ) -> Progress:
-    """Do it and show how the model comes along, until it has come to rest. Raises Failure where that is a failure."""
+    """Call a verb and show the model's progress until it has settled. Raises Failure if that fails."""
     line, began = show.StatusLine(quiet), time.monotonic()
     usual, last = usual_start(admin, model) if verb.name in ("load", "wake") else None, Progress()
     for text in admin.follow(verb, {**given, "model": model}):
@@ -98,22 +98,22 @@ def change(
 
 
 def progress(model: str, line: Progress, usual: float | None) -> Callable[[float], str]:
-    """``qwen: starting: weights 3/8, 12s of about 44s``, its seconds going on; on a terminal it fits one line."""
+    """A function of the seconds since: ``qwen: starting: weights 3/8, 12s of about 44s``, fit for one line."""
     state = ": ".join(filter(None, (line.state.replace("_", " "), show.phase(line))))
     about = f" of about {show.age(usual)}" if usual else ""
 
-    def told(since: float) -> str:
+    def text(since: float) -> str:
         rest, seconds = f": {state}", f", {show.age((line.elapsed or 0.0) + since)}{about}"
         if (most := show.columns(sys.stderr)) is None:
             return model + rest + seconds
         room = most - 1 - show.width(seconds)
         return cut(show.shortened(model, max(12, room - show.width(rest))) + rest, room) + seconds
 
-    return told
+    return text
 
 
 def usual_start(admin: Admin, model: str) -> float | None:
-    """How long its last start took, in seconds, if it is known."""
+    """The seconds that the model's last start took, if they are known."""
     try:
         seconds = find(admin.status(), model).last_start_seconds
     except Failure:

@@ -1,4 +1,4 @@
-"""What to do where there are no models yet: one line for each way, each of which works as it stands."""
+"""Advice for a machine without models: lines with commands that work as they stand."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ FIRST_LINE = "no models yet; vllmctl run smollm2 fetches a small one, serves it 
 
 
 def advice(status: Status, cached: Sequence[CachedModel] = ()) -> list[str]:
-    """Lines for a person; what is in the caches is told where it is known."""
+    """Lines of advice, with models of the engines' cache (``cached``) and of the user's own that could be added."""
     lines = [FIRST_LINE]
     names = [one.name for one in cached]
     lines += [f"in the engines' cache: {name}; vllmctl add {name} serves it" for name in names[:3]]
     if len(names) > 1:
         lines.append(f"all of the cache: discover: true in {file_of(status)}, then vllmctl reload")
-    own = _own(cached)
+    from vllmd.store.elsewhere import own_cache
+
+    own = [name for name, _ in own_cache() if name not in names]
     if own:
         lines.append(f"in your own cache: {', '.join(own[:3])}; vllmctl add {own[0]} serves it from there")
     lines.append(f"the configuration is {file_of(status)}, see vllmd.yaml(5)")
@@ -27,11 +29,3 @@ def file_of(status: Status) -> str:
     """The main file of the configuration."""
     files = status.configuration.files
     return str(files[0]) if files else "/etc/vllmd/vllmd.yaml"
-
-
-def _own(cached: Sequence[CachedModel]) -> list[str]:
-    """Models of the invoking user's cache that the engines' cache has not."""
-    from vllmd.store.elsewhere import own_cache
-
-    known = {one.name for one in cached}
-    return [name for name, _ in own_cache() if name not in known]

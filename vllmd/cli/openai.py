@@ -1,4 +1,4 @@
-"""Asking a model as any client would, over HTTP and with the standard library only."""
+"""Requests to a model as any client sends them: over HTTP, with the standard library only."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def client(arguments: Namespace) -> Admin:
 
 
 def stream(
-    http: Admin, request: ForeignJson, told: Callable[[str], None] = lambda comment: None
+    http: Admin, request: ForeignJson, on_comment: Callable[[str], None] = lambda comment: None
 ) -> Iterator[ForeignJson]:
     """The chunks of a streamed chat completion. Raises Failure for an error in the stream, too.
 
-    ``told`` gets what the server says of the wait for the first one.
+    ``on_comment`` gets the comments in the stream, by which vllmd reports the loading of the model.
     """
     body = {**request, "stream": True}
     for line in http.lines("POST", "/v1/chat/completions", "text/event-stream", body):
         if line.startswith(":"):
-            told(printable(line[1:].strip()))
+            on_comment(printable(line[1:].strip()))
         data = line.removeprefix("data:").strip()
         if not line.startswith("data:") or data == "[DONE]":
             continue

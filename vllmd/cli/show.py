@@ -1,4 +1,4 @@
-"""Sizes, times, states: how each is written. How it fits a terminal is ``terminal``'s."""
+"""How sizes, times and states are written; ``terminal`` makes them fit."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def state(name: str) -> str:
 
 
 def first_line(text: str | None) -> str:
-    """What a failure says, without the engine's last log lines below it."""
+    """The sentence of a failure, without the engine's last log lines below it."""
     return (text or "").partition("\n")[0].removesuffix("; its last log lines:")
 
 
 def phase(line: ModelLine | Progress) -> str:
-    """The phase of a start, and the engine's own words as far as they are short."""
-    told = f"{line.phase or ''} {line.detail or ''}".strip()
-    return told if len(told) <= PHASE else told[: PHASE - 3].rstrip(" .") + "..."
+    """The phase of a start, and as much of the engine's own detail as fits ``PHASE`` characters."""
+    text = f"{line.phase or ''} {line.detail or ''}".strip()
+    return text if len(text) <= PHASE else text[: PHASE - 3].rstrip(" .") + "..."
 
 
 def phases(line: ModelLine) -> str:
-    """Where the time of a start goes, or where that of the last one went: ``imports 8.2s, weights 3.1s (LOADER)``."""
+    """The phases of the start under way, else of the last one: ``imports 8.2s, weights 3.1s (LOADER)``."""
     by = {"weights": f" ({line.loader})"} if line.loader else {}
     return ", ".join(f"{phase} {age(seconds)}{by.get(phase, '')}" for phase, seconds in line.start_phases.items()
                      if seconds >= MOMENT)  # fmt: skip

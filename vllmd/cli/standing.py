@@ -1,42 +1,42 @@
-"""How a model stands, in words that several verbs share."""
+"""The state of a model in words that several verbs print."""
 
 from __future__ import annotations
 
 from vllmd.api.answers import ModelLine
 from vllmd.cli import show
 
-SILENT = 30.0  # seconds without a byte of any answer that are remarkable
+SILENT_SECONDS = 30.0  # without a byte of any answer, after which an engine is reported as silent
 
 
 def now(line: ModelLine, made: bool) -> str:
-    """How it stands at present, in a sentence."""
+    """The state of a model in a sentence. ``made``: whether any decision about it is known."""
     name, ago = line.name, "" if line.since is None else show.age(line.since)
     if line.state == "error":
-        told = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
+        text = f"{name} has failed{f' {ago} ago' if ago else ''}: {line.failure}"
     else:
-        told = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
+        text = f"{name} is {show.state(line.state)}{f' since {ago}' if ago else ''}"
     if line.replicas or line.health:
-        told += f" ({replicas_of(line)})"
+        text += f" ({replicas_of(line)})"
     if line.state != "error" and line.failure:
-        told += f"; it failed: {line.failure}"
+        text += f"; it failed: {line.failure}"
     if "\n" in line.failure:
-        told += f"\nvllmctl logs {name} shows all of its output"
+        text += f"\nvllmctl logs {name} shows all of its output"
     if line.never:
-        told += f"; it can never be loaded: {line.never}"
+        text += f"; it can never be loaded: {line.never}"
     if quiet := silence(line):
-        told += f"; {quiet}, with {show.counted(line.in_flight, 'request')} in it"
-        told += f" (vllmctl logs {name}; vllmctl restart {name} --force if it hangs)"
+        text += f"; {quiet}, with {show.counted(line.in_flight, 'request')} in it"
+        text += f" (vllmctl logs {name}; vllmctl restart {name} --force if it hangs)"
     if line.disabled:
-        told += f"; an operator has disabled it: {line.disabled}"
+        text += f"; an operator has disabled it: {line.disabled}"
     if line.waiting_for:
         queued = line.queued
-        who = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"
-        told += f"; {who} {line.waiting_for}"
-    return told if made or line.waiting_for else f"{told}; nothing has been decided about it yet"
+        waiting = f"{show.counted(queued, 'request')} wait{'s' * (queued == 1)} for" if queued else "it waits for"
+        text += f"; {waiting} {line.waiting_for}"
+    return text if made or line.waiting_for else f"{text}; nothing has been decided about it yet"
 
 
 def replicas_of(line: ModelLine) -> str:
-    """How many of a model's replicas serve; of a replica what its answers have earned it, and how soon they begin."""
+    """How many of a model's replicas serve; of a replica its health status and the time to its first byte."""
     if line.replicas:
         return f"{line.serving} of {len(line.replicas)} replicas serve{', degraded' * line.degraded}"
     if not line.health:
@@ -46,5 +46,5 @@ def replicas_of(line: ModelLine) -> str:
 
 
 def silence(line: ModelLine) -> str:
-    """That an engine which seems well has answered nothing for long, though requests wait in it."""
-    return f"no answer for {show.age(line.silent)}" if line.silent is not None and line.silent >= SILENT else ""
+    """How long an engine has answered nothing although requests run in it; "" for less than ``SILENT_SECONDS``."""
+    return f"no answer for {show.age(line.silent)}" if line.silent is not None and line.silent >= SILENT_SECONDS else ""

@@ -1,12 +1,13 @@
-"""Verbs of vllmctl that are rows of the table of operators' verbs: their arguments, and what they print.
+"""Verbs of vllmctl that are rows of the table of operators' verbs: their arguments, and the lines they print.
 
-A verb with more to show than a line for each thing done has a file in ``verbs/``, which takes its arguments from here.
+A verb that shows more than a line for each thing done has a file in ``verbs/`` instead.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from vllmd.api import verbs
@@ -30,41 +31,28 @@ class TableVerb:
         add_arguments(parser, self._verb, self._command.fixed)
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Do it for each thing named."""
+        """Call the verb for each thing named on the command line, and print a line for each."""
+        values = given(arguments, self._verb)
         if self._verb.settles:
-            return models.follow(arguments, self._verb, given(arguments, self._verb), self._command.said)
-        admin, answers = Admin(arguments), list[object]()
-        for values in self._each(arguments):
-            answers.append(admin.ask(self._verb, values))
-            if not arguments.json:
-                show.say(said(self._command, answers[-1], values))
-        if arguments.json:
-            print(show.as_json(answers if many(self._verb) else answers[0]))
-        return 0
-
-    def _each(self, arguments: argparse.Namespace) -> Iterator[Mapping[str, object]]:
-        """The parameters of each thing named, with what is fixed."""
-        values = {**given(arguments, self._verb), **self._command.fixed}
-        several = many(self._verb)
+            return models.follow(arguments, self._verb, values, self._command.said)
+        admin, answers, values = Admin(arguments), list[object](), {**values, **self._command.fixed}
+        several = next((each for each in self._verb.params if each.many), None)
         for each in getattr(arguments, dest(several)) if several else [None]:
-            yield {**values, **({several.name: each} if several else {})}
-
-
-class _Told(dict[str, object]):
-    """What an answer does not tell is nothing."""
-
-    def __missing__(self, key: str) -> str:
-        return ""
-
-
-def said(command: Command, answer: object, values: Mapping[str, object]) -> str:
-    """What is printed when it is done; without words of its own the answer, a line for each of its fields."""
-    told = answer if isinstance(answer, dict) else {}
-    return command.said.format_map(_Told({**told, **values})) if command.said else show.pairs(told)
+            values |= {several.name: each} if several else {}
+            answer = admin.ask(self._verb, values)
+            answers.append(answer)
+            if not arguments.json:
+                fields = answer if isinstance(answer, dict) else {}
+                text = self._command.said
+                # An older daemon's answer may lack a field that the text has.
+                show.say(text.format_map(defaultdict(str, {**fields, **values})) if text else show.pairs(fields))
+        if arguments.json:
+            print(show.as_json(answers if several else answers[0]))
+        return 0
 
 
 def commands() -> dict[str, TableVerb]:
-    """All of them by name."""
+    """The table's verbs of vllmctl by name."""
     return {command.name: TableVerb(verb, command) for verb in verbs.VERBS for command in verb.commands}
 
 
@@ -88,18 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb, fixed: Mapping[st
 
 
 def given(arguments: argparse.Namespace, verb: Verb) -> dict[str, object]:
-    """The parameters that are on the command line, but for the words of which there may be several."""
-    asked = vars(arguments)
-    return {each.name: asked[each.name] for each in verb.params if each.name in asked}
-
-
-def many(verb: Verb) -> Param | None:
-    """The parameter of which several may be named."""
-    return next((each for each in verb.params if each.many), None)
+    """The parameters that are on the command line, but for the word that may be given several times."""
+    values = vars(arguments)
+    return {each.name: values[each.name] for each in verb.params if each.name in values}
 
 
 def dest(param: Param) -> str:
-    """The name under which argparse keeps the parameter's value."""
+    """The attribute in which argparse keeps the parameter's value."""
     return f"{param.name}s" if param.many else param.name
 
 
@@ -108,7 +91,7 @@ def _flags(param: Param) -> tuple[str, ...]:
 
 
 def _type(param: Param) -> Any:
-    """What reads it; argparse reports what is wrong with it."""
+    """The function that parses the parameter for argparse, which reports its errors."""
     kind = param.kind
     if isinstance(kind, Seconds):
         from vllmd.cli.values import duration

@@ -63,22 +63,21 @@ def wrapped(text: str, most: int | None, indent: int = 2) -> str:
     """
     if most is None:
         return text
-    return "\n".join(part for line in text.split("\n") for part in _broken(line, most, indent))
-
-
-def _broken(line: str, most: int, indent: int) -> list[str]:
-    if width(line) <= most:
-        return [line]
-    lead = len(line) - len(line.lstrip(" "))
-    hang = " " * (lead + indent)
-    parts, now = list[str](), " " * lead
-    for word in line.strip(" ").split(" "):
-        joined = f"{now} {word}" if now.strip() else now + word
-        if width(joined) > most and now.strip():
-            parts.append(now)
-            joined = (hang if width(hang + word) <= most else " " * lead + "  ") + word
-        now = joined
-    return [*parts, now]
+    lines = list[str]()
+    for line in text.split("\n"):
+        if width(line) <= most:
+            lines.append(line)
+            continue
+        lead = len(line) - len(line.lstrip(" "))
+        hang, now = " " * (lead + indent), " " * lead
+        for word in line.strip(" ").split(" "):
+            joined = f"{now} {word}" if now.strip() else now + word
+            if width(joined) > most and now.strip():
+                lines.append(now)
+                joined = (hang if width(hang + word) <= most else " " * lead + "  ") + word
+            now = joined
+        lines.append(now)
+    return "\n".join(lines)
 
 
 def say(text: str, file: Any = None, indent: int = 2) -> None:
@@ -94,10 +93,10 @@ def table(
     names: Sequence[str] = (),
     beneath: Sequence[str] = ("NOTE",),
 ) -> str:
-    """Columns under their heads; those named in ``right`` are set right; the last column is ragged.
+    """Columns under their heads, those in ``right`` set right; the last column is ragged.
 
-    Where the terminal is too narrow, what is in the columns ``beneath`` goes on lines of its own under each row, and
-    the columns ``names`` are shortened.
+    On a terminal that is too narrow the columns ``beneath`` become lines of their own under each row, and the columns
+    ``names`` are shortened; a name that looks like another row's then is repeated whole under its row.
     """
     most = columns()
     if most is None or _wide(head, rows) <= most:
@@ -105,17 +104,24 @@ def table(
     low = [place for place, name in enumerate(head) if name in beneath]
     kept = [place for place in range(len(head)) if place not in low]
     upper = [head[place] for place in kept]
-    rest = _narrowed(upper, [[row[place] for place in kept] for row in rows], names, most)
-    lines = _lined(upper, rest, right, gap=2 if _wide(upper, rest) <= most else 1)
-    shown, alike = lines[:1], _alike(upper, rest, [[row[place] for place in kept] for row in rows], names)
-    for line, row, told in zip(lines[1:], rows, alike, strict=True):
+    whole = [[row[place] for place in kept] for row in rows]
+    short = shorten_names(upper, [list(row) for row in whole], names, most)
+    meant: dict[tuple[int, str], set[str]] = {}  # the whole names behind each shortened one
+    name_places = [place for place, name in enumerate(upper) if name in names]
+    for full, cells in zip(whole, short, strict=True):
+        for place in name_places:
+            meant.setdefault((place, cells[place]), set()).add(full[place])
+    lines = _lined(upper, short, right, gap=2 if _wide(upper, short) <= most else 1)
+    shown = lines[:1]
+    for line, row, full, cells in zip(lines[1:], rows, whole, short, strict=True):
         shown.append(line)
-        shown += [wrapped(f"{' ' * BENEATH}{name}", most, 2) for name in told]
-        shown += [
-            _note(head[place], row[place], most)
-            for place in low
-            if row[place] != EMPTY and row[place][:1] not in ("", "(")
-        ]
+        for place in name_places:
+            if len(meant[place, cells[place]]) > 1:
+                shown.append(wrapped(f"{' ' * BENEATH}{full[place]}", most, 2))
+        for place in low:
+            if row[place] != EMPTY and row[place][:1] not in ("", "("):
+                label = "" if head[place] == "NOTE" else f"{head[place].lower()}: "
+                shown.append(wrapped(f"{' ' * BENEATH}{label}{row[place]}", most, 2))
     return "\n".join(shown)
 
 
@@ -127,8 +133,8 @@ def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(width(cell) for cell in column) for column in zip(head, *rows, strict=True)]
 
 
-def _narrowed(head: Sequence[str], rows: list[list[str]], names: Sequence[str], most: int) -> list[list[str]]:
-    """The widest of the names are shortened, so far as must be."""
+def shorten_names(head: Sequence[str], rows: list[list[str]], names: Sequence[str], most: int) -> list[list[str]]:
+    """Shorten the columns ``names`` in place, the widest first, as far as the table must become narrower."""
     places = [place for place, name in enumerate(head) if name in names]
     while places and (over := _wide(head, rows) - most) > 0:
         widths = _widths(head, rows)
@@ -141,21 +147,6 @@ def _narrowed(head: Sequence[str], rows: list[list[str]], names: Sequence[str], 
     return rows
 
 
-def _alike(
-    head: Sequence[str], short: Sequence[Sequence[str]], whole: Sequence[Sequence[str]], names: Sequence[str]
-) -> list[list[str]]:
-    """For each row the names that look like another one's since they are shortened."""
-    found: list[list[str]] = [[] for _ in whole]
-    for place in [place for place, name in enumerate(head) if name in names]:
-        known: dict[str, set[str]] = {}
-        for row, full in zip(short, whole, strict=True):
-            known.setdefault(row[place], set()).add(full[place])
-        for told, row, full in zip(found, short, whole, strict=True):
-            if len(known[row[place]]) > 1:
-                told.append(full[place])
-    return found
-
-
 def _lined(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], gap: int = 2) -> list[str]:
     widths, lines = _widths(head, rows), []
     for row in (head, *rows):
@@ -165,11 +156,6 @@ def _lined(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[s
         ]
         lines.append((" " * gap).join(cells).rstrip())
     return lines
-
-
-def _note(head: str, cell: str, most: int) -> str:
-    label = "" if head == "NOTE" else f"{head.lower()}: "
-    return wrapped(f"{' ' * BENEATH}{label}{cell}", most, 2)
 
 
 def pairs(entries: Mapping[str, object]) -> str:
@@ -185,7 +171,7 @@ Render = Callable[[float], str]  # seconds since it was said -> the line
 class StatusLine:
     """A line on the terminal that is written over, or one line per change where there is no terminal.
 
-    While it stands it is drawn anew, so that the seconds in it go on: whoever waits sees that it works.
+    A thread draws the line anew, so that the seconds in it go on while nothing else happens.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -197,7 +183,7 @@ class StatusLine:
         self._thread: threading.Thread | None = None
 
     def say(self, render: Render, key: str) -> None:
-        """Show what ``render`` gives; without a terminal only when ``key`` is another one than before."""
+        """Show what ``render`` returns; without a terminal only when ``key`` is not that of the last call."""
         if self.quiet:
             return
         if not self.live:
@@ -209,7 +195,12 @@ class StatusLine:
             self._render, self._since = render, time.monotonic()
         self._draw()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._tick, daemon=True)
+
+            def redraw(ended: threading.Event) -> None:
+                while not ended.wait(REDRAW):
+                    self._draw()
+
+            self._thread = threading.Thread(target=redraw, args=(self._ended,), daemon=True)
             self._thread.start()
 
     def clear(self) -> None:
@@ -222,10 +213,6 @@ class StatusLine:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         self._drawn = False
 
-    def _tick(self) -> None:
-        while not self._ended.wait(REDRAW):
-            self._draw()
-
     def _draw(self) -> None:
         with self._lock:
             text = self._render(time.monotonic() - self._since)
@@ -236,9 +223,9 @@ class StatusLine:
 
 
 class Working:
-    """Says on the terminal what is waited for, and for how long, once that takes longer than a moment.
+    """A line on the terminal that says what is waited for, and for how long, once that takes longer than a moment.
 
-    Within another one it says nothing: there is one such line.
+    Within another ``Working`` it shows nothing: there is one such line at a time.
     """
 
     _under_way = False
@@ -253,11 +240,16 @@ class Working:
         if not (self._quiet or Working._under_way) and sys.stderr.isatty():
             Working._under_way = True
             self._began, self._line = time.monotonic(), StatusLine()
-            self._line.say(self._told, "")
+
+            def text(_: float) -> str:
+                seconds = time.monotonic() - self._began
+                return f"{self.what}, {seconds:.0f}s" if seconds >= PATIENCE else ""
+
+            self._line.say(text, "")
         return self
 
     def say(self, what: str) -> None:
-        """Something else is waited for now."""
+        """Wait for something else from now on."""
         self.what = what or self.what
 
     def clear(self) -> None:
@@ -270,7 +262,3 @@ class Working:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.clear()
-
-    def _told(self, _: float) -> str:
-        seconds = time.monotonic() - self._began
-        return f"{self.what}, {seconds:.0f}s" if seconds >= PATIENCE else ""

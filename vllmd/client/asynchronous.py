@@ -126,7 +126,7 @@ class AsyncClient:
     # -- operators' verbs, made of the table vllmd/api/verbs.py by packaging/dev/make-clients: begin
 
     async def load_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
-        """Start or wake it. Raises EngineFailed where it was waited for and did not start."""
+        """Start or wake a model. Raises EngineFailed if the caller waits and the model does not start."""
         return await self._told("load", answers.ModelLine, model=model, wait=wait)
 
     async def wake_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
@@ -134,35 +134,35 @@ class AsyncClient:
         return await self._told("wake", answers.ModelLine, model=model, wait=wait)
 
     async def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> answers.ModelLine:
-        """Stop it, after its requests unless ``force``."""
+        """Stop a model, after its requests unless ``force``."""
         return await self._told("unload", answers.ModelLine, model=model, force=force, wait=wait)
 
     async def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> answers.ModelLine:
-        """Put it to sleep at level 1 or 2, or stop it (3)."""
+        """Put a model to sleep at level 1 or 2, or stop it (3)."""
         return await self._told("sleep", answers.ModelLine, model=model, level=level, wait=wait)
 
     async def pin_model(self, model: str, pinned: bool = True) -> answers.ModelLine:
-        """Keep it loaded once it is, or do so no more."""
+        """Keep a model loaded once it is, or let it be evicted again."""
         return await self._told("pin", answers.ModelLine, model=model, pinned=pinned)
 
     async def disable_model(self, model: str, message: str | None = None) -> answers.ModelLine:
-        """Have its clients told ``message``; it stops once its requests have ended."""
+        """Take a model out of use, after its requests; clients get ``message`` then."""
         return await self._told("disable", answers.ModelLine, model=model, message=message)
 
     async def enable_model(self, model: str) -> answers.ModelLine:
-        """Serve it again, with all its replicas."""
+        """Serve a disabled model again, with all its replicas."""
         return await self._told("enable", answers.ModelLine, model=model)
 
     async def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
-        """Ask each of its engines a short question, all at the same time: ``fastest``, and ``replicas`` with seconds.
+        """Probe the model's engines, all at once. Returns the ``fastest``, and the seconds of each of the ``replicas``.
 
-        But with ``all``, which gives each of them ``limit`` seconds, nobody is waited for once another has answered.
+        Without ``all`` none is waited for once another has answered; with it each has ``limit`` seconds.
         Raises Conflict where none of them serves.
         """
         return await self._told("probe", answers.Probed, model=model, all=all, limit=limit)
 
     async def lease_model(self, model: str, lease: str, seconds: float | None = None) -> answers.ModelLine:
-        """Keep it under the name ``lease``; after ``seconds`` the lease ends, and the last one stops the model."""
+        """Keep a model loaded under the name ``lease``, for ``seconds``; the last lease to end stops it."""
         return await self._told("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
 
     async def release_model(self, model: str, lease: str, *, stop: bool = False) -> answers.ModelLine:
@@ -170,7 +170,7 @@ class AsyncClient:
         return await self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
     async def preview(self, model: str, action: str) -> answers.Preview:
-        """What that verb would do with it as things stand; nothing is done."""
+        """What the verb ``action`` would do with a model now; nothing is done."""
         return await self._told("preview", answers.Preview, model=model, action=action)
 
     async def preview_device(self, device: int, action: str) -> answers.Preview:
@@ -178,7 +178,7 @@ class AsyncClient:
         return await self._told("preview_device", answers.Preview, device=device, action=action)
 
     async def status(self) -> answers.Status:
-        """How everything stands: the daemon, its devices, its models."""
+        """The status of the daemon, its devices and its models."""
         return await self._told("status", answers.Status)
 
     async def decisions(self, model: str = "") -> tuple[answers.Decision, ...]:
@@ -193,37 +193,37 @@ class AsyncClient:
         host_memory: str | None = None,
         models: Mapping[str, object] = {},
     ) -> answers.Plan:
-        """What the recorded traffic would have met with other devices, models or rules."""
+        """Simulate the recorded traffic as it is, and with other devices, models or rules."""
         return await self._told(
             "plan", answers.Plan, since=since, devices=devices, policy=policy, host_memory=host_memory, models=models
         )
 
     async def reload(self) -> answers.Reloaded:
-        """Take the configuration anew. Raises ConfigError if it is invalid; nothing changed."""
+        """Read the configuration again. Raises ConfigError where it is invalid."""
         return await self._told("reload", answers.Reloaded)
 
     async def kill_process(self, pid: int, *, force: bool = False) -> answers.Killed:
-        """Kill the engine that has the process, as a whole."""
+        """Kill the whole engine that a process belongs to."""
         return await self._told("kill", answers.Killed, pid=pid, force=force)
 
     async def drain_device(self, device: int, drained: bool = True) -> answers.Device:
-        """Take a device out of use, or give it back; how it is then."""
+        """Take a device out of use, or give it back."""
         return await self._told("drain", answers.Device, device=device, drained=drained)
 
     async def suspend(self, suspended: bool = True) -> answers.Suspended:
-        """Have engines leave the GPUs, or come back; who was there."""
+        """Take the engines off the GPUs, or let them back. Returns those that were there."""
         return await self._told("suspend", answers.Suspended, suspended=suspended)
 
     async def cached_models(self) -> tuple[answers.CachedModel, ...]:
-        """What the engines' caches hold, and which models are loaded from it."""
+        """The models in the engines' caches, and which served models use each."""
         return (await self._told("cached", answers.Cached)).cached
 
     async def stop_download(self, model: str) -> answers.Download:
-        """End a download; what has come is kept for the next one."""
+        """End a download; the part that is here is kept for the next one."""
         return await self._told("stop-download", answers.Download, model=model)
 
     async def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
-        """Serve an added model no more, and with ``files`` remove those; ``dry``: only say so."""
+        """Remove an added model, and with ``files`` its files; ``dry``: only say what would go."""
         return await self._told("remove", answers.Removed, model=model, files=files, dry=dry)
 
     async def keys(self) -> tuple[answers.KeyLine, ...]:
@@ -231,15 +231,15 @@ class AsyncClient:
         return (await self._told("keys", answers.Keys)).keys
 
     async def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
-        """Make a key; its text is told this once."""
+        """Make a key; only this answer has its text."""
         return await self._told("create_key", answers.NewKey, name=name, settings=settings)
 
     async def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
-        """Change the settings that are named, and no others."""
+        """Change the named settings of a key, and no others."""
         return await self._told("limit_key", answers.KeyLine, name=name, settings=settings)
 
     async def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
-        """Have it open nothing any more."""
+        """Revoke a key. Returns the keys that are left."""
         return (await self._told("revoke_key", answers.Keys, name=name)).keys
 
     async def requests(
@@ -252,7 +252,7 @@ class AsyncClient:
         slower: float | None = None,
         limit: int = 100,
     ) -> answers.Requests:
-        """The last requests and those under way that are as asked for, from ``since`` on."""
+        """The last requests and those under way that match the filters."""
         return await self._told(
             "requests",
             answers.Requests,
@@ -266,27 +266,27 @@ class AsyncClient:
         )
 
     async def request(self, request_id: str) -> answers.RequestInFull:
-        """One of the last requests. Raises NotFound."""
+        """One of the last requests, with its head. Raises NotFound."""
         return await self._told("request", answers.RequestInFull, request_id=request_id)
 
     async def cancel_request(self, request_id: str) -> tuple[answers.RequestEntry, ...]:
-        """End one that waits or runs, as it was then. Raises NotFound."""
+        """Cancel a request that waits or runs. Raises NotFound."""
         return (await self._told("cancel", answers.Cancelled, request_id=request_id)).cancelled
 
     async def recordings(self) -> answers.Recordings:
-        """Whose bodies are recorded, and how much is kept."""
+        """The recordings of bodies under way, and the size of what they have kept."""
         return await self._told("recordings", answers.Recordings)
 
     async def record(
         self, model: str | None = None, key: str | None = None, seconds: float = 600.0, most_bytes: int = 65536
     ) -> answers.Recordings:
-        """Have bodies kept, in memory, of a model's requests, a key's, or of both together."""
+        """Keep bodies, in memory, of a model's requests, a key's, or of both together."""
         return await self._told(
             "record", answers.Recordings, model=model, key=key, seconds=seconds, most_bytes=most_bytes
         )
 
     async def stop_recording(self, number: int | None = None) -> answers.Recordings:
-        """End one, or all of them."""
+        """End one recording, or all."""
         return await self._told("stop-recording", answers.Recordings, number=number)
 
     async def usage(

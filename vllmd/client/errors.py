@@ -1,14 +1,13 @@
-"""Answers and transport failures become errors here, and nowhere else.
+"""The one place in which error answers and httpx's exceptions become errors of the client library.
 
-What the daemon says becomes the class of ``vllmd.errors`` that it raised; what
-never reached it, or broke off on the way, has a class of its own below.
+An error answer becomes the class of ``vllmd.errors`` that the daemon raised; a request that did not reach the daemon,
+or whose answer broke off, has a class of its own below.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import httpx
 
@@ -43,15 +42,26 @@ class AnswerError(VllmdError):
 
 
 def of_answer(status: int, body: bytes, headers: Mapping[str, str]) -> VllmdError:
-    """The error that an answer of ``status`` 300 or more tells."""
-    told = _told(body)
-    message = str(told.get("message") or told.get("detail") or body[:500].decode("utf-8", "replace").strip())
+    """The error of an answer with a ``status`` of 300 or more, whichever server it is from."""
+    # OpenAI has {"error": {...}}, others a flat object.
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = {}
+    inner = answer.get("error", answer) if isinstance(answer, dict) else {}
+    details = inner if isinstance(inner, dict) else {"message": inner}
+    message = str(details.get("message") or details.get("detail") or body[:500].decode("utf-8", "replace").strip())
     message = message or f"HTTP status {status}"
-    param = told.get("param") if isinstance(told.get("param"), str) else None
-    kind = _kind(status, told.get("code"))
-    if kind is None:
+    param = details.get("param") if isinstance(details.get("param"), str) else None
+    # The class with this status and code, else the plainest one with this status.
+    same = [each for each in _subclasses(VllmdError) if each.status == status and each.__module__ == errors.__name__]
+    plain = sorted((each for each in same if each is not VllmdError), key=lambda each: each.code is not None)
+    exact = [each for each in same if each.code == details.get("code")]
+    if not (exact or plain):
         return AnswerError(status, message, param=param)
-    return kind(message, param=param, retry_after=_seconds(headers.get("retry-after", "")))
+    seconds = headers.get("retry-after", "")
+    retry_after = float(seconds) if seconds.isdecimal() else None
+    return (exact or plain)[0](message, param=param, retry_after=retry_after)
 
 
 def of_chunk(error: object) -> StreamFailed:
@@ -70,30 +80,9 @@ def of_transport(error: httpx.HTTPError | httpx.InvalidURL, where: str, *, begun
     return Unreachable(f"cannot reach vllmd at {where}: {what}")
 
 
-def _told(body: bytes) -> dict[str, Any]:
-    """``{"error": {...}}`` of OpenAI, or the flat object of others; {} where it is neither."""
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        return {}
-    inner = answer.get("error", answer) if isinstance(answer, dict) else {}
-    return inner if isinstance(inner, dict) else {"message": inner}
-
-
-def _kind(status: int, code: object) -> type[VllmdError] | None:
-    """The class with this status and code, else the plainest one with this status."""
-    same = [kind for kind in _tree(VllmdError) if kind.status == status and kind.__module__ == errors.__name__]
-    plain = sorted((kind for kind in same if kind is not VllmdError), key=lambda kind: kind.code is not None)
-    return next((kind for kind in same if kind.code == code), None) or next(iter(plain), None)
-
-
-def _tree(kind: type[VllmdError]) -> Iterator[type[VllmdError]]:
+def _subclasses(kind: type[VllmdError]) -> Iterator[type[VllmdError]]:
     """The class and all below it, those nearer to the root first."""
     level = [kind]
     while level:
         yield from level
         level = [below for each in level for below in each.__subclasses__()]
-
-
-def _seconds(text: str) -> float | None:
-    return float(text) if text.isdecimal() else None

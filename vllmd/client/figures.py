@@ -1,4 +1,4 @@
-"""What programs ask of vllmd's figures: who is fastest, how soon each replica answers, what runs."""
+"""Figures that programs take from vllmd's answers: the fastest engine, replicas' latencies, running models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""``ModelManager``: vLLM's offline engine in a process of its own, whose end gives the GPU back whole."""
+"""``ModelManager``: vLLM's offline engine in a process of its own, so that its end frees all memory of the GPU.
+
+Three processes take part: the program, the keeper and the engine (``offline_child``). Calls go to the engine over one
+socket, one at a time. An engine that ends takes its last log lines into the error; a call that is interrupted (Ctrl-C)
+makes the engine unusable, since the next call would read the answer of this one.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +52,7 @@ class ModelManager:
         self.llm = RemoteLLM(self._call)
 
     def load_model(self) -> None:
-        """Load it, unless it is loaded. Raises EngineFailed with the end of the engine's log."""
+        """Load the model, unless it is loaded. Raises EngineFailed with the end of the engine's log."""
         with self._lock:
             if self.loaded:
                 return
@@ -65,7 +70,7 @@ class ModelManager:
 
     @property
     def loaded(self) -> bool:
-        """Whether the process that has the model runs."""
+        """Whether the engine's process runs."""
         return self._child is not None and self._child.running
 
     @property
@@ -84,18 +89,25 @@ class ModelManager:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def reset_shutdown_timer(self, seconds: float) -> None:
-        """Release it ``seconds`` from now, after a call that runs then; replaces an earlier countdown."""
+        """Release the model ``seconds`` from now, after a call that runs then; replaces an earlier countdown."""
+
+        def release() -> None:
+            with self._calling, self._lock:
+                if self._timer is threading.current_thread():  # else it was replaced while this one waited
+                    self._say("its time is up")
+                    self.stop()
+
         with self._lock:
             if not self.loaded:
                 raise Conflict(f"{self._name} is not loaded")
             self._end_countdown()
-            self._timer = threading.Timer(seconds, self._on_timeout)
+            self._timer = threading.Timer(seconds, release)
             self._timer.daemon = True
             self._deadline = time.monotonic() + seconds
             self._timer.start()
 
     def stop(self) -> None:
-        """Release it now: when this returns none of its processes is left. Harmless if it is not loaded."""
+        """Release the model now; all of its processes have ended on return. Harmless if it is not loaded."""
         with self._lock:
             self._end_countdown()
             self._stop_child()
@@ -121,13 +133,6 @@ class ModelManager:
             if child is None:
                 raise Conflict(f"{self._name} is not loaded: call load_model() first")
             return child.ask(method, arguments, more)
-
-    def _on_timeout(self) -> None:
-        timer = threading.current_thread()
-        with self._calling, self._lock:
-            if self._timer is timer:  # else it was replaced while we waited
-                self._say("its time is up")
-                self.stop()
 
     def _end_countdown(self) -> None:
         if self._timer:
@@ -202,37 +207,34 @@ class _Child:
         return not self._lost and self._process.poll() is None
 
     def ask(self, method: str, arguments: tuple[Any, ...], more: dict[str, Any]) -> Any:
-        """The method's result, or what it raised. Raises EngineFailed if the process ended."""
-        message = packed((method, arguments, more))  # what cannot be sent harms nobody
+        """Call a method of the engine: its result, or what it raised. Raises EngineFailed if the process has ended."""
+        message = packed((method, arguments, more))  # raises before anything is sent
         if self._lost:
             raise EngineFailed(self._lost)
         try:
-            outcome, value = self._exchange(message)
+            self._channel.write(message)
+            outcome, value = self._channel.receive()
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_LIMIT)
-            self._lost = f"the engine's process {self._ended()}{self._last_lines()}"
+            status = self._process.poll()
+            ended = "closed its connection" if status is None else f"exited with status {status}"
+            if status is not None and status < 0:
+                ended = f"was killed by {signal.Signals(-status).name}"
+            self._lost = f"the engine's process {ended}{self._last_lines()}"
             raise EngineFailed(self._lost) from None
         except pickle.UnpicklingError as error:
             raise EngineFailed(f"what {method} returned cannot be read here: {error}") from error
-        if outcome == RAISED:
-            raise _raised(value, method, self._last_lines() if method == "load" else "")
-        return value
-
-    def _exchange(self, message: bytes) -> Any:
-        """The answer. Whoever does not wait for it (Ctrl-C) cannot ask again: it would take this one for the next."""
-        try:
-            self._channel.write(message)
-            return self._channel.receive()
-        except (EOFError, OSError, pickle.UnpicklingError):
-            raise
-        except BaseException:
+        except BaseException:  # as Ctrl-C: the next call would read the answer of this one
             self._lost = "an earlier call of it was interrupted: load_model() loads it anew"
             self._channel.close()
             raise
+        if outcome == RAISED:
+            raise remote_error(value, method, self._last_lines() if method == "load" else "")
+        return value
 
     def end(self) -> None:
-        """Let it end in order for a while, unless a call was given up; then by force. Its keeper goes last."""
+        """End the engine: in order, unless a call was interrupted, then by force. The keeper ends last."""
         if os.getpid() != self._owner:
             return
         self._channel.close()
@@ -243,12 +245,6 @@ class _Child:
             self._process.wait(GONE_LIMIT)
         if self._log:
             self._log.close()
-
-    def _ended(self) -> str:
-        status = self._process.poll()
-        if status is None:
-            return "closed its connection"
-        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
     def _last_lines(self) -> str:
         if not self._log:
@@ -261,8 +257,8 @@ class _Child:
         return "; its last lines:\n" + "\n".join(lines) if lines else ""
 
 
-def _raised(value: tuple[BaseException | None, str], method: str, lines: str) -> BaseException:
-    """What the method raised there, with its traceback as a note; a load's is an EngineFailed."""
+def remote_error(value: tuple[BaseException | None, str], method: str, lines: str) -> BaseException:
+    """The exception that a method raised in the engine, with its traceback as a note; of a load an EngineFailed."""
     error, trace = value
     if error is None or method == "load":
         absent = isinstance(error, ModuleNotFoundError) and error.name == "vllm"

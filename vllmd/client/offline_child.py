@@ -21,7 +21,6 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 RETURNED, RAISED = "returned", "raised"
@@ -30,7 +29,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Channel:
-    """Objects over a socket, whole."""
+    """Sends and receives whole objects over a socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -76,23 +75,16 @@ def packed(value: Any) -> bytes:
 def descendants(pid: int) -> list[int]:
     """All processes below ``pid`` now."""
     children: dict[int, list[int]] = {}
-    for child, parent in _parents():
-        children.setdefault(parent, []).append(child)
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:  # it may end meanwhile
+                parent = int(file.read().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(name))
     found, new = [], [pid]
     while new:
         new = [child for each in new for child in children.get(each, ())]
         found += new
     return found
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                with open(f"/proc/{name}/stat") as file:
-                    yield int(name), int(file.read().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it went while we looked
 
 
 def main() -> None:
@@ -101,15 +93,20 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # descendants whose parent dies stay ours to kill
     if engine := os.fork():
         sock.close()
-        _keep(engine, program)
-    else:
-        threading.Thread(target=_follow, args=(keeper,), daemon=True).start()
-        _answer_calls(Channel(sock))
-        _kill(descendants(os.getpid()))  # what vLLM's own good order has not ended
+        keep(engine, program)
+        return
+
+    def end_with_keeper() -> None:  # should even the keeper be killed
+        _await_end(keeper)
+        _kill([*descendants(os.getpid()), os.getpid()])
+
+    threading.Thread(target=end_with_keeper, daemon=True).start()
+    answer_calls(Channel(sock))
+    _kill(descendants(os.getpid()))  # processes that vLLM's own shutdown has left
 
 
-def _keep(engine: int, program: int) -> None:
-    """Wait for the end of either, or for SIGTERM; then end everything that the engine has started."""
+def keep(engine: int, program: int) -> None:
+    """Wait for the end of either, or for SIGTERM; then kill all that the engine has started, and end as it did."""
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(engine, signal.SIGKILL))
     _await_end(program, engine)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -118,11 +115,17 @@ def _keep(engine: int, program: int) -> None:
         _kill(victims)
         ended, how = os.waitpid(-1, 0)
         status = how if ended == engine else status
-    _end_as(status)
+    if not os.WIFSIGNALED(status):
+        sys.exit(os.waitstatus_to_exitcode(status))
+    # By the same signal, which is what the program then reads.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's own dump is the one that tells something
+    with contextlib.suppress(OSError):  # SIGKILL is always at its default
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+    os.kill(os.getpid(), os.WTERMSIG(status))
 
 
 def _await_end(parent: int, *children: int) -> None:
-    """Return when our parent or one of these children has ended."""
+    """Return when the parent or one of these children has ended."""
     poll = select.poll()
     try:
         for pid in (parent, *children):
@@ -133,24 +136,8 @@ def _await_end(parent: int, *children: int) -> None:
         poll.poll()
 
 
-def _end_as(status: int) -> None:
-    """End by the same signal or with the same status, which is what the program then reads."""
-    if not os.WIFSIGNALED(status):
-        sys.exit(os.waitstatus_to_exitcode(status))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's own dump is the one that tells something
-    with contextlib.suppress(OSError):  # SIGKILL is always at its default
-        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
-    os.kill(os.getpid(), os.WTERMSIG(status))
-
-
-def _follow(keeper: int) -> None:
-    """In the engine's process: should even its keeper be killed, end with what we have started."""
-    _await_end(keeper)
-    _kill([*descendants(os.getpid()), os.getpid()])
-
-
-def _answer_calls(channel: Channel) -> None:
-    """Until the other side has closed; then the engine is let go, and ends in vLLM's own good order."""
+def answer_calls(channel: Channel) -> None:
+    """Answer calls until the program closes the channel; then the engine is dropped, and shuts down by itself."""
     sys.path[:] = dict.fromkeys([*channel.receive(), *sys.path])
     engine: Any = None
     while True:
@@ -158,24 +145,20 @@ def _answer_calls(channel: Channel) -> None:
             method, arguments, more = channel.receive()
         except EOFError:
             return
-        except Exception as error:  # what cannot be unpickled here is the caller's to know
-            _answer(channel, RAISED, _told(error))
+        except Exception as error:  # arguments that cannot be unpickled here
+            _answer(channel, RAISED, _as_sent(error))
             continue
         try:
             if method == "load":
-                engine, result = _load(more), None
+                from vllm import LLM  # type: ignore[import-not-found]
+
+                engine, result = LLM(**more), None
             else:
                 result = getattr(engine, method)(*arguments, **more)
         except Exception as error:
-            _answer(channel, RAISED, _told(error))
+            _answer(channel, RAISED, _as_sent(error))
         else:
             _answer(channel, RETURNED, result)
-
-
-def _load(arguments: dict[str, Any]) -> Any:
-    from vllm import LLM  # type: ignore[import-not-found]
-
-    return LLM(**arguments)
 
 
 def _answer(channel: Channel, outcome: str, value: Any) -> None:
@@ -187,8 +170,8 @@ def _answer(channel: Channel, outcome: str, value: Any) -> None:
         channel.send((RAISED, (None, f"the result cannot be handed over: {error}")))
 
 
-def _told(error: Exception) -> tuple[Exception | None, str]:
-    """The exception, if the other side can have it, and its traceback."""
+def _as_sent(error: Exception) -> tuple[Exception | None, str]:
+    """The exception, or None if it cannot be pickled, and its traceback."""
     trace = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))

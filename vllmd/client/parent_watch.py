@@ -1,7 +1,7 @@
-"""A program that ends with the one that started it, however that ends. Run as a script; imports nothing of ours.
+"""Runs a module that ends when the parent process does, however that ends. Run as a script; imports nothing of ours.
 
 ``parent_watch.py PARENT FOLDER FDS MODULE ARGUMENTS...``: FDS are listening sockets, handed on as systemd does it;
-FOLDER is removed at the end if the parent is no more there to do it.
+FOLDER is removed at the end if the parent cannot do it any more.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
-FIRST = 3  # where the first listening socket is expected
-LAST_WORDS = 20.0  # seconds to end in good order once the parent is gone
+FIRST_FD = 3  # of systemd's protocol: the first listening socket
+END_SECONDS = 20.0  # to end in order once the parent has ended
 
 
 def watch(parent: int, end: Callable[[], None]) -> None:
@@ -40,16 +40,16 @@ def watch(parent: int, end: Callable[[], None]) -> None:
 
 
 def send_sigterm() -> None:
-    """As ``kill`` would, and by force after a while."""
+    """End this process in order, or after ``END_SECONDS`` by force."""
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAST_WORDS)
+    time.sleep(END_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hand_on(sockets: list[int]) -> None:
     """Put the sockets where systemd's protocol has them, and say that they are for this process."""
     spare = [os.dup(fd) for fd in sockets]  # in ascending order, so that none is overwritten before its turn
-    for place, fd in enumerate(spare, FIRST):
+    for place, fd in enumerate(spare, FIRST_FD):
         os.dup2(fd, place)
     os.environ["LISTEN_PID"] = str(os.getpid())
 

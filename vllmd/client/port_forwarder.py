@@ -18,7 +18,7 @@ class PortForwarder:
     """Relays the bytes of every connection to ``127.0.0.1:port`` on to ``target``."""
 
     def __init__(self, port: int, target: tuple[str, int]) -> None:
-        """Opens at once. Raises Conflict if somebody else has the port."""
+        """Open the port. Raises Conflict if it is in use."""
         self._target = target
         try:
             self._listener = socket.create_server(("127.0.0.1", port))
@@ -27,7 +27,12 @@ class PortForwarder:
             raise Conflict(f"port {port} cannot be had: {why}; choose another, or none") from None
         self.port: int = self._listener.getsockname()[1]
         self._loop, self._closed = asyncio.new_event_loop(), asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name=f"doorway-{self.port}", daemon=True)
+
+        def run() -> None:
+            self._loop.run_until_complete(self.serve())
+            self._loop.close()
+
+        self._thread = threading.Thread(target=run, name=f"port-forwarder-{self.port}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -35,12 +40,9 @@ class PortForwarder:
         self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join()
 
-    def _run(self) -> None:
-        self._loop.run_until_complete(self._serve())
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._relay, sock=self._listener)
+    async def serve(self) -> None:
+        """Relay connections until ``close``, then cancel those that are open."""
+        server = await asyncio.start_server(self.relay, sock=self._listener)
         await self._closed.wait()
         server.close()
         if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -48,14 +50,15 @@ class PortForwarder:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Relay one connection in both directions, up to its end."""
         try:
             inner_reader, inner_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.close()
             return
         try:
-            with contextlib.suppress(asyncio.CancelledError):  # the door closes; asyncio would complain of it
+            with contextlib.suppress(asyncio.CancelledError):  # by ``serve``; asyncio would log it as an error
                 await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
         finally:
             writer.close()

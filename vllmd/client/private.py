@@ -1,4 +1,4 @@
-"""A vllmd of this program's own, where none serves the machine: a child process that never outlives it."""
+"""A private daemon for programs on machines without one: a child process that ends with the program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllmd.client.address import Address
 from vllmd.client.errors import Unreachable
 
 ROOT = Path(__file__).resolve().parents[2]
-END_LIMIT = 30.0  # seconds for it to stop its engines
+END_LIMIT = 30.0  # seconds for the daemon to stop its engines
 SETTINGS: Mapping[str, Any] = {"idle_exit": "never", "drain_timeout": 5}
 
 
@@ -36,7 +36,7 @@ class PrivateDaemon:
         with socket.create_server(("127.0.0.1", 0)) as http, socket.socket(socket.AF_UNIX) as admin:
             admin.bind(str(path))
             admin.listen(128)
-            self._process = self._start([http.fileno(), admin.fileno()])
+            self._process = self._start([http.fileno(), admin.fileno()])  # open before the daemon runs: none is refused
         self.address = Address.of(f"unix:{path}")
         atexit.register(self.stop)
 
@@ -47,23 +47,23 @@ class PrivateDaemon:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the daemon's process runs."""
         return self._process.poll() is None
 
-    def words(self) -> str:
-        """The last lines of its log."""
+    def last_lines(self) -> str:
+        """The last lines of the daemon's log."""
         text = (self._folder / "log").read_text(errors="replace") if (self._folder / "log").exists() else ""
         return "\n".join(text.splitlines()[-15:])
 
     def check(self, within: float = 0.0) -> None:
-        """Raise Unreachable if it has ended, or does ``within`` so many seconds."""
+        """Raise Unreachable if the daemon has ended, or ends ``within`` so many seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(within)
         if not self.running:
-            raise Unreachable(f"the private vllmd ended with status {self._process.returncode}:\n{self.words()}")
+            raise Unreachable(f"the private vllmd ended with status {self._process.returncode}:\n{self.last_lines()}")
 
     def stop(self) -> None:
-        """End it with its engines; harmless if it has ended."""
+        """End the daemon with its engines; harmless if it has ended."""
         if os.getpid() != self._owner:  # a fork of the program: not its to end
             return
         atexit.unregister(self.stop)
@@ -82,7 +82,7 @@ class PrivateDaemon:
         with (self._folder / "log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", *parent_watch, *serve],
-                env=_environment(len(fds)),
+                env=environment(len(fds)),
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -91,8 +91,8 @@ class PrivateDaemon:
             )
 
 
-def _environment(sockets: int) -> dict[str, str]:
-    """The program's own, less what speaks of other daemons; its Python's vLLM is found first."""
+def environment(sockets: int) -> dict[str, str]:
+    """The program's variables, less those about other daemons; the vLLM of its Python comes first in PATH."""
     ours = ("VLLMD_", "LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_", "PROXY_PORT")
     env = {
         name: value for name, value in os.environ.items() if not name.startswith(ours) or name.startswith("VLLMD_SIM_")
@@ -106,7 +106,7 @@ def _environment(sockets: int) -> dict[str, str]:
 
 
 class PrivateDaemons:
-    """The one private daemon of this process, for as long as somebody uses it."""
+    """The one private daemon of this process, for as long as it has users."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -114,7 +114,7 @@ class PrivateDaemons:
         self._users: set[object] = set()
 
     def join(self, user: object, settings: Mapping[str, Any]) -> PrivateDaemon:
-        """The running one, or a new one with ``settings``."""
+        """Use the running daemon, or a new one with ``settings``."""
         with self._lock:
             if self._daemon is None or not self._daemon.running:
                 self._daemon = PrivateDaemon(settings)
@@ -122,7 +122,7 @@ class PrivateDaemons:
             return self._daemon
 
     def leave(self, user: object) -> None:
-        """The last one to leave ends it."""
+        """Use the daemon no longer; it ends with its last user."""
         with self._lock:
             self._users.discard(user)
             if self._daemon and not self._users:

@@ -1,4 +1,9 @@
-"""``ServerManager``: a served model for as long as a program needs it, shared with whoever else needs it."""
+"""``ServerManager``: a served model for as long as a program needs it, shared with other programs.
+
+Programs share a model by leases: each holds one (``Holding``), and the model stops when the last one has ended. A lease
+is renewed by a thread, so a program that crashes keeps its model for a minute at most. Where no vllmd runs, one is
+started as a child process that all managers of the program share (``PrivateDaemons``).
+"""
 
 from __future__ import annotations
 
@@ -32,14 +37,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllmd.client")
 
 MODES = ("delay", "never", "directly")
-LOOK = 0.1  # seconds between looks at a model that is on its way
+LOOK = 0.1  # seconds between two looks at a model that starts or stops
 STOP_LIMIT = 60.0  # seconds for a model to be gone
 ANSWER = 30.0  # seconds for the daemon to answer what it need not wait for
 DELAY = 60.0  # seconds
 
 
 class ServerManager:
-    """Has a model served through the machine's vllmd, or through a private one where none runs.
+    """Keeps a model served by the machine's vllmd, or by a private one where none runs.
 
     With ``auto_terminate`` "delay" the model goes ``resource_timeout`` seconds after the ``with`` block, with
     "directly" at its end, with "never" at the end of the program; always only if nobody else holds it, and its
@@ -84,7 +89,7 @@ class ServerManager:
     # -- a life --------------------------------------------------------------------------------
 
     def start(self) -> bool:
-        """Load the model, and wait until it serves. False if it does not; ``failure`` tells why."""
+        """Load the model, and wait until it serves. False if it does not; ``failure`` says why."""
         try:
             self._start()
         except VllmdError as error:
@@ -94,12 +99,16 @@ class ServerManager:
         return True
 
     def stop(self) -> None:
-        """Give the model up now; it is gone on return unless somebody else holds it. Harmless if it was."""
+        """Give the model up now; unless another lease holds it, it has stopped on return. Harmless if not started."""
         with self._lock:
             atexit.unregister(self._at_exit)
             holding, self._holding = self._holding, None
             if holding:
-                self._end(holding)
+                try:
+                    holding.give_back()
+                    self._await_stop(time.monotonic() + STOP_LIMIT)
+                except VllmdError as error:
+                    self._forget(holding, error)
             self._close()
 
     def reset_shutdown_timer(self, seconds: float) -> None:
@@ -119,7 +128,7 @@ class ServerManager:
 
     @property
     def running(self) -> bool:
-        """Whether it is served at this moment, awake or asleep."""
+        """Whether the model is loaded at this moment, awake or asleep."""
         with self._lock:
             try:
                 return self._client is not None and self._line().state not in NO_ENGINE
@@ -136,9 +145,12 @@ class ServerManager:
         if self.auto_terminate == "directly":
             self.stop()
         elif self.auto_terminate == "delay" and self._holding and self._holding.kept:
-            self._count_down(self._holding)
+            try:
+                self._holding.count_down(self.resource_timeout)
+            except VllmdError as error:  # the block may have its own error to raise
+                self._forget(self._holding, error)
 
-    # -- its users -----------------------------------------------------------------------------
+    # -- clients of the model ------------------------------------------------------------------
 
     @property
     def base_url(self) -> str:
@@ -172,7 +184,14 @@ class ServerManager:
             self.failure = ""
             try:
                 self._connect()
-                self._start_forwarder()  # before the load, which may take minutes: the port may be taken
+                port = self.engine_args.arguments.get("port")
+                if port is not None and self._forwarder is None:  # before the load, which may take minutes
+                    parts = urlsplit(self.base_url)
+                    if parts.scheme != "http":
+                        what = f"port cannot lead to {self.base_url}, which is encrypted: leave port out"
+                        raise Conflict(what)
+                    self._forwarder = PortForwarder(int(port), (parts.hostname or "localhost", parts.port or 80))
+                    self._say(f"answers at port {port}")
                 self._load(time.monotonic() + self._startup_timeout)
             except BaseException:
                 self.stop()
@@ -181,7 +200,7 @@ class ServerManager:
             atexit.register(self._at_exit)
 
     def _connect(self) -> None:
-        """Find a daemon, and hold the model there."""
+        """Find a daemon, and take a lease on the model there."""
         if self._private and not self._private.running:
             self._close()
             self._holding = None
@@ -198,9 +217,9 @@ class ServerManager:
         self._holding.keep()
 
     def _introduce(self) -> None:
-        """Make the model known; what is not as asked for, since others use it, is said."""
+        """Make the model known to the daemon; warn of settings that are not as requested, since others use it."""
         try:
-            known = self._asked().put_model(self.server_name, self._settings)
+            known = self._connected().put_model(self.server_name, self._settings)
         except Unreachable:
             if self._private:
                 self._private.check(within=1.0)
@@ -214,7 +233,7 @@ class ServerManager:
     def _load(self, deadline: float) -> None:
         """Load the model and wait until it serves. Raises EngineFailed, Unavailable, TimedOut."""
         began, shown = time.monotonic(), tuple[str, ...]()
-        line = self._asked().load_model(self.server_name, wait=False)
+        line = self._connected().load_model(self.server_name, wait=False)
         while line.state != "running":
             if line.state == "error":
                 raise EngineFailed(line.failure)
@@ -235,49 +254,22 @@ class ServerManager:
         """The model's line of the daemon's status."""
         if self._private:
             self._private.check()
-        for line in self._asked().status().models:
+        for line in self._connected().status().models:
             if self.server_name in names(line):
                 return line
         raise Unavailable(f"vllmd does not know {self.server_name} any more")
 
-    def _asked(self) -> Client:
+    def _connected(self) -> Client:
         if self._client is None:
             raise Conflict(f"{self.server_name} was not started")
         return self._client
-
-    def _start_forwarder(self) -> None:
-        """Answer at the port that was asked for, too."""
-        port = self.engine_args.arguments.get("port")
-        if port is not None and self._forwarder is None:
-            self._forwarder = PortForwarder(int(port), self._target())
-            self._say(f"answers at port {port}")
-
-    def _target(self) -> tuple[str, int]:
-        parts = urlsplit(self.base_url)
-        if parts.scheme != "http":
-            raise Conflict(f"port cannot lead to {self.base_url}, which is encrypted: leave port out")
-        return parts.hostname or "localhost", parts.port or 80
-
-    def _count_down(self, holding: Holding) -> None:
-        """The delay of the block's end, which has its own errors to raise."""
-        try:
-            holding.count_down(self.resource_timeout)
-        except VllmdError as error:
-            self._forget(holding, error)
-
-    def _end(self, holding: Holding) -> None:
-        try:
-            holding.give_back()
-            self._await_gone(time.monotonic() + STOP_LIMIT)
-        except VllmdError as error:
-            self._forget(holding, error)
 
     def _forget(self, holding: Holding, error: VllmdError) -> None:
         holding.forget()
         log.warning("%s could not be given up, its lease will run out: %s", self.server_name, error.message)
 
-    def _await_gone(self, deadline: float) -> None:
-        """Wait until it is stopped, unless somebody else holds it."""
+    def _await_stop(self, deadline: float) -> None:
+        """Wait until the model has stopped, unless another lease or a pin holds it."""
         while time.monotonic() < deadline:
             line = self._line()
             if line.state in NO_ENGINE or line.leases or line.pinned:
@@ -297,16 +289,16 @@ class ServerManager:
         self._forwarder, self._client, self._private = None, None, None
 
     def _at_exit(self) -> None:
-        """The program ends: give it up, unless a countdown runs at a daemon that goes on without us."""
+        """Give the model up as the program ends, unless a countdown runs at a daemon that goes on without it."""
         holding = self._holding
-        if os.getpid() != self._owner:  # a fork of it ends, which holds nothing
+        if os.getpid() != self._owner:  # a fork of the program ends, which has no lease
             return
         if holding and self._private is None and holding.remaining is not None:
             return
         try:
             if holding and self._private is None:
                 holding.give_back()
-        except (VllmdError, RuntimeError):  # its lease runs out by itself
+        except (VllmdError, RuntimeError):  # the lease runs out by itself
             pass
         finally:
             self._close()
@@ -317,7 +309,7 @@ class ServerManager:
 
 
 def _progress_text(line: ModelLine) -> str:
-    """``starting: weights: Loading safetensors checkpoint shards: its start (2 of about 37 s)`` and the like."""
+    """The progress of a start: ``starting: weights: Loading safetensors checkpoint shards``, or why it waits."""
     if line.state == "stopped" and line.waiting_for:
         return f"waits for {line.waiting_for}"
     parts = (line.state, line.phase, line.detail, line.waiting_for)
@@ -325,5 +317,5 @@ def _progress_text(line: ModelLine) -> str:
 
 
 def _progress_key(line: ModelLine) -> tuple[str, ...]:
-    """What is worth another line when it changes: not how many seconds it has been waiting."""
+    """The parts of the progress whose change is worth another line: not how many seconds it has been waiting."""
     return line.state, line.phase, line.detail, re.sub(r"\d+", "", line.waiting_for)

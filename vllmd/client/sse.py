@@ -30,8 +30,11 @@ class Events:
             if text.startswith("data:"):
                 self._data.append(text[5:].removeprefix(" "))
             elif not text and self._data:
-                yield from self._event("\n".join(self._data))
-                self._data = []
+                event, self._data = "\n".join(self._data), []
+                if event == DONE:
+                    self.done = True
+                elif not self.done:
+                    yield chunk_of(event)
         self._scanned = len(self._rest)
 
     def end(self) -> None:
@@ -39,21 +42,18 @@ class Events:
         if not self.done:
             raise StreamFailed("the answer broke off: it ended without [DONE]")
 
-    def _event(self, text: str) -> Iterator[dict[str, Any]]:
-        if self.done:
-            return
-        if text == DONE:
-            self.done = True
-            return
-        try:
-            chunk = json.loads(text)
-        except ValueError:
-            raise StreamFailed(f"the answer holds an event that is not JSON: {text[:200]!r}") from None
-        if not isinstance(chunk, dict):
-            raise StreamFailed(f"the answer holds an event that is no object: {text[:200]!r}")
-        if chunk.get("error"):
-            raise of_chunk(chunk["error"])
-        yield chunk
+
+def chunk_of(event: str) -> dict[str, Any]:
+    """The chunk in an event's data. Raises StreamFailed for one that is an error, or no JSON object."""
+    try:
+        chunk = json.loads(event)
+    except ValueError:
+        raise StreamFailed(f"the answer holds an event that is not JSON: {event[:200]!r}") from None
+    if not isinstance(chunk, dict):
+        raise StreamFailed(f"the answer holds an event that is no object: {event[:200]!r}")
+    if chunk.get("error"):
+        raise of_chunk(chunk["error"])
+    return chunk
 
 
 def text_of(chunk: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What spans several settings: names that clash, devices that do not exist, models that cannot fit.
 
-A finding is (where, path, what). ``check`` finds what is impossible, ``warnings_of`` what
-is possible but hardly meant.
+A rule is a function of the whole configuration, or of one model, that yields findings: (where, path, what is wrong).
+``check`` has what is impossible, ``warnings_of`` what is possible but hardly meant.
 """
 
 from __future__ import annotations
@@ -24,52 +24,58 @@ MEMORY_FLAGS = ("--gpu-memory-utilization", "--mem-fraction-static")  # of vLLM 
 
 def check(config: Config) -> Iterator[Finding]:
     """Every reason why this configuration cannot work, as findings with their place."""
-    yield from _names(config)
-    yield from _ports(config)
-    yield from _keys(config)
-    yield from _tls(config)
+    yield from aliases(config)
+    if config.engines.port_start > config.engines.port_end:
+        what = f"the last port, {config.engines.port_end}, is before the first, {config.engines.port_start}"
+        yield _main_file(config), "engines.port_end", what
+    yield from keys(config)
+    yield from tls(config)
     for model_name, path, what in offers.wrong(config):
-        yield _place(config.models[model_name]) if model_name else _auth(config), path, what
+        yield _place(config.models[model_name]) if model_name else _main_file(config), path, what
     for model in config.models.values():
-        yield from _model(model, config)
-        yield from _version(model)
-        yield from _idle(model)
-        yield from _replicas(model, config)
+        yield from of_model(model)
+        # A version is that of an environment, which not every kind has, and which a command of its own goes before.
+        if model.engine_version and (model.command or one_name(model.engine) not in WITH_VERSIONS):
+            have = ", ".join(WITH_VERSIONS)
+            why = "command says what runs" if model.command else f"{model.engine} has none; {have} have"
+            yield _place(model), f"models.{model.name}.engine_version", f"there is no version to choose: {why}"
+        yield from idle(model)
+        yield from replicas(model, config)
 
 
 def unfit(config: Config) -> Iterator[Finding]:
     """What keeps a model from ever being loaded on the devices that are declared; others can be served beside it."""
     for model in config.models.values():
         for each in (model, *(model.replicas.of if model.replicas else ())):
-            yield from _devices(each, config)
-            yield from _fits(each, config)
+            yield from devices(each, config)
+            yield from fits(each, config)
 
 
 def warnings_of(config: Config) -> Iterator[Finding]:
     """Everything that works, but hardly as meant."""
-    yield from _pins(config)
-    yield from _flags(config)
+    yield from pins(config)
+    yield from secrets_on_command_lines(config)
     if config.records.spans and (why := without_otlp()):
-        yield _auth(config), "records.spans", why
+        yield _main_file(config), "records.spans", why
     if config.server.max_buffered < 2 * config.server.max_body:
         what = f"less than twice max_body ({show_size(config.server.max_body)}): one address may hold half of it"
-        yield _auth(config), "server.max_buffered", f"{what}, so the largest bodies are never taken"
+        yield _main_file(config), "server.max_buffered", f"{what}, so the largest bodies are never taken"
     if config.auth.keys and not any("models" in key.scopes for key in config.auth.keys):
         what = "no key has the scope models: as there are keys, nobody can use a model over the network"
-        yield _auth(config), "auth.keys", what
+        yield _main_file(config), "auth.keys", what
+    names = offers.names_of(config).keys() | config.pools.keys() if config.auth.keys else set()
     for key in config.auth.keys:
-        if key.models and not any(_known(name, config) for name in key.models) and not config.discover:
-            yield _auth(config), f"auth.keys.{key.name}.models", f"none of them is there: {key.name} can use no model"
-            continue
-        for name in key.models:
-            if not _known(name, config):
-                yield _auth(config), f"auth.keys.{key.name}.models", f"there is no model {name!r}"
+        path, unknown = f"auth.keys.{key.name}.models", [name for name in key.models if name not in names]
+        if unknown and len(unknown) == len(key.models) and not config.discover:
+            yield _main_file(config), path, f"none of them is there: {key.name} can use no model"
+        else:
+            yield from ((_main_file(config), path, f"there is no model {name!r}") for name in unknown)
 
 
 def without_otlp() -> str:
     """Why no spans can be sent: OpenTelemetry's packages are optional; "" if they are there."""
     package = "opentelemetry-exporter-otlp-proto-http"
-    with contextlib.suppress(ModuleNotFoundError):  # it asks for the packages around it
+    with contextlib.suppress(ModuleNotFoundError):  # raised where a package around it is missing
         if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None:
             return ""
     return f"needs {package}, which the Python that runs vllmd does not have: no spans are sent"
@@ -81,8 +87,8 @@ GOOD_NAME = (
 )
 
 
-def _flags(config: Config) -> Iterator[Finding]:
-    """Secrets on command lines: every user of the machine can list these."""
+def secrets_on_command_lines(config: Config) -> Iterator[Finding]:
+    """Secrets in flags: every user of the machine can list the command lines of all processes."""
     for model in config.models.values():
         for setting, argv in (("extra_args", model.extra_args), ("command", model.command)):
             for flag in secrets.flags_with_secrets(argv):
@@ -90,17 +96,12 @@ def _flags(config: Config) -> Iterator[Finding]:
                 yield _place(model), f"models.{model.name}.{setting}", what
 
 
-def _version(model: ModelConfig) -> Iterator[Finding]:
-    """A version is that of an environment, which not every kind has, and which a command of its own goes before."""
-    if model.engine_version and (model.command or one_name(model.engine) not in WITH_VERSIONS):
-        why = "command says what runs" if model.command else f"{model.engine} has none; {', '.join(WITH_VERSIONS)} have"
-        yield _place(model), f"models.{model.name}.engine_version", f"there is no version to choose: {why}"
+def is_good_name(name: str) -> bool:
+    """Whether ``name``, of a configuration or of a folder, can be a model's. ``GOOD_NAME`` says it in words.
 
-
-def good_name(name: str) -> bool:
-    """Whether it can name a model wherever it comes from, a file or a folder's name: it becomes a word of a
-    command line, a value in records and answers, a part of the admin API's paths, where dot segments and backslashes
-    are refused, and what people type. ``GOOD_NAME`` says it in words."""
+    A name becomes a word of a command line, a value in records and answers, what people type, and a part of the admin
+    API's paths, where dot segments and backslashes are refused.
+    """
     if "\\" in name or not {".", ".."}.isdisjoint(name.split("/")):
         return False
     return 0 < len(name) <= 200 and name.isprintable() and name == name.strip() and not name.startswith("-")
@@ -111,37 +112,34 @@ def _place(model: ModelConfig) -> Where:
     return Where(source, int(line)) if line.isdigit() else Where(model.where)
 
 
-def _tls(config: Config) -> Iterator[Finding]:
-    """Whether the certificate can be used, by whoever looks: the daemon does so before it takes a configuration."""
-    tls = config.server.tls
-    if tls is None:
+def tls(config: Config) -> Iterator[Finding]:
+    """A certificate that the user who checks cannot use; the daemon checks before it takes a configuration."""
+    files = config.server.tls
+    if files is None:
         return
-    if tls.cert is None or tls.key is None:
-        given = "server.tls.cert" if tls.cert else "server.tls.key" if tls.key else "server.tls"
-        yield _auth(config), given, "TLS needs both cert and key, two files in PEM"
+    if files.cert is None or files.key is None:
+        given = "server.tls.cert" if files.cert else "server.tls.key" if files.key else "server.tls"
+        yield _main_file(config), given, "TLS needs both cert and key, two files in PEM"
         return
     from vllmd.config.tls import context  # most configurations have none
 
     try:
-        context(tls.cert, tls.key)
+        context(files.cert, files.key)
     except ValueError as error:
-        yield _auth(config), "server.tls", str(error)
+        yield _main_file(config), "server.tls", str(error)
 
 
-def _auth(config: Config) -> Where:
+def _main_file(config: Config) -> Where:
     return Where(str(config.files[0]) if config.files else "configuration")
 
 
-def _known(name: str, config: Config) -> bool:
-    return name in offers.names_of(config) or name in config.pools
-
-
-def _names(config: Config) -> Iterator[Finding]:
+def aliases(config: Config) -> Iterator[Finding]:
+    """Aliases that are no name, or the name of another model."""
     owner: dict[str, str] = {}
     for model in config.models.values():
         for alias in model.aliases:
             what = ""
-            if not good_name(alias):
+            if not is_good_name(alias):
                 what = f"an alias has {GOOD_NAME}"
             elif alias == model.name:
                 what = f"{alias!r} is the model's own name"
@@ -154,19 +152,13 @@ def _names(config: Config) -> Iterator[Finding]:
             owner.setdefault(alias, model.name)
 
 
-def _ports(config: Config) -> Iterator[Finding]:
-    engines = config.engines
-    if engines.port_start > engines.port_end:
-        what = f"the last port, {engines.port_end}, is before the first, {engines.port_start}"
-        yield _auth(config), "engines.port_end", what
-
-
-def _keys(config: Config) -> Iterator[Finding]:
-    seen: dict[str, str] = {}
+def keys(config: Config) -> Iterator[Finding]:
+    """The same key twice; no key at all where others than this machine can connect."""
+    names: dict[str, str] = {}  # by digest
     for key in config.auth.keys:
-        if key.digest in seen:
-            yield _auth(config), "auth.keys", f"{key.name!r} and {seen[key.digest]!r} are the same key"
-        seen.setdefault(key.digest, key.name)
+        if key.digest in names:
+            yield _main_file(config), "auth.keys", f"{key.name!r} and {names[key.digest]!r} are the same key"
+        names.setdefault(key.digest, key.name)
     if not config.auth.keys and not config.auth.allow_anonymous:
         for address in config.server.listen:
             if not is_private(address):
@@ -174,23 +166,23 @@ def _keys(config: Config) -> Iterator[Finding]:
                     f"{address} can be reached by others and auth.keys has no key; add one there, "
                     "or set auth.allow_anonymous if everybody may use it"
                 )
-                yield _auth(config), "server.listen", what
+                yield _main_file(config), "server.listen", what
 
 
 def is_private(address: str) -> bool:
-    """Whether only this machine reaches a listen address."""
+    """Whether only processes of this machine reach a listen address."""
     host = address.rpartition(":")[0].strip("[]")
     return address.startswith("/") or not host or is_loopback(host)
 
 
-def _devices(model: ModelConfig, config: Config) -> Iterator[Finding]:
+def devices(model: ModelConfig, config: Config) -> Iterator[Finding]:
     """Devices that are not declared, or too few of them."""
     where, path, count = _place(model), f"models.{model.name}", model.devices_here
     declared = len(config.devices) if config.devices is not None else None
-    if declared is not None:
-        for index in model.devices:
-            if index >= declared:
-                yield where, f"{path}.devices", f"there is no device {index}; {_declared(declared)}"
+    if declared is not None and (absent := [index for index in model.devices if index >= declared]):
+        there = f"the declared devices are 0 to {declared - 1}" if declared > 1 else "the only declared device is 0"
+        there = there if declared else "no device is declared"
+        yield from ((where, f"{path}.devices", f"there is no device {index}; {there}") for index in absent)
     have = len(model.devices) or declared
     if have and count > have:  # none declared: engines run on the CPU
         product = " (tensor_parallel_size times pipeline_parallel_size)" if model.local_devices is None else ""
@@ -198,52 +190,38 @@ def _devices(model: ModelConfig, config: Config) -> Iterator[Finding]:
         yield where, f"{path}.{name}", f"it takes {count} devices{product}, but may use {have} only"
 
 
-def _model(model: ModelConfig, config: Config) -> Iterator[Finding]:
-    where, path, count = _place(model), f"models.{model.name}", model.devices_here
-    if count > model.all_devices:
-        what = f"{count} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
-        yield where, f"{path}.local_devices", what
-    yield from _words(model)
-    yield from _shares(model)
-
-
-def _words(model: ModelConfig) -> Iterator[Finding]:
-    """What becomes a word of the engine's command line cannot pose as a flag."""
-    for each in (model, *(model.replicas.of if model.replicas else ())):
-        for name, value in (("model", each.model), ("dtype", each.dtype or "")):
-            if value.startswith("-"):
-                what = f"{value!r} begins with '-': the engine would take it for a flag"
-                yield _place(each), f"models.{each.name}.{name}", what
-
-
-def _declared(number: int) -> str:
-    if not number:
-        return "no device is declared"
-    return "the only declared device is 0" if number == 1 else f"the declared devices are 0 to {number - 1}"
-
-
-def _fits(model: ModelConfig, config: Config) -> Iterator[Finding]:
+def fits(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    """Memory that no device has."""
     if not config.devices or not isinstance(model.gpu_memory, int):
         return
     own = [config.devices[i] for i in model.devices if i < len(config.devices)] or list(config.devices)
-    room = max(device.memory for device in own) - config.reserve
+    largest = max(device.memory for device in own)
+    room = largest - config.reserve
     if model.gpu_memory > room:
-        what = f"{show_size(model.gpu_memory)} does not fit: {show_size(max(device.memory for device in own))} "
+        what = f"{show_size(model.gpu_memory)} does not fit: {show_size(largest)} "
         what += f"less the reserve of {show_size(config.reserve)} leaves {show_size(max(0, room))}"
         yield _place(model), f"models.{model.name}.gpu_memory", what
 
 
-def _shares(model: ModelConfig) -> Iterator[Finding]:
-    """``when_free.shares`` says what it takes, and so does another setting."""
+def of_model(model: ModelConfig) -> Iterator[Finding]:
+    """What is wrong with one model or replica by itself, whatever devices there are."""
+    where, path, count = _place(model), f"models.{model.name}", model.devices_here
+    if count > model.all_devices:
+        what = f"{count} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
+        yield where, f"{path}.local_devices", what
+    for name, value in (("model", model.model), ("dtype", model.dtype or "")):
+        if value.startswith("-"):
+            yield where, f"{path}.{name}", f"{value!r} begins with '-': the engine would take it for a flag"
+    # Two settings that decide how much memory the model takes.
     flags = [word.partition("=")[0] for word in model.extra_args if word.startswith(MEMORY_FLAGS)]
-    said = ["gpu_memory"] * (model.gpu_memory is not None) + [f"extra_args ({flag})" for flag in flags]
-    if model.when_free and model.when_free.shares and said:
-        what = f"when_free.shares says how much it takes, and so does {said[0]}; drop that, or set the shares to none"
-        yield _place(model), f"models.{model.name}.when_free", what
+    others = ["gpu_memory"] * (model.gpu_memory is not None) + [f"extra_args ({flag})" for flag in flags]
+    if model.when_free and model.when_free.shares and others:
+        what = f"when_free.shares says how much it takes, and so does {others[0]}; drop that, or set the shares to none"
+        yield where, f"{path}.when_free", what
 
 
-def _replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
-    """What its list of replicas says beside other settings; then each of them as any model."""
+def replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
+    """Contradictions in the replicas' rules; then each replica as any model."""
     rules, path = model.replicas, f"models.{model.name}.replicas"
     if rules is None:
         return
@@ -257,18 +235,19 @@ def _replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield _place(model), f"{path}.of", f"two of them are called {name}"
     for name in names:
-        if name in config.models or not good_name(name):
+        if name in config.models or not is_good_name(name):
             yield _place(model), path, f"{name!r} is {'another model' if name in config.models else 'no good name'}"
     for one in rules.of:
-        yield from _model(one, config)
-        yield from _idle(one)
+        yield from of_model(one)
+        yield from idle(one)
 
 
-def _idle(model: ModelConfig) -> Iterator[Finding]:
-    idle, path = model.idle, f"models.{model.name}.idle"
-    stages = (("sleep_after", idle.sleep_after), ("deepen_after", idle.deepen_after), ("stop_after", idle.stop_after))
+def idle(model: ModelConfig) -> Iterator[Finding]:
+    """Stages of the idle rules in the wrong order."""
+    rules, path = model.idle, f"models.{model.name}.idle"
+    stages = ("sleep_after", rules.sleep_after), ("deepen_after", rules.deepen_after), ("stop_after", rules.stop_after)
     given = [(name, age) for name, age in stages if age is not None]
-    if idle.level == 2:
+    if rules.level == 2:
         given = [stage for stage in given if stage[0] != "deepen_after"]
     for (first, earlier), (second, later) in itertools.pairwise(given):
         if later < earlier and second == "stop_after":
@@ -276,8 +255,8 @@ def _idle(model: ModelConfig) -> Iterator[Finding]:
             yield _place(model), path, what
 
 
-def _pins(config: Config) -> Iterator[Finding]:
-    """A device whose pinned models leave no room for any other."""
+def pins(config: Config) -> Iterator[Finding]:
+    """A device that has not the memory for all models that are pinned to it."""
     if not config.devices:
         return
     for index, device in enumerate(config.devices):
@@ -292,6 +271,6 @@ def _pins(config: Config) -> Iterator[Finding]:
 
 
 def memory_of(model: ModelConfig, device: int) -> int:
-    """Bytes on a device of ``device`` bytes, as far as the configuration says; 0 for auto."""
+    """Bytes that a model takes of a device of ``device`` bytes, as configured; 0 for auto: nothing is known of it."""
     memory = model.gpu_memory
     return int(memory * device) if isinstance(memory, float) else memory or 0

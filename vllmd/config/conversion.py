@@ -23,12 +23,12 @@ def convert(system: str, text: str, source: str) -> tuple[str, list[str]]:
         raise ValueError(f"line {mark.line + 1}: not valid YAML" if mark else "not valid YAML") from None
     if not isinstance(data, dict):
         raise ValueError(f"this is no configuration of {system}: it is not a mapping")
-    models, left = CONVERTERS[system](data)
+    models, dropped = CONVERTERS[system](data)
     if not models:
         raise ValueError("there are no models in it")
-    notes = "".join(f"# not taken over: {line}\n" for line in left)
+    notes = "".join(f"# not taken over: {line}\n" for line in dropped)
     body = yaml.safe_dump({"models": models}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
-    return f"# Imported from {system}'s {source} by vllmctl import.\n{notes}{body}", left
+    return f"# Imported from {system}'s {source} by vllmctl import.\n{notes}{body}", dropped
 
 
 def from_vllama(data: dict[str, Any]) -> Converted:
@@ -38,7 +38,7 @@ def from_vllama(data: dict[str, Any]) -> Converted:
 
 def from_vllm_proxy(data: dict[str, Any]) -> Converted:
     """The models of vllm-proxy's file; its sections gpu and proxy concern the whole daemon."""
-    models, left = _known_settings(data.get("models") or {}, "models.")
+    models, dropped = _known_settings(data.get("models") or {}, "models.")
     paths = {row.key: row.path for row in LEGACY}
     for section, entries in data.items():
         if section == "models":
@@ -46,13 +46,14 @@ def from_vllm_proxy(data: dict[str, Any]) -> Converted:
         for name, value in entries.items() if isinstance(entries, dict) else [("", entries)]:
             key = f"{section}.{name}".rstrip(".")
             advice = f"; in vllmd.yaml it is {paths[key]}" if key in paths else ""
-            left.append(f"{key}: {_plain(key, value)}{advice}")
-    return models, left
+            dropped.append(f"{key}: {_shown(key, value)}{advice}")
+    return models, dropped
 
 
 def _known_settings(data: Any, prefix: str) -> Converted:
+    """Models by name with the settings that are called so here, too."""
     models: dict[str, Any] = {}
-    left = []
+    dropped = []
     if not isinstance(data, dict):
         raise ValueError("the models are not a mapping")
     for name, settings in data.items():
@@ -61,13 +62,13 @@ def _known_settings(data: Any, prefix: str) -> Converted:
             if MODEL.row(str(key)) and value not in (None, {}, []):
                 kept[str(key)] = value
             elif not MODEL.row(str(key)):
-                left.append(f"{prefix}{name}.{key}: {_plain(str(key), value)}")
-    return models, left
+                dropped.append(f"{prefix}{name}.{key}: {_shown(str(key), value)}")
+    return models, dropped
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A value as it is told of; one that may be, or hold, a secret is not."""
-    return "(hidden)" if secrets.is_named_so(name) or isinstance(value, dict | list) else value
+def _shown(name: str, value: Any) -> Any:
+    """A value for a message, unless it may be, or hold, a secret."""
+    return "(hidden)" if secrets.is_secret_name(name) or isinstance(value, dict | list) else value
 
 
 def from_llama_swap(data: dict[str, Any]) -> Converted:
@@ -75,23 +76,24 @@ def from_llama_swap(data: dict[str, Any]) -> Converted:
     ``command``.
     """
     models: dict[str, Any] = {}
-    left = [
-        f"{key}: {_plain(str(key), data[key])}" for key in data if key not in ("models", "macros", "healthCheckTimeout")
-    ]
-    macros = {str(key): str(value) for key, value in (data.get("macros") or {}).items()}
+    taken = ("models", "macros", "healthCheckTimeout")
+    dropped = [f"{key}: {_shown(str(key), data[key])}" for key in data if key not in taken]
     for name, settings in (data.get("models") or {}).items():
         if not isinstance(settings, dict) or not settings.get("cmd"):
             raise ValueError(f"models.{name}: cmd is missing")
-        model = _command(_expand(str(settings["cmd"]), macros))
-        models[str(name)] = model
+        command = str(settings["cmd"])
+        for macro, text in (data.get("macros") or {}).items():
+            command = command.replace(f"${{{macro}}}", str(text))
+        models[str(name)] = model = model_of_command(command)
         if data.get("healthCheckTimeout"):
             model["start_timeout"] = data["healthCheckTimeout"]
-        left += [f"models.{name}.{line}" for line in _swap_settings(model, settings)]
-    return models, left
+        dropped += [f"models.{name}.{line}" for line in add_swap_settings(model, settings)]
+    return models, dropped
 
 
-def _swap_settings(model: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    left = []
+def add_swap_settings(model: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Add llama-swap's settings of a model to ``model``, by our names. Returns a line for each without counterpart."""
+    dropped = []
     for key, value in settings.items():
         if key == "aliases":
             model["aliases"] = value
@@ -106,40 +108,25 @@ def _swap_settings(model: dict[str, Any], settings: dict[str, Any]) -> list[str]
         elif key == "concurrencyLimit":
             model["concurrency"] = value or None
         elif key != "cmd":
-            left.append(f"{key}: {_plain(str(key), value)}")
-    return left
+            dropped.append(f"{key}: {_shown(str(key), value)}")
+    return dropped
 
 
-def _expand(text: str, macros: dict[str, str]) -> str:
-    for name, value in macros.items():
-        text = text.replace("${" + name + "}", value)
-    return text
-
-
-def _command(line: str) -> dict[str, Any]:
+def model_of_command(line: str) -> dict[str, Any]:
+    """A command line of llama-swap as a model of the engine vllm, if it runs that, else of the engine ``command``."""
     words = shlex.split(line.replace("\\\n", " "), comments=True)
     if len(words) > 2 and words[0].rpartition("/")[2] == "vllm" and words[1] == "serve":
-        rest = _without(words[3:], ("--port", "--host", "--uds"))
+        flags, rest, arguments = ("--port", "--host", "--uds"), list[str](), iter(words[3:])
+        for word in arguments:  # vllmd decides where the engine listens
+            if word in flags:
+                next(arguments, None)  # its value
+            elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
+                rest.append(word)
         return {"model": words[2], "command": [words[0]], **({"extra_args": rest} if rest else {})}
-    return {"engine": "command", "command": [_variables(word) for word in words]}
-
-
-def _variables(word: str) -> str:
-    """llama-swap's variables as those of the engine ``command``; any other dollar sign stands for itself."""
-    plain = word.replace("$", "$$")
-    return plain.replace("$${PORT}", "${PORT}").replace("$${MODEL_ID}", "${NAME}")
-
-
-def _without(words: list[str], flags: tuple[str, ...]) -> list[str]:
-    kept, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word in flags:
-            skip = True
-        elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
-            kept.append(word)
-    return kept
+    # llama-swap's variables become those of the engine ``command``; any other dollar sign stands for itself.
+    escaped = (word.replace("$", "$$") for word in words)
+    command = [word.replace("$${PORT}", "${PORT}").replace("$${MODEL_ID}", "${NAME}") for word in escaped]
+    return {"engine": "command", "command": command}
 
 
 CONVERTERS: dict[str, Callable[[dict[str, Any]], Converted]] = {

@@ -1,4 +1,9 @@
-"""Changing a model's settings in a YAML text: nothing else of it is touched, comments stay."""
+"""Changing a model's settings in a YAML text: nothing else of it is touched, comments stay.
+
+PyYAML cannot write a text with its comments back. So the text is composed only to learn where things stand, and
+changed as text between these marks; what has no place that could be named so (aliases, models in braces) is left to a
+person. The caller reads the result with the loader before it replaces the file.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +26,40 @@ def assign(text: str, model: str, settings: Mapping[str, str], flat: bool = Fals
     ``flat``: the file has no ``models:``, its models stand at the top, as other systems write them.
     """
     for name, value in settings.items():
-        text = _assign_one(text, model, name, value, flat)
+        text = assign_one(text, model, name, value, flat)
     return text
 
 
-def _assign_one(text: str, model: str, name: str, value: str, flat: bool) -> str:
+def assign_one(text: str, model: str, name: str, value: str, flat: bool) -> str:
+    """``text`` with one setting of the model set. Raises CannotEdit."""
+    line = f"{name}: {value}"
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     models = root if flat else _child(root, "models")[1]
     model_key, node = _child(models, model)
+    # 1. A model that is not there is added.
     if model_key is None:
-        return _add_model(text, root, models, model, f"{name}: {value}", flat)
+        return add_model(text, root, models, model, line, flat)
     if node.start_mark.index < model_key.end_mark.index:
         raise CannotEdit(f"{model} is written as an alias (*); change it by hand")
+    # 2. Of one without settings this is the first: below its key, in place of the null that stands there.
     if not isinstance(node, yaml.MappingNode):
-        return _insert(text, model_key.end_mark.index + 1, f"\n{_indent(model_key, 2)}{name}: {value}", node)
-    for spelling in _spellings(name):
-        found, old = _child(node, spelling)
-        if found is not None:
-            return _replace(text, found, old, value)
-    return _add_setting(text, node, f"{name}: {value}")
+        if node.value not in ("", "null", "~"):
+            raise CannotEdit("the model is not a mapping; change it by hand")
+        at = model_key.end_mark.index + 1
+        return f"{text[:at]}\n{' ' * (model_key.start_mark.column + 2)}{line}{text[max(at, node.end_mark.index) :]}"
+    # 3. A setting that is there, under whichever spelling, gets another value.
+    row = MODEL.row(name)
+    for spelling in (row.name, *row.also) if row else (name,):
+        setting_key, old = _child(node, spelling)
+        if setting_key is not None:
+            return replace_value(text, setting_key, old, value)
+    # 4. Any other comes before the model's first one, with the same indentation.
+    if node.flow_style:
+        at = node.start_mark.index + 1
+        return text[:at] + line + (", " if node.value else "") + text[at:]
+    first = node.value[0][0].start_mark
+    index, column = int(first.index), int(first.column)
+    return text[:index] + line + "\n" + " " * column + text[index:]
 
 
 def has_model(text: str, model: str, flat: bool = False) -> bool:
@@ -74,17 +94,13 @@ def is_flat(text: str) -> bool:
     return isinstance(root, yaml.MappingNode) and _child(root, "models")[0] is None
 
 
-def _spellings(name: str) -> tuple[str, ...]:
-    row = MODEL.row(name)
-    return (row.name, *row.also) if row else (name,)
-
-
 def _child(node: Any, name: str) -> tuple[Any, Any]:
     pairs = node.value if isinstance(node, yaml.MappingNode) else ()
     return next(((key, value) for key, value in pairs if key.value == name), (None, None))
 
 
-def _replace(text: str, key: Any, old: Any, value: str) -> str:
+def replace_value(text: str, key: Any, old: Any, value: str) -> str:
+    """``text`` with ``value`` in place of the node ``old``, which stands behind ``key``. Raises CannotEdit."""
     if old.start_mark.index < key.end_mark.index:
         raise CannotEdit(f"{key.value} is written as an alias (*); change it by hand")
     start, end = old.start_mark.index, _end(old)
@@ -103,16 +119,8 @@ def _end(node: Any) -> int:
     return _end(last)
 
 
-def _add_setting(text: str, node: Any, line: str) -> str:
-    if not node.flow_style:
-        mark = node.value[0][0].start_mark
-        at: int = mark.index
-        return text[:at] + line + "\n" + " " * int(mark.column) + text[at:]
-    at = node.start_mark.index + 1
-    return text[:at] + line + (", " if node.value else "") + text[at:]
-
-
-def _add_model(text: str, root: Any, models: Any, model: str, line: str, flat: bool) -> str:
+def add_model(text: str, root: Any, models: Any, model: str, line: str, flat: bool) -> str:
+    """``text`` with a new model, before the first one, whose only setting is ``line``. Raises CannotEdit."""
     entry = f"{quoted(model)}:\n"
     if isinstance(models, yaml.MappingNode) and models.value:
         if models.flow_style:
@@ -125,14 +133,3 @@ def _add_model(text: str, root: Any, models: Any, model: str, line: str, flat: b
         raise CannotEdit("models: is empty; write the model there by hand")
     end = "" if not text or text.endswith("\n") else "\n"
     return f"{text}{end}models:\n  {entry}    {line}\n"
-
-
-def _insert(text: str, at: int, addition: str, node: Any) -> str:
-    if node.value not in ("", "null", "~"):
-        raise CannotEdit("the model is not a mapping; change it by hand")
-    end: int = max(at, node.end_mark.index)
-    return text[:at] + addition + text[end:]
-
-
-def _indent(key: Any, more: int) -> str:
-    return " " * int(key.start_mark.column + more)

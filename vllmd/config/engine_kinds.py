@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-# Those that come along, each under the name that its settings have; ``vllmd.engines`` has the kinds themselves.
+# Built-in kinds, each by the name under which ``defaults`` has its settings; ``vllmd.engines`` has the classes.
 ENGINE_KINDS = (
     *("vllm", "llama.cpp", "sglang", "transformers", "tei", "triton", "comfyui", "command", "remote", "sim"),
 )
 ALSO = {"llama-server": "llama.cpp", "simengine": "sim"}
-# Those that have environments, of which a model may name a version (``engines/environments.py``).
+# Kinds with environments, of which a model may name a version (``engines/environments.py``).
 WITH_VERSIONS = ("vllm", "llama.cpp", "sglang", "transformers")
 # Settings that mean nothing to another kind of engine.
 ENGINES_OWN = frozenset({"options", "extra_args", "command", "engine_version"})
@@ -19,7 +19,7 @@ def one_name(kind: str) -> str:
 
 
 def is_engine_kind(name: str) -> bool:
-    """Whether engines of this kind can be: it comes along, or a plug-in brings it."""
+    """Whether there is an engine kind of this name, built in or of a plug-in."""
     if one_name(name) in ENGINE_KINDS:
         return True
     from importlib import metadata  # most configurations name no plug-in, and the first request waits for imports

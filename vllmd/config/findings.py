@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vllmd.config.nodes import Where
+from vllmd.config.nodes import Node, Where
 from vllmd.config.types import Config
+from vllmd.config.value_types import what_it_is
 from vllmd.text import printable
 
 
@@ -22,18 +23,18 @@ class Problem:
     alone: bool = False  # it concerns one model, which cannot be loaded; all others can be served
 
     def __str__(self) -> str:
-        told = self.what
+        text = self.what
         if self.nearest:
-            told += f'; did you mean "{self.nearest}"?'
+            text += f'; did you mean "{self.nearest}"?'
         if self.accepted:
-            told += f"{'' if told.endswith('?') else ';'} accepted: {self.accepted}"
+            text += f"{'' if text.endswith('?') else ';'} accepted: {self.accepted}"
         path = f"{self.path}: " if self.path else ""
-        return printable(f"{self.where}: {path}{told}")  # names stand in paths, whoever wrote them
+        return printable(f"{self.where}: {path}{text}")  # a path may hold a model's name with control characters
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """All that reading brought to light. ``origins``: from where each setting that was given came, by path."""
+    """A configuration as far as it could be read. ``origins``: the place of each setting that was given, by path."""
 
     config: Config
     problems: tuple[Problem, ...] = ()
@@ -51,18 +52,24 @@ class Findings:
     def complain(
         self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "", *, alone: bool = False
     ) -> None:
-        """Each place and reason once, however many models inherit it. ``alone``: it is a matter of one model."""
+        """Note a problem, once for each place and reason, however many models inherit it. ``alone``: see Problem."""
         self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest, alone))
 
     def warn(self, where: Where, path: str, what: str) -> None:
-        """What works, but should be looked at."""
-        if not any(known.where == where and known.what == what for known in self.warnings):  # models may share one
+        """Note, likewise once, what works but should be looked at."""
+        if not any(known.where == where and known.what == what for known in self.warnings):
             self.warnings.append(Problem(where, path, what))
 
+    def mapping(self, node: Node, path: str, accepts: str) -> Node | None:
+        """``node`` if it is a mapping; else None, and a problem."""
+        if node.is_map:
+            return node
+        self.complain(node.where, path, f"{what_it_is(node)} is not a mapping", accepts)
+        return None
+
     def problems(self) -> tuple[Problem, ...]:
-        """By file and line, files in the order in which they were found wrong."""
-        order: dict[str, int] = {}
-        for problem in self._problems.values():
+        """All problems by line, file after file in the order in which the first problem of each was found."""
+        problems, order = self._problems.values(), dict[str, int]()
+        for problem in problems:
             order.setdefault(problem.where.source, len(order))
-        found = self._problems.values()
-        return tuple(sorted(found, key=lambda p: (order[p.where.source], p.where.line, p.where.column)))
+        return tuple(sorted(problems, key=lambda p: (order[p.where.source], p.where.line, p.where.column)))

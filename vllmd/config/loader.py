@@ -1,9 +1,17 @@
 """From files, environment and command line to one ``Config``; every problem is found, not only the first.
 
-The steps, in order: compose the files into nodes; give other systems' names
-ours; lay the environment and then the command line over the file (presence
-counts, not value); merge ``idle`` and ``defaults`` beneath each model; parse by
-the table; check what spans several settings.
+Theory of operation. Until the last step a configuration is a tree of nodes, each of which knows its file and line:
+
+1. The files are composed into one tree (``sources.Files``).
+2. Other systems' names and other spellings become ours (``shape.Shape``). From here on a key is a row's name.
+3. The environment and then the command line are laid over the tree. What is present wins, even where its value is the
+   default: ``VLLMD_SERVER_UI=false`` overrides a file's ``true``.
+4. ``idle`` and ``defaults`` are laid beneath each model, of ``defaults`` only what is for the model's kind of engine.
+5. Every value is parsed by its row of the table (``settings.py``). A value that cannot be parsed is complained of and
+   left out, so that its default stands in for it and the rest of the file is still checked.
+6. What spans several settings is checked on the finished ``Config`` (``checks.py``).
+
+``Findings`` collects the complaints by place and reason: a bad default that a hundred models inherit is one problem.
 """
 
 from __future__ import annotations
@@ -45,8 +53,8 @@ __all__ = ["Problem", "Reading", "default_file", "load", "read"]
 
 NOWHERE = Where("defaults")
 NOTHING = Node(NOWHERE, {})
-VLLM = ModelConfig("").engine
-FAILED: Any = object()
+DEFAULT_ENGINE = ModelConfig("").engine
+FAILED: Any = object()  # the result of parsing a value that was complained of; None is a value
 
 
 def load(
@@ -56,7 +64,7 @@ def load(
     *,
     strict: bool = False,
 ) -> Config:
-    """The configuration. ``overrides``: setting paths from the command line, such as ``server.port``.
+    """Read and check the configuration. ``overrides``: values of the command line by path, such as ``server.port``.
 
     A model that can never fit is a warning, because all others can be served; where ``strict``, it is a problem as any.
 
@@ -76,16 +84,16 @@ def read(
     overrides: Mapping[str, object] | None = None,
     texts: Mapping[Path, str] | None = None,
 ) -> Reading:
-    """As ``load``, but problems are returned, with what could be read all the same.
+    """Read the configuration as ``load`` does, but return its problems beside whatever could be read.
 
-    ``texts`` stand for the contents of files that are about to be written.
+    ``texts``: the new contents of files that are about to be written, checked before they are.
     """
     findings = Findings()
-    given = config_file or env.get("VLLMD_CONFIG")
-    main = Path(given) if given else default_file(env)
+    named = config_file or env.get("VLLMD_CONFIG")
+    main = Path(named) if named else default_file(env)
     added = added_folder(main, env)
     files, shape = Files(findings, texts or {}, added), Shape(findings)
-    tree = shape.canonical(ROOT, shape.adopt_legacy(files.tree(main, bool(given))), "")
+    tree = shape.canonical(ROOT, shape.adopt_legacy(files.tree(main, required=bool(named))), "")
     for layer in (environment(env), command_line(overrides or {})):
         tree = overlay_layer(tree, shape.canonical(ROOT, layer, ""))
     config = replace(_Parser(findings, env).config(tree), files=tuple(files.read), added=added)
@@ -101,22 +109,23 @@ def read(
 
 
 def parse_model(name: str, node: Node, findings: Findings) -> tuple[ModelConfig, frozenset[str]]:
-    """One model by itself, and which settings it gives, each by its canonical name."""
+    """Parse one model without any file. Returns it, and the canonical names of the settings that ``node`` has."""
     shape, parser = Shape(findings), _Parser(findings, {})
-    models = node.with_value({name: node})
-    root = shape.canonical(ROOT, node.with_value({"models": models}), "")
-    found = root.value["models"].value.get(name) or node.with_value({})
-    return parser.model(name, found, node.with_value({"idle": node.with_value({})})), frozenset(found.value)
+    root = shape.canonical(ROOT, node.with_value({"models": node.with_value({name: node})}), "")
+    settings = root.value["models"].value.get(name) or node.with_value({})
+    no_defaults = node.with_value({"idle": node.with_value({})})
+    return parser.model(name, settings, no_defaults), frozenset(settings.value)
 
 
 class _Parser:
-    """Parses a tree by the table. What cannot be parsed is complained of and left out."""
+    """Parses a canonical tree by the table of settings (step 5)."""
 
     def __init__(self, findings: Findings, env: Mapping[str, str]) -> None:
         self.findings, self.env = findings, env
-        self.by_kind: Mapping[str, Node] = {}  # of ``defaults``: what it says for models of one kind of engine
+        self.by_kind: Mapping[str, Node] = {}  # the part of ``defaults`` for models of one kind of engine, by kind
 
     def config(self, tree: Node) -> Config:
+        """The whole configuration; the sections that more than one row decides have a method each."""
         values = self.values(ROOT, tree, "", skip=("server", "auth", "devices", "defaults", "models", "idle"))
         idle = tree.value.get("idle") or Node(NOWHERE, {})
         values["idle"] = self.idle(idle, "idle")
@@ -131,33 +140,33 @@ class _Parser:
         return Config(**values)
 
     def values(self, group: Group, node: Node, path: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The group's fields that were given, parsed; what could not be parsed is complained of and left out."""
-        found: dict[str, Any] = {}
+        """The fields of the group's dataclass that ``node`` gives, parsed; the rest keep their defaults."""
+        fields: dict[str, Any] = {}
         for name, value in node.value.items():
             row = group.row(name)
             if row is None or name in skip:
                 continue
             full = join(path, name)
             if isinstance(row.kind, Group) and row.many == "map":
-                found[row.field or name] = self.by_name(row.kind, value, full)
+                fields[row.field or name] = self.by_name(row.kind, value, full)
             elif isinstance(row.kind, Group):
                 inner = self.values(row.kind, value, full) if value.is_map else None
-                found[row.field or name] = None if inner is None else row.kind.target(**inner)
+                fields[row.field or name] = None if inner is None else row.kind.target(**inner)
             else:
                 parsed = self.parse(row.kind, value.as_secret() if row.secret else value, full)
                 if parsed is not FAILED and row.field is not None:
-                    found[row.field or row.name] = parsed
-        return found
+                    fields[row.field or row.name] = parsed
+        return fields
 
     def by_name(self, group: Group, node: Node, path: str) -> dict[str, Any]:
-        """What a mapping of such groups has, each under its name."""
-        found = {}
+        """A mapping from name to group, such as the pools or a model's variants, parsed."""
+        entries = {}
         for name, value in node.value.items():
-            if not checks.good_name(name):
+            if not checks.is_good_name(name):
                 self.findings.complain(value.key or value.where, f"{path}.{name}", f"a name has {checks.GOOD_NAME}")
             self.findings.origins.setdefault(f"{path}.{name}", value.key or value.where)
-            found[name] = group.target(**self.values(group, value, f"{path}.{name}"))
-        return found
+            entries[name] = group.target(**self.values(group, value, f"{path}.{name}"))
+        return entries
 
     def parse(self, kind: Kind, node: Node, path: str) -> Any:
         self.findings.origins.setdefault(path, node.where)
@@ -168,6 +177,7 @@ class _Parser:
             return FAILED
 
     def server(self, node: Node | None) -> ServerConfig:
+        """The section ``server``; ``host`` and ``port`` are a short form of ``listen``."""
         if node is None or not node.is_map:
             return ServerConfig()
         values = self.values(SERVER, node, "server")
@@ -185,7 +195,7 @@ class _Parser:
     def devices(self, node: Node | None) -> tuple[DeviceConfig, ...] | None:
         if node is None:
             return None
-        found = []
+        devices = []
         for index, item in enumerate(node.value):
             path = f"devices[{index}]"
             if "memory" not in item.value:
@@ -193,13 +203,14 @@ class _Parser:
                 continue
             values = self.values(DEVICE, item, path)
             if "memory" in values:
-                found.append(DeviceConfig(**values))
-        return tuple(found)
+                devices.append(DeviceConfig(**values))
+        return tuple(devices)
 
     def idle(self, node: Node, path: str) -> IdleRules:
-        return _settled(tuple(sorted(self.values(IDLE, node, path).items())))
+        return settle_idle(tuple(sorted(self.values(IDLE, node, path).items())))
 
     def auth(self, node: Node | None) -> AuthConfig:
+        """The section ``auth``; a key that has a fault is complained of and left out."""
         if node is None or not node.is_map:
             return AuthConfig()
         values = self.values(AUTH, node, "auth", skip=("keys",))
@@ -211,23 +222,25 @@ class _Parser:
 
     def key(self, node: Node, path: str, index: int) -> KeyConfig | None:
         values = self.values(KEY, node, path)
-        given = [name for name in ("key", "key_file") if name in node.value]
-        if len(given) != 1:
-            what = "give either key or key_file, not both" if given else "the key is missing"
+        forms = [name for name in ("key", "key_file") if name in node.value]
+        if len(forms) != 1:
+            what = "give either key or key_file, not both" if forms else "the key is missing"
             self.findings.complain(node.where, path, what, "key or key_file")
             return None
-        secret = self.secret(node.value[given[0]], f"{path}.{given[0]}", given[0] == "key_file")
+        (form,) = forms
+        secret = self.secret(node.value[form], f"{path}.{form}", is_file=form == "key_file")
         if secret is None:
             return None
         try:
             digest = secrets.digest(secret)
         except ValueError as error:
-            self.findings.complain(node.value[given[0]].where, f"{path}.{given[0]}", str(error))
+            self.findings.complain(node.value[form].where, f"{path}.{form}", str(error))
             return None
         values.setdefault("name", f"key{index + 1}")
         return KeyConfig(**values, digest=digest)
 
-    def secret(self, node: Node, path: str, is_file: bool) -> str | None:
+    def secret(self, node: Node, path: str, *, is_file: bool) -> str | None:
+        """The secret that a setting is, or (``is_file``) names the file of; None where there is none to be had."""
         if not isinstance(node.value, str | int | float) or not node.text:
             return None
         if not is_file:
@@ -236,9 +249,9 @@ class _Parser:
             return node.text
         beside = Path(node.where.source).parent
         try:
-            found = secrets.read(node.text, beside, self.env)
+            secret = secrets.read(node.text, beside, self.env)
             self.warn_of_file(secrets.place(node.text, beside, self.env), node, path)
-            return found
+            return secret
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             self.findings.complain(
@@ -249,23 +262,24 @@ class _Parser:
         return None
 
     def warn_if_readable(self, node: Node, path: str) -> None:
-        """A secret in a configuration file that everybody may read deserves a word."""
+        """Warn of a secret that stands in a configuration file which every user may read."""
         if node.where.line:
             self.warn_of_file(Path(node.where.source), node, path)
 
     def warn_of_file(self, file: Path, node: Node, path: str) -> None:
+        """Warn where every user may read ``file``, which holds the secret of the setting ``path``."""
         if advice := secrets.readable_by_all(file):
             what = f"everybody on this machine can read this secret; {advice}"
             self.findings.warn(node.where, path, what)
 
     def warn_of_secrets(self, node: Node, path: str) -> None:
-        """The same of what a model's variables, options and flags hold by the looks of their names."""
+        """Warn likewise of a model's variables and options whose names look like a secret's."""
         for setting in ("env", "options"):
             inner = node.value.get(setting)
             for name, value in inner.value.items() if inner is not None and inner.is_map else ():
                 if setting == "options" and name == "key_file" and isinstance(value.value, str):
                     self.warn_of_file(secrets.place(value.text, Path(value.where.source).parent, self.env), value, path)
-                elif secrets.is_named_so(name) and value.text:
+                elif secrets.is_secret_name(name) and value.text:
                     self.warn_if_readable(value, f"{path}.{setting}.{name}")
 
     def model_keys(self, models: Node | None) -> list[KeyConfig]:
@@ -275,41 +289,34 @@ class _Parser:
             value = node.value.get("api_key")
             if value is None or not value.text or value.text.startswith("hf_"):
                 continue
-            secret = self.secret(value, f"models.{name}.api_key", False)
+            secret = self.secret(value, f"models.{name}.api_key", is_file=False)
             if secret:
                 keys.append(KeyConfig(f"model {name}", secrets.digest(secret), models=(name,)))
         return keys
 
     def base(self, tree: Node, idle: Node) -> Node:
-        """What lies beneath every model, less what is for one kind of engine. Complains under its own path, before any
-        model inherits it."""
+        """The settings beneath every model: ``idle`` and ``defaults``, less what is for one kind of engine."""
         defaults = tree.value.get("defaults") or Node(NOWHERE, {})
-        given = defaults.value if defaults.is_map else {}
-        self.by_kind = {name: node for name, node in given.items() if is_for_kind(name, node)}
+        entries = defaults.value if defaults.is_map else {}
+        self.by_kind = {name: node for name, node in entries.items() if is_for_kind(name, node)}
+        defaults = defaults.with_value({name: node for name, node in entries.items() if name not in self.by_kind})
+        # Parsed here only to complain: before any model inherits a wrong value, so that the path is that of defaults.
         for name, node in self.by_kind.items():
             self.values(DEFAULTS_OF_KIND, node, f"defaults.{name}")
-        defaults = defaults.with_value({name: node for name, node in given.items() if name not in self.by_kind})
         self.values(DEFAULTS, defaults, "defaults")
-        self.warn_of_nobodys(tree, defaults)
-        return overlay(Node(NOWHERE, {"idle": idle}), defaults, COMBINED.__contains__)
-
-    def warn_of_nobodys(self, tree: Node, defaults: Node) -> None:
-        """Defaults for an engine that no model has are hardly meant so."""
+        # An engine's own settings that no model can inherit are hardly meant so.
         models = tree.value.get("models")
-        kinds = (
-            {kind_of(node, defaults) for node in models.value.values()}
-            if models is not None and models.is_map
-            else set()
-        )
+        kinds = {kind_of(node, defaults) for node in models.value.values()} if models and models.is_map else set()
         own = kind_of(defaults, defaults)
         for name in sorted(ENGINES_OWN & set(defaults.value)):
             if kinds and own not in kinds:
                 what = f"it is for models of the engine {own}, and there are none; for others it belongs in"
                 places = ", ".join(f"defaults.{kind}.{name}" for kind in sorted(kinds))
                 self.findings.warn(defaults.value[name].where, f"defaults.{name}", f"{what} {places}")
+        return overlay(Node(NOWHERE, {"idle": idle}), defaults, COMBINED.__contains__)
 
     def beneath(self, node: Node, base: Node) -> Node:
-        """What lies beneath one model: of the settings that are an engine's own only those for its kind."""
+        """The settings beneath one model: an engine's own (flags, options, ...) only where they are for its kind."""
         kind = kind_of(node, base)
         if kind != kind_of(base, base):
             base = base.with_value({name: value for name, value in base.value.items() if name not in ENGINES_OWN})
@@ -317,16 +324,17 @@ class _Parser:
         return overlay(base, for_kind, COMBINED.__contains__) if for_kind else base
 
     def models(self, tree: Node, base: Node) -> dict[str, ModelConfig]:
-        """All models; uses their nodes up."""
+        """All models by name. Empties the tree's mapping of them."""
         models = tree.value.get("models")
-        found = models.value if models is not None and models.is_map else {}
+        nodes = models.value if models is not None and models.is_map else {}
         # Of ten thousand models the nodes are most of the memory: each goes as soon as its model is there, which takes
         # its place. Freed all at once, they would leave holes among what stays, and the daemon would keep its size.
-        return {name: self.model(name, found.pop(name), base) for name in list(found)}
+        return {name: self.model(name, nodes.pop(name), base) for name in list(nodes)}
 
     def model(self, name: str, node: Node, base: Node) -> ModelConfig:
+        """One model with its replicas, over the settings ``base`` of every model."""
         path, where = f"models.{name}", node.key or node.where
-        if not checks.good_name(name):
+        if not checks.is_good_name(name):
             self.findings.complain(where, path, f"a model's name has {checks.GOOD_NAME}")
         merged = overlay(self.beneath(node, base), node, COMBINED.__contains__)
         values = self.values(MODEL, merged, path, skip=("idle",))
@@ -341,7 +349,7 @@ class _Parser:
         return replace(model, replicas=replace(model.replicas, of=tuple(self.replicas(model, merged, path))))
 
     def replicas(self, model: ModelConfig, node: Node, path: str) -> Iterator[ModelConfig]:
-        """Each replica's settings: those of the model, and over them what the list says, if there is one."""
+        """Each replica's settings: those of the model, and over them its entry in ``replicas.of``, if there is one."""
         rules, base = model.replicas, replace(model, replicas=None, aliases=(), replica_of=model.name)
         listed = node.value["replicas"].value.get("of")
         if rules is None or listed is None:
@@ -353,6 +361,7 @@ class _Parser:
                 yield self.replica(base, node, entry, f"{path}.replicas.of[{index}]", index)
 
     def replica(self, base: ModelConfig, node: Node, entry: Node, path: str, index: int) -> ModelConfig:
+        """One entry of ``replicas.of`` over its model: ``base`` is that model parsed, ``node`` its settings."""
         entry = Shape(self.findings).canonical(REPLICA, entry, path)
         if "engine" in entry.value and kind_of(entry, node) != kind_of(node, node):
             others = ENGINES_OWN | {"env"}  # the model's variables, too, were written for its engine
@@ -370,13 +379,14 @@ class _Parser:
         return replace(base, **values, name=f"{base.name}@{label}", where=str(entry.where))
 
     def token(self, node: Node, path: str) -> str | None:
+        """A model's Hugging Face token, from whichever of its three settings gives it."""
         entries = node.value
         legacy = entries.get("api_key")
         if legacy is not None and legacy.text.startswith("hf_"):
             what = "a Hugging Face token is called hf_token here; it is taken as that"
             self.findings.warn(legacy.where, f"{path}.api_key", what)
             if "hf_token" not in entries and "hf_token_file" not in entries:
-                return self.secret(legacy, f"{path}.api_key", False)
+                return self.secret(legacy, f"{path}.api_key", is_file=False)
         if "hf_token" in entries and "hf_token_file" in entries:
             first, second = entries["hf_token"], entries["hf_token_file"]
             self.findings.complain(
@@ -384,20 +394,20 @@ class _Parser:
             )
             return None
         if "hf_token_file" in entries:
-            return self.secret(entries["hf_token_file"], f"{path}.hf_token_file", True)
+            return self.secret(entries["hf_token_file"], f"{path}.hf_token_file", is_file=True)
         if "hf_token" in entries:
-            return self.secret(entries["hf_token"], f"{path}.hf_token", False)
+            return self.secret(entries["hf_token"], f"{path}.hf_token", is_file=False)
         return None
 
 
 def kind_of(node: Node, base: Node) -> str:
-    """The kind of a model's engine: its own word, else that of ``base``."""
-    told = node.value.get("engine") or base.value.get("engine")
-    return one_name(told.text) if told is not None and told.text else VLLM
+    """The kind of a model's engine: its own setting, else that of ``base``, else the default."""
+    engine = node.value.get("engine") or base.value.get("engine")
+    return one_name(engine.text) if engine is not None and engine.text else DEFAULT_ENGINE
 
 
 def of_kind(kind: str) -> Node:
-    """A model that says no more than its engine."""
+    """The node of a model whose only setting is its engine."""
     return Node(NOWHERE, {"engine": Node(NOWHERE, kind, kind)})
 
 
@@ -407,26 +417,22 @@ def is_for_kind(name: str, node: Node) -> bool:
     return row is None or (node.is_map and row.kind is COMMAND)
 
 
-@lru_cache
-def _settled(values: tuple[tuple[str, Any], ...]) -> IdleRules:
-    """Most models have the same rules, and then share one object."""
-    return settle_idle(dict(values))
+@lru_cache  # most models have the same rules, and then share one object
+def settle_idle(given: tuple[tuple[str, Any], ...]) -> IdleRules:
+    """The idle rules that these settings (name and value) mean.
 
-
-def settle_idle(values: dict[str, Any]) -> IdleRules:
-    """Level 3 means to stop where others sleep.
-
-    A stage that is not given keeps its distance to a later sleep, and never comes if the stop is before it.
+    Level 3 stops the engine where others sleep. A stage that is not given keeps its distance to a later sleep, and
+    never comes if the stop is before it.
     """
-    usual = IdleRules()
+    values, usual = dict(given), IdleRules()
     if values.get("level") == 3:
         energy = values.get("energy")
         return IdleRules(None, 3 if energy else 1, None, values.get("sleep_after", usual.sleep_after), energy)
     rules = IdleRules(**values)
-    later = (rules.sleep_after or 0.0) - (usual.sleep_after or 0.0)
-    if later > 0:
-        unsaid = {name: getattr(usual, name) + later for name in ("deepen_after", "stop_after") if name not in values}
-        rules = replace(rules, **unsaid)
+    delay = (rules.sleep_after or 0.0) - (usual.sleep_after or 0.0)
+    if delay > 0:
+        stages = [name for name in ("deepen_after", "stop_after") if name not in values]
+        rules = replace(rules, **{name: getattr(usual, name) + delay for name in stages})
     stop = rules.stop_after if rules.stop_after is not None else float("inf")
     late = [name for name in ("sleep_after", "deepen_after") if (getattr(rules, name) or 0.0) > stop]
     never: dict[str, Any] = dict.fromkeys(name for name in late if name not in values)

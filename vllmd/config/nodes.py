@@ -63,16 +63,16 @@ class Node:
         return self.value
 
     def as_secret(self) -> Node:
-        """The same, which nobody may quote, nor its entries; what is deeper within is quoted by nobody anyway."""
-        value: Any = self.value
-        if self.is_map:
-            value = {key: node._unquoted(node.value) for key, node in self.value.items()}
-        elif self.is_list:
-            value = [node._unquoted(node.value) for node in self.value]
-        return self._unquoted(value)
+        """The same node, which no message may quote, nor its entries; no message quotes what is deeper within."""
 
-    def _unquoted(self, value: Any) -> Node:
-        return Node(self.where, value, self.text, self.key, secret=True)
+        def hidden(node: Node, value: Any) -> Node:
+            return Node(node.where, value, node.text, node.key, secret=True)
+
+        if self.is_map:
+            return hidden(self, {key: hidden(node, node.value) for key, node in self.value.items()})
+        if self.is_list:
+            return hidden(self, [hidden(node, node.value) for node in self.value])
+        return hidden(self, self.value)
 
     def with_value(self, value: Any) -> Node:
         """The same place with another value."""
@@ -80,7 +80,7 @@ class Node:
 
 
 STRING = "tag:yaml.org,2002:str"
-LONGEST_KNOWN, MOST_KNOWN = 64, 1000  # characters of a plain scalar that is remembered, and how many are
+LONGEST_KNOWN_CHARS, MOST_KNOWN = 64, 1000  # of plain scalars that are remembered: length, and how many
 _new = tuple.__new__  # past the constructor, which costs as much again
 TAGS = {
     f"tag:yaml.org,2002:{tag}": what
@@ -93,14 +93,14 @@ Complain = Callable[[Where, str], None]
 
 def compose(text: str, source: str, complain: Complain) -> Node | None:
     """The root of a YAML document; None if it is empty or broken (which is complained of)."""
-    loader, found = Loader(text), list[tuple[Where, str]]()
+    loader, problems = Loader(text), list[tuple[Where, str]]()
     try:
-        root = _Composer(loader, source, lambda where, what: found.append((where, what))).document()
-        for problem in found:
+        root = _Composer(loader, source, lambda where, what: problems.append((where, what))).document()
+        for problem in problems:
             complain(*problem)
         return root
-    except yaml.YAMLError as error:  # of a file that is none nothing else is said
-        complain(*_broken(error, source, text))
+    except yaml.YAMLError as error:  # a file that is not YAML has this one problem, whatever was found in it before
+        complain(*syntax_error(error, source, text))
     except RecursionError:
         complain(Where(source), "this is nested too deeply")
     finally:
@@ -108,28 +108,22 @@ def compose(text: str, source: str, complain: Complain) -> Node | None:
     return None
 
 
-def _broken(error: yaml.YAMLError, source: str, text: str) -> tuple[Where, str]:
+def syntax_error(error: yaml.YAMLError, source: str, text: str) -> tuple[Where, str]:
+    """PyYAML's error as a place and a sentence, without what it quotes of the file, which may be a secret."""
     mark, lines = getattr(error, "problem_mark", None), text.splitlines()
     place = Where(source, mark.line + 1, mark.column + 1) if mark else Where(source)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
     context = getattr(error, "context", None)
     began = getattr(error, "context_mark", None) or mark
-    if mark and mark.line < len(lines) and "\t" in _indentation(lines[mark.line]):
+    if mark and mark.line < len(lines) and re.match(r"\s*\t", lines[mark.line]):
         return place, "this is not valid YAML: a tab stands before its first word; indent by spaces"
     if mark and mark.line >= len(lines) and "end" not in problem:
         problem += ", at the end of the file"
     if context and mark and began and began.line < mark.line:
         context += f" that begins on line {began.line + 1}"
-    return place, f"this is not valid YAML: {_unquoted(problem)}" + (f" ({_unquoted(context)})" if context else "")
-
-
-def _indentation(line: str) -> str:
-    return line[: len(line) - len(line.lstrip())]
-
-
-def _unquoted(said: str) -> str:
-    """What the reader says without what it quotes of the file, which may be a secret."""
-    return QUOTED.sub(lambda quote: quote[0] if MARK.fullmatch(quote[1] or "") else "what stands here", said)
+    sentence = problem + (f" ({context})" if context else "")
+    hidden = QUOTED.sub(lambda quote: quote[0] if MARK.fullmatch(quote[1] or "") else "what stands here", sentence)
+    return place, f"this is not valid YAML: {hidden}"
 
 
 class _Composer:
@@ -144,7 +138,7 @@ class _Composer:
         self.next: Callable[[], Any] = loader.get_event
         self.anchors: dict[str, Node] = {}
         self.open: dict[str, Where] = {}  # anchors of what is being composed
-        self.known: dict[str, tuple[str, Any]] = {}  # plain scalars: the text, one object for all, and what it means
+        self.known: dict[str, tuple[str, Any]] = {}  # plain scalars: text (one object for all of its kind) and value
 
     def document(self) -> Node | None:
         """The only document's root; None if there is none. Raises YAMLError."""
@@ -184,7 +178,7 @@ class _Composer:
         return node
 
     def alias(self, event: Any, key: Where | None) -> Node:
-        """Each anchor's value once, however often it is referred to."""
+        """The node of an anchor: one value in memory, however often it is referred to. Raises YAMLError."""
         if event.anchor in self.open:
             where = self.open[event.anchor]
             self.complain(where, "this anchor contains itself")
@@ -210,7 +204,7 @@ class _Composer:
             except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # PyYAML's own trust what a tag says
                 self.complain(where, f"this cannot be read as {TAGS.get(tag, 'what its tag says')}")
                 return text, None
-        if plain and len(text) <= LONGEST_KNOWN and len(self.known) < MOST_KNOWN:
+        if plain and len(text) <= LONGEST_KNOWN_CHARS and len(self.known) < MOST_KNOWN:
             self.known[text] = text, value
         return text, value
 
@@ -221,13 +215,14 @@ class _Composer:
         return items
 
     def mapping(self) -> dict[str, Node]:
+        """The entries of a mapping, those of ``<<`` beneath its own; a key that stands twice is a problem."""
         entries: dict[str, Node] = {}
         seen: dict[str, Where] = {}
         merged: list[Node] = []
         while type(event := self.next()) is not yaml.MappingEndEvent:
-            key, told = self.key(event), self.next()
-            of_itself = type(told) is yaml.AliasEvent and told.anchor in self.open
-            value = self.node(told, key.where)
+            key, value_event = self.key(event), self.next()
+            of_itself = type(value_event) is yaml.AliasEvent and value_event.anchor in self.open
+            value = self.node(value_event, key.where)
             if key.is_map or key.is_list:
                 self.complain(key.where, "a key must be plain text")
             elif key.text == "<<" and type(event) is yaml.ScalarEvent and event.implicit[0]:
@@ -251,7 +246,7 @@ class _Composer:
         return Node(self.place(event), key.value, key.text)
 
     def to_be_merged(self, value: Node) -> list[Node]:
-        """The mappings that ``<<`` names, those that count first last. Raises YAMLError."""
+        """The mappings that ``<<`` names, the one that wins last. Raises YAMLError."""
         if value.is_map:
             return [value]
         wrong = next((item for item in value.value if not item.is_map), None) if value.is_list else value
@@ -275,6 +270,7 @@ def from_text(text: str, where: Where) -> Node:
 
 
 def _moved(node: Node, where: Where) -> Node:
+    """The same tree, all of it at ``where``."""
     value: Any = node.value
     if node.is_map:
         value = {key: _moved(child, where) for key, child in node.value.items()}

@@ -5,6 +5,7 @@ Each is one name of one thing: a name that two things have is an error of the co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from vllmd.config.engine_kinds import ENGINE_KINDS, one_name
@@ -17,32 +18,27 @@ WITH_ADAPTERS = frozenset({"vllm", "llama.cpp", "sim"})  # and plug-ins that say
 
 def lora_modules(argv: Sequence[str]) -> dict[str, str]:
     """The adapters that flags of vLLM's name, each with its path: ``NAME=PATH`` or JSON, several after one flag."""
-    found: dict[str, str] = {}
-    words = iter(argv)
-    taking = False
-    for word in words:
+    adapters: dict[str, str] = {}
+    is_value = False
+    for word in argv:
         flag, equals, rest = word.partition("=")
         if word.startswith("-"):
-            taking = flag.replace("_", "-") == LORA_MODULES
+            is_value = flag.replace("_", "-") == LORA_MODULES
             word = rest if equals else ""
-        if taking and word:
-            found.update(_module(word))
-    return found
+        if not is_value or not word:
+            continue
+        if word.startswith(("{", "[")):
+            import json  # most configurations have none, and the first request waits for imports
 
-
-def _module(word: str) -> dict[str, str]:
-    if word.startswith(("{", "[")):
-        import json  # most configurations have none, and the first request waits for imports
-
-        try:
-            told = json.loads(word)
-        except ValueError:
-            return {}
-        entries = told if isinstance(told, list) else [told]
-        named = [each for each in entries if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
-        return {each["name"]: str(each.get("path", "")) for each in named}
-    name, equals, path = word.partition("=")
-    return {name: path} if equals and name else {}
+            with contextlib.suppress(ValueError):
+                parsed = json.loads(word)
+                for each in parsed if isinstance(parsed, list) else [parsed]:
+                    if isinstance(each, Mapping) and isinstance(each.get("name"), str):
+                        adapters[each["name"]] = str(each.get("path", ""))
+        else:
+            name, equals, path = word.partition("=")
+            adapters |= {name: path} if equals and name else {}
+    return adapters
 
 
 def adapters_of(model: ModelConfig) -> dict[str, str]:
@@ -53,28 +49,29 @@ def adapters_of(model: ModelConfig) -> dict[str, str]:
 
 def names_of(config: Config) -> dict[str, str]:
     """Every name but those of pools, each with what it is, in words."""
-    found = dict.fromkeys(config.models, "a model")
+    names = dict.fromkeys(config.models, "a model")
     for model in config.models.values():
-        found.update((alias, f"an alias of {model.name!r}") for alias in model.aliases)
-        found.update((name, f"an adapter of {model.name!r}") for name in adapters_of(model))
-        found.update((name, f"a variant of {model.name!r}") for name in model.variants)
-    return found
+        names.update((alias, f"an alias of {model.name!r}") for alias in model.aliases)
+        names.update((name, f"an adapter of {model.name!r}") for name in adapters_of(model))
+        names.update((name, f"a variant of {model.name!r}") for name in model.variants)
+    return names
 
 
 def wrong(config: Config) -> Iterator[tuple[str, str, str]]:
-    """What cannot work: whose it is (a model's name, "" for pools), the setting's path, and what is wrong."""
-    owner: dict[str, str] = dict.fromkeys(config.models, "a model")
+    """What cannot work: the model's name ("" for pools), the setting's path, and what is wrong."""
+    owner: dict[str, str] = dict.fromkeys(config.models, "a model")  # of each name, in words
     for model in config.models.values():
         owner.update((alias, f"an alias of {model.name!r}") for alias in model.aliases if alias not in owner)
     for model in config.models.values():
-        yield from _of_model(model, owner)
+        yield from adapters_and_variants(model, owner)
     for name, pool in config.pools.items():
         if name in owner:
             yield "", f"pools.{name}", f"{name!r} is {owner[name]} already"
-        yield from _members(name, pool, config, owner)
+        yield from pool_members(name, pool, config, owner)
 
 
-def _of_model(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+def adapters_and_variants(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """What is wrong with a model's adapters and variants; their names are added to ``owner``."""
     kind = one_name(model.engine)
     if model.adapters and kind in ENGINE_KINDS and kind not in WITH_ADAPTERS:
         what = f"the engine {kind} has no adapters here; {', '.join(sorted(WITH_ADAPTERS - {'sim'}))} have"
@@ -84,9 +81,7 @@ def _of_model(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, 
         yield model.name, f"models.{model.name}.runtime_adapters", what
     for name, adapter in model.adapters.items():
         if not adapter.path or adapter.path.startswith("-"):
-            what = (
-                "path is missing: its folder, or a repository id" if not adapter.path else "a path cannot begin with -"
-            )
+            what = "a path cannot begin with -" if adapter.path else "path is missing: its folder, or a repository id"
             yield model.name, f"models.{model.name}.adapters.{name}", what
     offered = [("adapters", name) for name in adapters_of(model)] + [("variants", name) for name in model.variants]
     for setting, name in offered:
@@ -95,8 +90,10 @@ def _of_model(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, 
         owner.setdefault(name, f"{'an adapter' if setting == 'adapters' else 'a variant'} of {model.name!r}")
 
 
-def _members(name: str, pool: PoolConfig, config: Config, known: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """``known``: every name but those of pools."""
+def pool_members(
+    name: str, pool: PoolConfig, config: Config, known: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """What is wrong with the models of a pool. ``known``: every name but those of pools."""
     path = f"pools.{name}.models"
     if not pool.models:
         yield "", path, "it names no model"

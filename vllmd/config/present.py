@@ -21,12 +21,12 @@ PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_./+%-]*( [A-Za-z0-9_./+%-]+)*")
 
 
 def as_yaml(reading: Reading) -> str:
-    """What ``vllmctl config show`` prints: a valid configuration again, secrets apart."""
+    """The configuration as ``vllmctl config show`` prints it: valid YAML again, but for the secrets in it."""
     return "".join(_Writer(reading.origins, reading.config).group(ROOT, reading.config, "", 0))
 
 
 def of_config(config: Config, model: str = "") -> Iterator[str]:
-    """The same of a configuration in force, line by line; ``model``: of that model only, nothing where it has none."""
+    """The lines of a configuration in force as YAML; ``model``: of that model only, none where it is unknown."""
     writer = _Writer(config.origins, config)
     if not model:
         yield from writer.group(ROOT, config, "", 0)
@@ -35,17 +35,19 @@ def of_config(config: Config, model: str = "") -> Iterator[str]:
 
 
 def as_data(reading: Reading) -> Any:
-    """The same as plain data."""
+    """What ``as_yaml`` writes, as plain data."""
     return yaml.safe_load(as_yaml(reading))
 
 
 class _Writer:
+    """Writes settings as YAML, a line each, with the origin of each as a comment."""
+
     def __init__(self, origins: Mapping[str, object], config: Config) -> None:
         self.origins = origins
         self.defaults = config.template if config.discover else None  # models yet to be found will need them
 
     def group(self, group: Group, values: Any, path: str, depth: int) -> Iterator[str]:
-        """The group's settings, one a line."""
+        """The group's settings, one a line, indented for ``depth``."""
         for row in group.rows:
             if row.name == "defaults" and self.defaults:
                 yield "defaults:\n"
@@ -91,8 +93,7 @@ class _Writer:
             yield from self.group(group, value, f"{path}.{name}.", depth + 2)
 
     def line(self, row: Setting, value: Any, path: str, depth: int) -> str:
-        text = written(row, concealed(row, value) if row.secret else value)
-        origin = self.origins.get(path)
+        text, origin = written(row, concealed(row, value) if row.secret else value), self.origins.get(path)
         return f"{'  ' * depth}{row.name}: {text}{f'  # {origin}' if origin else ''}\n"
 
 
@@ -100,7 +101,7 @@ def written(row: Setting, value: Any) -> str:
     """A value as it would stand in the file."""
     kind = row.kind
     assert not isinstance(kind, Group)
-    if kind is SHARES:
+    if kind is SHARES:  # numbers as keys, which JSON would quote
         return kind.show(value)
     if isinstance(value, tuple | Mapping):
         return json.dumps(list(value) if isinstance(value, tuple) else dict(value), ensure_ascii=False, default=str)
@@ -113,29 +114,27 @@ def written(row: Setting, value: Any) -> str:
 
 
 def concealed(row: Setting, value: Any) -> Any:
-    """What is shown of a value that may hold a secret: names, the program of a command, flags, but no values."""
+    """A value that may hold a secret, less the secret: names, the program of a command, flags, but no values."""
     if row.name == "command":
         return (*value[:1], *(HIDDEN for _ in value[1:]))
     if row.name == "extra_args":
         return secrets.flags_without_secrets(value, HIDDEN)
-    if row.kind is value_types.MAPPINGS:
-        return tuple(map(_replica, value))
-    return dict.fromkeys(value, HIDDEN) if isinstance(value, Mapping) else HIDDEN
-
-
-def _replica(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A replica's settings, as they stand in the file."""
-    shown = {}
-    for name, value in settings.items():
-        row = MODEL.row(name)
-        secret = row is not None and row.secret
-        words = tuple(map(str, value)) if isinstance(value, list) else value
-        plain = isinstance(words, tuple | Mapping) and row is not None and row.kind is not value_types.SECRET
-        shown[name] = (concealed(row, words) if plain else HIDDEN) if row is not None and secret else value
-    return shown
+    if row.kind is not value_types.MAPPINGS:
+        return dict.fromkeys(value, HIDDEN) if isinstance(value, Mapping) else HIDDEN
+    shown = []
+    for settings in value:  # of replicas, as they stand in the file: in whichever form a setting may have there
+        entry = dict(settings)
+        for name, text in settings.items():
+            inner = MODEL.row(name)
+            if inner is not None and inner.secret:
+                words = tuple(map(str, text)) if isinstance(text, list) else text
+                plain = isinstance(words, tuple | Mapping) and inner.kind is not value_types.SECRET
+                entry[name] = concealed(inner, words) if plain else HIDDEN
+        shown.append(entry)
+    return tuple(shown)
 
 
 def key(text: str) -> str:
-    """Text as a YAML scalar that is read as that text."""
+    """``text`` as a YAML scalar that is read as that text, quoted where it would be something else."""
     word = text.lower() not in ("null", "true", "false", "yes", "no", "on", "off") and not text[:1].isdigit()
     return text if word and PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

@@ -24,17 +24,17 @@ def in_force(running: Config, read: Config, *, activated: bool) -> tuple[Config,
     """
     from vllmd.config.settings import Reload, leaves
 
-    config, told = read, dict[str, str]()
+    config, postponed = read, dict[str, str]()
     for path in [leaf.path for leaf in leaves() if leaf.reload is Reload.NEXT_START and leaf.row.field is not None]:
         before, now = _value(running, path), _value(read, path)
         if before == now:
             continue
         if activated and path in UNDER_SYSTEMD:
-            told[path] = BY_SYSTEMD
+            postponed[path] = BY_SYSTEMD
         else:
-            told[path] = LATER
+            postponed[path] = LATER
             config = _with(config, path, before)
-    return config, told
+    return config, postponed
 
 
 def shared(read: Config, running: Config) -> Config:

@@ -19,7 +19,7 @@ REFUSED = frozenset(
     {"command", "env", "hf_token_file", "limits", "options", "trust_remote_code", "api_key", "preload", "user"}
     | {"adapters", "runtime_adapters"}
 )
-# The flags of vLLM that cannot.
+# Flags of vLLM that can do neither.
 _HARMLESS = """
     --async-scheduling --block-size --convert --cpu-offload-gb --data-parallel-size --disable-custom-all-reduce
     --disable-log-stats --dtype --enable-auto-tool-choice --enable-chunked-prefill
@@ -35,24 +35,29 @@ HARMLESS = frozenset(_HARMLESS.split())
 
 
 def runtime_model(name: str, settings: Mapping[str, Any], config: Config, *, trusted: bool) -> ModelConfig:
-    """The model, with the settings of vllmd.yaml(5) under its name.
+    """Make a model of settings as in vllmd.yaml(5). Raises BadRequest with everything that is wrong, a line each.
 
-    ``trusted``: whoever asks may run programs as the engines' user anyway. Raises BadRequest with all that is wrong.
+    ``trusted``: the caller may run programs as the engines' user anyway.
     """
     if not trusted:
         _refuse_settings(settings)  # before anything is parsed: parsing reads the files that settings name
-    where, findings = Where("request"), Findings()
-    node = _node(settings, where)
-    model, given = parse_model(name, node, findings)
-    found = [str(problem) for problem in findings.problems()]
-    if not found:
+    findings = Findings()
+    model, given = parse_model(name, _node(settings, Where("request")), findings)
+    problems = [str(problem) for problem in findings.problems()]
+    if not problems:
         template = config.template_of(model.engine) if "engine" in given else config.template
         model = _over(template, model, given)
-        found = [] if trusted else list(_refused(model, given, template, config))
+        if not trusted and "engine" in given and model.engine not in ("vllm", config.template.engine):
+            problems.append(f"engine: {model.engine!r} must be configured by your administrator")
+        own_args = model.extra_args[len(template.extra_args) :] if "extra_args" in given and not trusted else ()
+        for word in own_args:
+            flag, is_number = word.partition("=")[0], word.removeprefix("-").replace(".", "", 1).isdecimal()
+            if word.startswith("-") and not is_number and flag not in HARMLESS:
+                problems.append(f"extra_args: {flag} must be configured by your administrator")
         together = replace(config, models={**config.models, name: model})
-        found += [f"{path}: {what}" for _, path, what in check(together)]
-    if found:
-        raise BadRequest("\n".join(found))
+        problems = [*sorted(problems), *(f"{path}: {what}" for _, path, what in check(together))]
+    if problems:
+        raise BadRequest("\n".join(problems))
     return model
 
 
@@ -61,19 +66,21 @@ def changed(name: str, settings: Mapping[str, Any], config: Config) -> ModelConf
     _refuse_settings(settings)
     findings = Findings()
     model, given = parse_model(name, _node(settings, Where("request")), findings)
-    found = [str(problem) for problem in findings.problems()]
-    if not found:
+    problems = [str(problem) for problem in findings.problems()]
+    if not problems:
         model = _over(config.models[name], model, given)
         together = replace(config, models={**config.models, name: model})
-        found = [f"{path}: {what}" for _, path, what in check(together) if path.startswith(f"models.{name}")]
-    if found:
-        raise BadRequest("\n".join(found))
+        problems = [f"{path}: {what}" for _, path, what in check(together) if path.startswith(f"models.{name}")]
+    if problems:
+        raise BadRequest("\n".join(problems))
     return model
 
 
 def _over(template: ModelConfig, model: ModelConfig, given: frozenset[str]) -> ModelConfig:
-    """What was given before what ``defaults`` says; what is combined in files is combined here."""
-    names = frozenset(_field(name) for name in given) - {""}
+    """``template`` with the settings ``given`` as in ``model``; what files combine entry by entry is combined here."""
+    rows = [row for row in map(MODEL.row, given) if row is not None]
+    names = {row.field or row.name for row in rows if row.field is not None}
+    names |= {"hf_token"} & {name.removesuffix("_file") for name in given}  # hf_token_file fills the same field
     fields: dict[str, Any] = {name: getattr(model, name) for name in names}
     for name in names & (COMBINED - {"idle", "limits"}):
         below, above = getattr(template, name), fields[name]
@@ -81,29 +88,12 @@ def _over(template: ModelConfig, model: ModelConfig, given: frozenset[str]) -> M
     return replace(template, name=model.name, where=model.where, **fields)
 
 
-def _field(setting: str) -> str:
-    """The field of ModelConfig that a setting fills; "" for one that is a key of ours."""
-    row = MODEL.row(setting)
-    if row is None or row.field is None:
-        return "hf_token" if setting.startswith("hf_token") else ""
-    return row.field or row.name
-
-
 def _refuse_settings(settings: Mapping[str, Any]) -> None:
+    """Raise BadRequest where these settings could run a program or read a file of the caller's choice."""
     rows = [MODEL.row(str(name)) for name in settings]
-    found = sorted({row.name for row in rows if row is not None} & REFUSED)
-    if found:
-        raise BadRequest("\n".join(f"{name}: only root may say this here; ask your administrator" for name in found))
-
-
-def _refused(model: ModelConfig, given: frozenset[str], template: ModelConfig, config: Config) -> list[str]:
-    wrong = []
-    if "engine" in given and model.engine not in ("vllm", config.template.engine):
-        wrong.append(f"engine: {model.engine!r} must be configured by your administrator")
-    own = model.extra_args[len(template.extra_args) :] if "extra_args" in given else ()
-    flags = [word.partition("=")[0] for word in own if word.startswith("-") and not _is_number(word)]
-    wrong += [f"extra_args: {flag} must be configured by your administrator" for flag in flags if flag not in HARMLESS]
-    return sorted(wrong)
+    refused = sorted({row.name for row in rows if row is not None} & REFUSED)
+    if refused:
+        raise BadRequest("\n".join(f"{name}: only root may say this here; ask your administrator" for name in refused))
 
 
 def _node(value: object, where: Where) -> Node:
@@ -113,7 +103,3 @@ def _node(value: object, where: Where) -> Node:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return Node(where, [_node(child, where) for child in value])
     return Node(where, value, "" if value is None else str(value))
-
-
-def _is_number(word: str) -> bool:
-    return word.removeprefix("-").replace(".", "", 1).isdecimal()

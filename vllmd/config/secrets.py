@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import re
@@ -12,19 +13,19 @@ from pathlib import Path
 from vllmd.config.types import ModelConfig
 from vllmd.config.user_home import expanded
 
-LARGEST = 64 << 10
+LARGEST_BYTES = 64 << 10  # of a file with a secret
 DAEMON_GROUP = "vllmd"  # of the system's daemon, see units/vllmd.sysusers
 
 
 def read(name: str, beside: Path, env: Mapping[str, str]) -> str:
-    """The secret in file ``name``: absolute, or a credential in $CREDENTIALS_DIRECTORY, or beside the configuration.
+    """The secret in the file that a setting names, see ``place``.
 
     Raises OSError where it cannot be read, ValueError where it is not one line of text.
     """
     from vllmd.foreign import Folder  # 5 ms that configurations without such files need not pay
 
     path = place(name, beside, env)
-    data = Folder(path.parent).read(path.name, LARGEST)
+    data = Folder(path.parent).read(path.name, LARGEST_BYTES)
     try:
         text = data.decode().strip()
     except UnicodeDecodeError:
@@ -44,7 +45,7 @@ def place(name: str, beside: Path, env: Mapping[str, str]) -> Path:
 
 
 def readable_by_all(file: Path) -> str:
-    """What to do about a file with a secret that everybody on this machine can read; "" where not everybody can.
+    """What to do about a file with a secret that every user of this machine can read; "" where only some can.
 
     The daemon must go on reading it: the system's own has a user of its own, and a group that is nobody else's.
     """
@@ -54,17 +55,12 @@ def readable_by_all(file: Path) -> str:
         return ""
     if not status.st_mode & stat.S_IROTH:
         return ""
-    if (status.st_uid == 0 or file.is_relative_to("/etc")) and _is_group(DAEMON_GROUP):
-        return f"chown root:{DAEMON_GROUP} {file} && chmod 640 {file}, or keep it in a file of its own that has these"
+    if status.st_uid == 0 or file.is_relative_to("/etc"):
+        with contextlib.suppress(KeyError):
+            grp.getgrnam(DAEMON_GROUP)
+            mode = f"chown root:{DAEMON_GROUP} {file} && chmod 640 {file}"
+            return f"{mode}, or keep it in a file of its own that has these"
     return f"chmod 600 {file}, or keep it in a file of its own that has this mode"
-
-
-def _is_group(name: str) -> bool:
-    try:
-        grp.getgrnam(name)
-    except KeyError:
-        return False
-    return True
 
 
 def digest(key: str) -> str:
@@ -81,14 +77,14 @@ def digest(key: str) -> str:
 
 # ---- secrets in places where they are not looked for: flags, variables, options --------------------------------
 
-NAMED = re.compile(r"(?i)key|token|secret|passw|credential|authorization")  # what such a thing is mostly called
-NOT_ITSELF = re.compile(r"(?i)(file|path|_env)$|tokens?[_-]|[_-]tokens$|tokenizer")  # where it is, or how many
-SHORTEST = 6  # letters; a shorter value would be found everywhere in a text
+SECRET_NAME = re.compile(r"(?i)key|token|secret|passw|credential|authorization")  # how secrets are mostly called
+NOT_ITSELF = re.compile(r"(?i)(file|path|_env)$|tokens?[_-]|[_-]tokens$|tokenizer")  # where one is, or how many
+SHORTEST_CHARS = 6  # a shorter value would be found everywhere in a text
 
 
-def is_named_so(name: str) -> bool:
+def is_secret_name(name: str) -> bool:
     """Whether a flag, variable or option of this name is likely to hold a secret itself."""
-    return bool(NAMED.search(name)) and not NOT_ITSELF.search(name)
+    return bool(SECRET_NAME.search(name)) and not NOT_ITSELF.search(name)
 
 
 def flags_without_secrets(argv: Sequence[str], instead: str) -> tuple[str, ...]:
@@ -101,10 +97,10 @@ def flags_without_secrets(argv: Sequence[str], instead: str) -> tuple[str, ...]:
 
 
 def _places(argv: Sequence[str]) -> Iterator[int]:
-    """Where in a command line such values stand."""
+    """The places in a command line of values whose flags are named like secrets, in a word of their own or not."""
     for place, word in enumerate(argv):
         flag, equals, _ = word.partition("=")
-        if word.startswith("-") and is_named_so(flag):
+        if word.startswith("-") and is_secret_name(flag):
             if equals:
                 yield place
             elif place + 1 < len(argv) and not argv[place + 1].startswith("-"):
@@ -112,30 +108,30 @@ def _places(argv: Sequence[str]) -> Iterator[int]:
 
 
 def flags_with_secrets(argv: Sequence[str]) -> list[str]:
-    """The flags in a command line that have such values."""
+    """The flags in a command line whose values are likely to be secrets."""
     return [argv[at if argv[at].startswith("-") else at - 1].partition("=")[0] for at in _places(argv)]
 
 
 def known_of(model: ModelConfig) -> tuple[str, ...]:
     """The secrets in a model's settings, the longest first, to be kept out of what its engine writes."""
-    found = {model.hf_token or ""}
-    found |= {value for name, value in model.env.items() if is_named_so(name)}
-    found |= set(_in_options(model.options))
+    values = {model.hf_token or ""}
+    values |= {value for name, value in model.env.items() if is_secret_name(name)}
+    values |= set(_in_options(model.options))
     for argv in (model.command, model.extra_args):
-        found |= {word if not (word := argv[at]).startswith("-") else word.partition("=")[2] for at in _places(argv)}
-    return tuple(sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True))
+        values |= {word if not (word := argv[at]).startswith("-") else word.partition("=")[2] for at in _places(argv)}
+    return tuple(sorted((value for value in values if len(value) >= SHORTEST_CHARS), key=len, reverse=True))
 
 
 def _in_options(options: Mapping[str, object]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _in_options(value)
-        elif isinstance(value, str) and is_named_so(str(name)):
+        elif isinstance(value, str) and is_secret_name(str(name)):
             yield value
 
 
 def kept_out(text: str, known: Iterable[str]) -> str:
-    """``text`` without the secrets that are known."""
+    """``text`` with "(hidden)" in place of each known secret."""
     for secret in known:
         text = text.replace(secret, "(hidden)")
     return text

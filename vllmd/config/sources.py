@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from vllmd.config.nodes import Node, Where, compose, from_plain, from_text
 from vllmd.config.settings import LEGACY, LEGACY_SECTIONS, ROOT, flags, variables
 from vllmd.config.trees import put
 from vllmd.config.user_home import user_home
-from vllmd.config.value_types import what_it_is
 
 SYSTEM_ADDED = Path("/var/lib/vllmd/models.d")
 
@@ -29,7 +29,7 @@ def default_file(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def added_folder(main: Path, env: Mapping[str, str]) -> Path:
-    """Where files of models are that ``vllmctl add`` has the daemon write: ``VLLMD_MODELS``, else by the main file.
+    """The folder of the models that ``vllmctl add`` has the daemon write: ``VLLMD_MODELS``, else by the main file.
 
     The system's daemon may not write into /etc, and shall not: what it could change there an administrator would have
     to doubt. What it adds is in its own state, which is read beside /etc/vllmd/models.d and gives way to it.
@@ -40,9 +40,9 @@ def added_folder(main: Path, env: Mapping[str, str]) -> Path:
 
 
 class Files:
-    """The main file, those in ``models.d`` beside it, and those ``added`` by the daemon.
+    """The main file, those in ``models.d`` beside it, and those that the daemon has written into ``added``.
 
-    ``texts`` stand for contents about to be written.
+    ``texts``: contents that are about to be written, by file, in place of what the disk has.
     """
 
     def __init__(self, findings: Findings, texts: Mapping[Path, str], added: Path | None = None) -> None:
@@ -50,7 +50,7 @@ class Files:
         self.read: list[Path] = []
 
     def tree(self, main: Path, required: bool) -> Node:
-        """All of them as one tree; a missing main file is a problem if it is ``required``."""
+        """All files as one tree; a missing main file is a problem if it is ``required``."""
         root = self.file(main, required) or Node(Where(str(main)), {})
         own = main.parent / "models.d"
         for extra in self.directory(own):
@@ -64,6 +64,7 @@ class Files:
         return root
 
     def directory(self, path: Path) -> list[Path]:
+        """The YAML files in a folder by name; none where there is no such folder."""
         try:
             names = sorted(os.listdir(path))
         except FileNotFoundError:
@@ -74,6 +75,7 @@ class Files:
         return [path / name for name in names if name.endswith((".yaml", ".yml")) and not name.startswith(".")]
 
     def file(self, path: Path, required: bool) -> Node | None:
+        """The root of one file; None where it is empty, missing or broken (which is complained of)."""
         source = str(path)
         try:
             data = self.texts[path].encode() if path in self.texts else path.read_bytes()
@@ -92,37 +94,36 @@ class Files:
             self.findings.complain(Where(source, line), "", "this is not UTF-8 text")
             return None
         node = compose(text, source, lambda where, what: self.findings.complain(where, "", what))
-        return self.mapping(node, "", ROOT.accepts) if node is not None and node.value is not None else None
+        return self.findings.mapping(node, "", ROOT.accepts) if node is not None and node.value is not None else None
 
     def unreadable(self, path: Path, error: OSError) -> None:
-        """The file may be readable for the person who edits it and not for the daemon's user: name that user."""
+        """Complain of a file that cannot be read; the person who edits it may well be able to, so name our user."""
         what = f"cannot be read: {error.strerror}"
         if isinstance(error, PermissionError):
-            what += f"; the user {_user()} must be able to read it"
+            import pwd
+
+            user = str(os.geteuid())
+            with contextlib.suppress(KeyError):
+                user = pwd.getpwuid(os.geteuid()).pw_name
+            what += f"; the user {user} must be able to read it"
         self.findings.complain(Where(str(path)), "", what)
 
-    def mapping(self, node: Node, path: str, accepts: str) -> Node | None:
-        if node.is_map:
-            return node
-        self.findings.complain(node.where, path, f"{what_it_is(node)} is not a mapping", accepts)
-        return None
-
     def add_models(self, root: Node, extra: Node, *, yields: bool = False) -> Node:
-        """A file of models.d: ``models:`` with models, or, flat, nothing but models.
+        """``root`` with the models of a file of models.d, which has them below ``models:`` or, flat, at the top.
 
-        ``yields``: a model that is configured elsewhere as well is that one, and no mistake.
+        A model that is configured twice is a problem; with ``yields`` the first one counts, and that is a warning.
         """
         sectioned = "models" in extra.value
         for name, node in extra.value.items():
             known = ROOT.row(name) or name in LEGACY_SECTIONS
             if name != "models" and (sectioned or known):
                 self.findings.complain(node.key or node.where, name, "a file in models.d holds models only", "models")
-        found = extra.value.get("models") if sectioned else extra
-        if found is None or found.value is None or self.mapping(found, "models", "models by name") is None:
+        more = extra.value.get("models") if sectioned else extra
+        if more is None or more.value is None or self.findings.mapping(more, "models", "models by name") is None:
             return root
         models = root.value.get("models")
         merged = dict(models.value) if models is not None and models.is_map else {}
-        for name, node in found.value.items():
+        for name, node in more.value.items():
             if not sectioned and (ROOT.row(name) or name in LEGACY_SECTIONS):
                 continue
             if name in merged:
@@ -130,16 +131,7 @@ class Files:
                 say = self.findings.warn if yields else self.findings.complain
                 say(node.key or node.where, f"models.{name}", f"this model is configured already in {first}")
             merged.setdefault(name, node)
-        return root.with_value({**root.value, "models": (models or found).with_value(merged)})
-
-
-def _user() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
+        return root.with_value({**root.value, "models": (models or more).with_value(merged)})
 
 
 def environment(env: Mapping[str, str]) -> Node:

@@ -10,27 +10,27 @@ from pathlib import Path
 
 
 def context(cert: Path, key: Path) -> ssl.SSLContext:
-    """A server's context, TLS 1.2 and later. Raises ValueError, in words, where the files cannot be used."""
-    made = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
-    made.set_alpn_protocols(["http/1.1"])
+    """A server's context, TLS 1.2 and later. Raises ValueError, with the cause, where the files cannot be used."""
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.minimum_version = ssl.TLSVersion.TLSv1_2
+    tls.set_alpn_protocols(["http/1.1"])
     for file in (cert, key):
         try:
             file.open().close()
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+
+    def password() -> str:  # without it OpenSSL would ask at the terminal
+        raise ValueError("encrypted")
+
     try:
-        made.load_cert_chain(cert, key, password=_no_password)
+        tls.load_cert_chain(cert, key, password=password)
     except ssl.SSLError as error:
         why = "does not belong to the certificate" if error.reason == "KEY_VALUES_MISMATCH" else f"({error.reason})"
         what = (
             f"{key} {why}" if "KEY" in str(error.reason) else f"{cert} and {key} are no certificate in PEM and its key"
         )
         raise ValueError(what) from None
-    except ValueError as error:  # from ``_no_password``
+    except ValueError as error:
         raise ValueError(f"{key} is encrypted: a service cannot ask for its password") from error
-    return made
-
-
-def _no_password() -> str:
-    raise ValueError("encrypted")
+    return tls

@@ -33,7 +33,7 @@ def find(tree: Node, path: str) -> Node | None:
 
 
 def forget_listen(under: Node, over: Node) -> Node:
-    """A higher layer's ``listen`` replaces ``host`` and ``port`` beneath it, and the other way round."""
+    """``under`` without what ``over`` replaces: ``listen`` replaces ``host`` and ``port``, and these replace it."""
     dropped: set[str] = set()
     if "listen" in over.value:
         dropped = {"host", "port"}
@@ -51,7 +51,7 @@ def listen_of(host: str | None = None, port: int = 33258) -> tuple[str, ...]:
 
 
 def overlay_layer(under: Node, over: Node) -> Node:
-    """A layer wins where it says something; ``listen`` and ``host`` with ``port`` replace each other."""
+    """The layer ``over`` upon ``under``: what it has wins, entry by entry within a section."""
     merged = dict(under.value)
     for name, node in over.value.items():
         below = merged.get(name)

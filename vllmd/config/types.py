@@ -97,49 +97,36 @@ class ReplicaConfig(Balancing):
     probe_route: str = "/v1/chat/completions"
 
 
-# What most models have of their own is nothing: one object for all of them, of ten thousand as well.
-_NONE: Mapping[str, Any] = {}
-_NO_RULES, _USUAL = RequestRules(), IdleRules()
-
-
-def _none() -> Mapping[str, Any]:
-    return _NONE
-
-
-def _no_rules() -> RequestRules:
-    return _NO_RULES
-
-
-def _usual() -> IdleRules:
-    return _USUAL
+# Most of ten thousand models have nothing here of their own: all of them share one object.
+_EMPTY: Mapping[str, Any] = {}
+_NO_RULES, _USUAL_IDLE = RequestRules(), IdleRules()
 
 
 @frozen
 class ModelConfig:
     """One model as configured (defaults already applied), or one of its replicas (``replica_of``).
 
-    What may hold a secret is left out of its ``repr``: a traceback or a line of debugging may end up anywhere.
+    Fields that may hold a secret are left out of the ``repr``: a traceback or a line of debugging may end up anywhere.
     """
 
     name: str
     replica_of: str = ""
-    host: str = ""  # the only machine that it is meant for
+    host: str = ""  # the only machine that the model is meant for
     engine: str = "vllm"
     engine_version: str = ""  # of the engine's environments; "" is the one in use
-    user: str = ""  # whom its engine runs as: "" is the user of all, OWN_USER one of this model alone
+    user: str = ""  # that its engine runs as: "" is the user of all engines, OWN_USER one of this model alone
     model: str = ""  # path or repository id; "" means the name
-    command: tuple[str, ...] = field(
-        default=(), repr=False
-    )  # instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",)
+    # The program instead of the engine's own, e.g. ("/opt/vllm/bin/vllm",).
+    command: tuple[str, ...] = field(default=(), repr=False)
     aliases: tuple[str, ...] = ()
     display_name: str = ""
     description: str = ""
     hidden: bool = False
-    capabilities: tuple[str, ...] = ()  # () is what its engine and files tell
+    capabilities: tuple[str, ...] = ()  # () are those that its engine and files tell
     devices: tuple[int, ...] = ()  # () is auto
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    local_devices: int | None = None  # of tensor times pipeline; None: all of them
+    local_devices: int | None = None  # on this machine, of tensor times pipeline; None: all of them
     gpu_memory: float | int | None = None  # a fraction (float), bytes (int), or None for auto
     memory_asleep: int | None = None
     host_memory: int | None = None
@@ -149,10 +136,10 @@ class ModelConfig:
     param_count: float | None = None  # in billions, for estimates
     precision: str | None = None
     extra_args: tuple[str, ...] = field(default=(), repr=False)  # already argv
-    env: Mapping[str, str] = field(default_factory=_none, repr=False)
+    env: Mapping[str, str] = field(default_factory=lambda: _EMPTY, repr=False)
     hf_token: str | None = field(default=None, repr=False)
-    sleep_mode: bool | None = None  # None: where the platform has it
-    idle: IdleRules = field(default_factory=_usual)
+    sleep_mode: bool | None = None  # None: where the platform can
+    idle: IdleRules = field(default_factory=lambda: _USUAL_IDLE)
     pin: bool = False
     preload: bool = False
     warm_up: bool = False
@@ -171,27 +158,27 @@ class ModelConfig:
     log_file: bool = False
     limits: ScopeLimits = ScopeLimits()
     numa: bool = True
-    request: RequestRules = field(default_factory=_no_rules)
-    variants: Mapping[str, VariantConfig] = field(default_factory=_none)
-    adapters: Mapping[str, AdapterConfig] = field(default_factory=_none)
+    request: RequestRules = field(default_factory=lambda: _NO_RULES)
+    variants: Mapping[str, VariantConfig] = field(default_factory=lambda: _EMPTY)
+    adapters: Mapping[str, AdapterConfig] = field(default_factory=lambda: _EMPTY)
     runtime_adapters: bool = False
-    options: Mapping[str, object] = field(default_factory=_none, repr=False)  # the engine kind's own
+    options: Mapping[str, object] = field(default_factory=lambda: _EMPTY, repr=False)  # the engine kind's own
     replicas: ReplicaConfig | None = None
     where: str = ""  # file:line, for errors
 
     @property
     def source(self) -> str:
-        """What the engine is given to load: a path or a repository id."""
+        """The path or repository id that the engine loads."""
         return self.model or self.replica_of or self.name
 
     @property
     def all_devices(self) -> int:
-        """Devices that it is split over, on whatever machine."""
+        """How many devices the model is split over, on all machines."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def devices_here(self) -> int:
-        """How many of them are this machine's."""
+        """How many of these devices are this machine's."""
         return self.all_devices if self.local_devices is None else self.local_devices
 
 
@@ -209,7 +196,7 @@ class DeviceConfig:
 
 @frozen
 class TlsConfig:
-    """What shows clients whom they talk to: files in PEM, the certificate with those of its issuers behind it."""
+    """The server's certificate and its key: files in PEM, the certificate with those of its issuers behind it."""
 
     cert: Path | None = None  # both are needed; ``checks`` says so
     key: Path | None = None
@@ -220,7 +207,7 @@ class ServerConfig:
     """The HTTP side. Sizes in bytes, times in seconds."""
 
     listen: tuple[str, ...] = ("127.0.0.1:33258", "[::1]:33258")  # used only without socket activation
-    user: str = ""  # whom vllmd becomes when root starts it by hand
+    user: str = ""  # that vllmd becomes when root starts it by hand
     event_loop: str = "auto"  # or asyncio, uvloop
     idle_exit: float | None = 60.0  # the daemon exits after so long with nothing loaded and nobody connected
     max_body: int = 64 << 20
@@ -241,7 +228,7 @@ class ServerConfig:
     queue_limit: int = 4096
     loading_comment_interval: float = 10.0
     loading_as_reasoning: bool = False
-    keep_alive_limit: float | None = 86400.0  # the longest keep_alive of a request; 0.0: none is listened to
+    keep_alive_limit: float | None = 86400.0  # the longest keep_alive of a request; 0.0: none counts
     tls: TlsConfig | None = None  # at addresses that others can reach; loopback stays plain
     ui: bool | None = None  # the page at /ui; None: at loopback addresses only
     hosts: tuple[str, ...] = ()  # names beside this machine's own under which it answers without keys; "*": any
@@ -250,24 +237,24 @@ class ServerConfig:
 
 @frozen
 class EngineDefaults:
-    """What holds for all engines. Where they run, and as which user, is the launcher's business."""
+    """Settings of all engines. Their slice and their user are the launcher's business."""
 
     run_dir: Path | None = None  # None: by the mode (system, user, by hand)
     home: Path | None = None
     port_start: int = 33300
     port_end: int = 34300
-    read_ahead: bool = True  # weight files of who is next in line are read into the page cache
-    fast_loaders: bool = True  # another loader than the engine's own is tried, and used where it was faster
-    standby: int | None = None  # processes that are kept ready; None: by the machine's memory
+    read_ahead: bool = True  # read the weight files of the next model in line into the page cache
+    fast_loaders: bool = True  # try other loaders than the engine's own, and use the fastest
+    standby: int | None = None  # number of processes kept ready; None: by the machine's memory
 
 
 @frozen
 class PullConfig:
     """Where models are fetched from, and whether a request may have one fetched. Sizes in bytes.
 
-    ``owners``: whose repositories a request may name, nobody's if there are none. ``largest``: of what a request has
-    fetched; None: there is no limit. ``keep_free``: of the disk, whoever asks. ``endpoint``, ``index``: the hub and the
-    Python index; None are huggingface_hub's and pip's own.
+    ``owners``: of the repositories that a request may have fetched; without any, none may be. ``largest``: such a
+    download, None: without limit. ``keep_free``: of the disk, after any download. ``endpoint``, ``index``: addresses of
+    the hub and the Python index; None are huggingface_hub's and pip's own.
     """
 
     on_request: bool = False
@@ -281,10 +268,10 @@ class PullConfig:
 
 @frozen
 class RecordsConfig:
-    """What is kept of requests and of use. Sizes in bytes."""
+    """The records of requests and of use. Sizes in bytes."""
 
     requests: int = 2000  # the last ones, in memory
-    bodies: int = 4 << 20  # of all bodies that are kept while somebody has them recorded
+    bodies: int = 4 << 20  # for all bodies together while some are recorded
     access_log: str | None = None  # "journal" or the path of a file; None: none
     usage: bool = True
     usage_days: int = 400
@@ -321,20 +308,20 @@ class AuthConfig:
     """The clients that may send requests. Without keys, every client that reaches the address may."""
 
     keys: tuple[KeyConfig, ...] = ()
-    public: tuple[str, ...] = ("health", "metrics")  # what needs no key, of health, metrics, names
+    public: tuple[str, ...] = ("health", "metrics")  # open without a key, of health, metrics, names
     allow_anonymous: bool = False  # listen beyond loopback without keys all the same
 
 
 @frozen
 class Config:
-    """Everything. ``warnings``: what was accepted, but should be looked at, each with its file:line."""
+    """The whole configuration. ``warnings``: what was accepted, but should be looked at, each with its file:line."""
 
     server: ServerConfig = ServerConfig()
     auth: AuthConfig = AuthConfig()
     devices: tuple[DeviceConfig, ...] | None = None  # None: ask NVML
     reserve: int = 512 << 20  # bytes per device never promised
     host_memory: int | None = None  # budget for level-1 sleepers; None: half of the host's
-    idle: IdleRules = field(default_factory=IdleRules)  # what models have that say nothing
+    idle: IdleRules = field(default_factory=IdleRules)  # of models without their own
     records: RecordsConfig = RecordsConfig()
     policy: str = "adaptive"
     log_level: str = "info"
@@ -343,15 +330,15 @@ class Config:
     pools: Mapping[str, PoolConfig] = field(default_factory=dict)
     discover: bool = False  # offer the models in the Hugging Face cache, too
     pull: PullConfig = PullConfig()
-    template: ModelConfig = field(default=ModelConfig(""), compare=False)  # what the defaults make of a model
-    templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # by kind, of those they name
+    template: ModelConfig = field(default=ModelConfig(""), compare=False)  # a model of nothing but the defaults
+    templates: Mapping[str, ModelConfig] = field(default_factory=dict, compare=False)  # the same by kind of engine
     files: tuple[Path, ...] = ()
-    added: Path | None = None  # where files of models are that vllmctl adds
+    added: Path | None = None  # the folder of the models that vllmctl adds
     warnings: tuple[str, ...] = ()
     origins: Mapping[str, object] = field(default_factory=dict, compare=False)  # of settings by path: file:line
 
     def template_of(self, kind: str) -> ModelConfig:
-        """What the defaults make of a model of this kind of engine."""
+        """A model of this kind of engine that has nothing but the defaults."""
         if one_name(kind) in self.templates:
             return self.templates[one_name(kind)]
         if one_name(kind) == one_name(self.template.engine):

@@ -1,4 +1,4 @@
-"""The user's home, which not everybody has: a container's user is often a bare number, and cron jobs lack HOME."""
+"""The user's home, which may be missing: a container's user is often a bare number, and cron jobs lack HOME."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def user_home(env: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def expanded(text: str) -> Path:
-    """The path with ``~`` replaced. Raises ValueError, in words, where there is nothing to replace it by."""
+    """The path with ``~`` replaced. Raises ValueError where the user has no home directory."""
     try:
         return Path(text).expanduser()
     except RuntimeError:

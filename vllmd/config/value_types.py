@@ -1,7 +1,7 @@
-"""Kinds of values: how one is read, what it accepts in words, its JSON Schema, how a default is shown.
+"""Kinds of values: how a value is parsed, what is accepted (in words), its JSON Schema, how a default is shown.
 
-A parser takes a ``Node`` and raises ``Wrong`` with what is wrong in words that fit
-after the key's path; the loader adds the place and what would be right.
+A parser takes a ``Node`` and raises ``Wrong`` with a reason that reads well behind the key's path; the loader adds the
+place and what would be right. The kinds by name, which the table of settings uses, are at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ YEAR = 365 * 86400.0
 
 
 class Wrong(ValueError):
-    """A value that cannot be accepted; ``node`` where it is narrower than the setting, ``accepted`` overrides."""
+    """A value that cannot be accepted.
+
+    ``node``: the wrong part of the value, where that is not the whole. ``accepted``: what would be right, in place of
+    the kind's own words.
+    """
 
     def __init__(self, reason: str, node: Node | None = None, accepted: str = "") -> None:
         super().__init__(reason)
@@ -37,7 +41,7 @@ class Kind:
     parse: Parse
     schema: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[Any], str] = str
-    none: str = "none"  # how a default of None is called
+    none: str = "none"  # the word for a default of None
 
 
 def what_it_is(node: Node) -> str:
@@ -145,7 +149,7 @@ ENERGIES = {"j": 1.0, "kj": 1e3, "mj": 1e6, "wh": 3600.0, "kwh": 3.6e6}
 
 
 def parse_energy(node: Node) -> float:
-    """Joules; ``5Wh`` are 18000 of them. A unit is asked for: nobody thinks in joules."""
+    """Joules, from a number with its unit: ``5Wh`` are 18000. A bare number is an error, as nobody thinks in joules."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", node.text.strip(), re.I)
     scale = ENERGIES.get(match[2].lower()) if match and not isinstance(node.value, bool | dict | list) else None
     if match is None or scale is None or not 0 < float(match[1]) * scale < float("inf"):
@@ -154,7 +158,7 @@ def parse_energy(node: Node) -> float:
 
 
 def show_energy(joules: float) -> str:
-    """Watt-hours, as they are written."""
+    """Joules as watt-hours, as they are written in the configuration: ``5Wh``."""
     return f"{joules / 3600:g}Wh"
 
 
@@ -175,6 +179,7 @@ def sized(node: Node) -> int:
 
 
 def small_size(node: Node) -> int:
+    """Bytes of a buffer or a limit: from 1 KiB to 1 TiB."""
     size = parse_size(node)
     if not 1024 <= size <= 1 << 40:
         raise Wrong(f"{node.text} is out of range")
@@ -186,7 +191,7 @@ def reserve_size(node: Node) -> int:
 
 
 def show_size(size: int) -> str:
-    """In the largest unit of which it is a whole number, or at least a round half; to a tenth of a GiB if in none."""
+    """Bytes in the largest unit that divides them, or half of which does; else to a tenth of a GiB."""
     for unit, scale in sizes.UNITS:
         if size >= scale and size * 2 % scale == 0:
             return f"{size / scale:g}{unit}"
@@ -227,7 +232,7 @@ def show_duration(seconds: float) -> str:
 
 
 def or_none(parse: Parse, *words: str) -> Parse:
-    """None for null and for each of ``words``, else as ``parse``."""
+    """A parser that returns None for null and for each of ``words``, else what ``parse`` returns."""
 
     def either(node: Node) -> Any:
         spelled = node.text.lower() if not (node.is_map or node.is_list) else "?"
@@ -262,21 +267,21 @@ def _fraction(node: Node, text: str, scale: float) -> float:
 
 
 def parse_shares(node: Node) -> dict[float, float]:
-    """From free ratios to shares of a device, the highest ratio first; none: empty."""
+    """Shares of a device by free ratio, the highest ratio first; the word none means an empty mapping."""
     if node.text.lower() == "none":
         return {}
     if not node.is_map or not node.value:
         raise wrong(node, "a mapping from free ratio to share") if not node.is_map else Wrong("it is empty")
-    found: dict[float, float] = {}
+    shares: dict[float, float] = {}
     for key, value in node.value.items():
         place = replace(value, where=value.key or value.where)
         ratio, share = _ratio(replace(place, value=key, text=key)), _ratio(value)
         if share > ratio:
             raise Wrong(f"where {ratio:g} is free it cannot take {share:g}", place)
-        if ratio in found:
+        if ratio in shares:
             raise Wrong(f"the free ratio {ratio:g} is given twice", place)
-        found[ratio] = share
-    rows = sorted(found.items(), reverse=True)
+        shares[ratio] = share
+    rows = sorted(shares.items(), reverse=True)
     for (more, larger), (less, smaller) in itertools.pairwise(rows):
         if smaller > larger:
             raise Wrong(f"it would take {smaller:g} where {less:g} is free, and less ({larger:g}) where {more:g} is")
@@ -291,7 +296,7 @@ def _ratio(node: Node) -> float:
 
 
 def parse_part(node: Node) -> float:
-    """0, 0.1 or 10%: how many of something, none and all included. Raises Wrong."""
+    """A share from 0 to 1, from ``0.1`` or ``10%``; both ends are included. Raises Wrong."""
     text = node.text.strip()
     return 0.0 if text in ("0", "0.0", "0%") else _ratio(node)
 
@@ -351,8 +356,8 @@ def parse_host(node: Node) -> str:
 
 def parse_listens(node: Node) -> tuple[str, ...]:
     """Addresses; a port alone means both loopback addresses."""
-    given: tuple[str, ...] = list_of(parse_listen)(node)
-    return tuple(address for text in given for address in (loopback(text) if text.isdigit() else (text,)))
+    texts: tuple[str, ...] = list_of(parse_listen)(node)
+    return tuple(address for text in texts for address in (loopback(text) if text.isdigit() else (text,)))
 
 
 def loopback(port: str) -> tuple[str, str]:
@@ -375,7 +380,7 @@ def parse_path(node: Node) -> Any:
 
 
 def items(node: Node) -> list[Node]:
-    """A list's nodes; a comma-separated text counts as a list, a single value as a list of one."""
+    """The nodes of a list; a text with commas counts as a list, any other value as a list of one."""
     if node.is_list:
         return list(node.value)
     if node.is_map or node.value is None:
@@ -403,8 +408,8 @@ def parse_devices(node: Node) -> tuple[int, ...]:
     if node.value is None or node.text == "auto":
         return ()
     try:
-        found: tuple[int, ...] = list_of(integer(0, 1023))(node)
-        return found
+        numbers: tuple[int, ...] = list_of(integer(0, 1023))(node)
+        return numbers
     except Wrong as error:
         raise Wrong(f"{error.reason}: devices are numbers from 0", error.node) from None
 
@@ -432,8 +437,8 @@ def parse_env(node: Node) -> dict[str, str]:
             raise Wrong(f"{name!r} cannot be the name of an environment variable", value)
         if value.is_map or value.is_list:
             raise Wrong(f"{name}: {shown(value)} is not text", value)
-        if found := control_character(value.text.replace("\n", "").replace("\t", "")):
-            raise Wrong(f"{name}: the control character {found} is not allowed", value)
+        if character := control_character(value.text.replace("\n", "").replace("\t", "")):
+            raise Wrong(f"{name}: the control character {character} is not allowed", value)
     return {name: value.text for name, value in node.value.items()}
 
 
@@ -445,26 +450,27 @@ def parse_map(node: Node) -> dict[str, Any]:
 
 
 def parse_args(node: Node) -> tuple[str, ...]:
-    """argv from a list of words, a line as a shell splits it, or a mapping from flag to value."""
-    if node.is_map:
-        return tuple(word for key, value in node.value.items() for word in _flag(key, value))
+    """argv from a list of words, a line as a shell splits it, or a mapping from flag to value.
+
+    In a mapping true is ``--flag``, false ``--no-flag``, null no flag at all, a list several values after one flag.
+    """
     if node.value is None:
         return ()
-    return parse_command(node) if not node.is_list else tuple(_word(part) for part in node.value)
-
-
-def _flag(key: str, value: Node) -> list[str]:
-    flag = key if key.startswith("-") else ("-" if len(key) == 1 else "--") + key.replace("_", "-")
-    if value.value is None:
-        return []
-    if value.value is True:
-        return [flag]
-    if value.value is False:
-        return ["--no-" + flag.lstrip("-")]
-    return [flag, *(_word(part) for part in value.value)] if value.is_list else [flag, _word(value)]
+    if not node.is_map:
+        return parse_command(node) if not node.is_list else tuple(_word(part) for part in node.value)
+    words = list[str]()
+    for key, value in node.value.items():
+        flag = key if key.startswith("-") else ("-" if len(key) == 1 else "--") + key.replace("_", "-")
+        if value.value is False:
+            words.append("--no-" + flag.lstrip("-"))
+        elif value.value is not None:
+            values = [] if value.value is True else value.value if value.is_list else [value]
+            words += [flag, *(_word(part) for part in values)]
+    return tuple(words)
 
 
 def _word(node: Node) -> str:
+    """One word of a command line; lists and mappings are JSON."""
     if node.is_map or node.is_list:
         import json
 
@@ -485,7 +491,7 @@ TEXTS = {"type": "array", "items": {"type": "string"}}
 
 
 def count(low: int, high: int = 2**31, none: str = "", *words: str) -> Kind:
-    """A whole number from ``low`` to ``high``; with ``none`` it may be left open by that word."""
+    """The kind of whole numbers from ``low`` to ``high``; the word ``none``, if given, means no number (None)."""
     to = f" to {high}" if high < 2**31 else " or more"
     text = f"a whole number, {low}{to}" + (f", or {none}" if none else "")
     parse = or_none(integer(low, high), none, *words) if none else integer(low, high)

@@ -15,16 +15,16 @@ MOST_DEVICES = 64
 
 
 def with_devices(config: Config, sizes: Sequence[int]) -> Config:
-    """On devices of these sizes (bytes), which are only planned for."""
+    """``config`` with devices of these sizes (bytes), which need not exist: they are only planned for."""
     return replace(config, devices=tuple(DeviceConfig(size) for size in sizes))
 
 
 def what_if(
     config: Config, devices: str, policy: str, host_memory: str, models: Mapping[str, object], policies: Sequence[str]
 ) -> Config:
-    """With other devices (sizes, separated by commas), another policy, other host memory, other settings of models.
+    """``config`` with other devices (sizes, separated by commas), policy, host memory, or settings of models.
 
-    What is "" or not named stays. ``policies``: those that there are. Raises BadRequest, UnknownModel.
+    "" leaves a value as it is. ``policies``: the names of all. Raises BadRequest, UnknownModel.
     """
     if devices:
         sizes = [_size(text.strip(), "devices") for text in devices.split(",") if text.strip()]

@@ -50,8 +50,8 @@ class Admission:
         if model is None or not model.replicas:
             self._refuse(e, Refusal(RejectReason.UNKNOWN_MODEL, f"no model is called {e.model!r}"))  # 1.1
             return
-        if model.off:
-            self._refuse(e, Refusal(RejectReason.DISABLED, model.off))  # 1.1
+        if model.disabled_because:
+            self._refuse(e, Refusal(RejectReason.DISABLED, model.disabled_because))  # 1.1
             return
         if e.only and model.rules:
             self._only_there(model, e)
@@ -70,8 +70,7 @@ class Admission:
             core.mark_request(chosen)
             return
         core.mark_for_review(r)
-        refusal = self._unknown_devices(r) or self._full(model, r) or self._failed(r)  # 1.3 to 1.7
-        refusal = refusal or self._impossible(r) or self._busy(r)
+        refusal = self._refusal(model, r)  # 1.3 to 1.7
         if refusal:
             self._refuse(e, refusal)
         else:
@@ -106,7 +105,7 @@ class Admission:
             model.promised = tuple([at for at in model.promised if core.now - at < PROMISED])
             open_ = sum(map(in_flight, model.replicas)) + len(model.queue) + len(model.promised)
             place = SOONEST.index(state) if state in SOONEST else len(SOONEST)
-            return bool(model.off), place, open_ if state[0] is State.READY else 0
+            return bool(model.disabled_because), place, open_ if state[0] is State.READY else 0
 
         known = [core.models[name] for name in e.models if name in core.models]
         model = min([model for model in known if model.replicas], key=distance, default=None)
@@ -225,45 +224,36 @@ class Admission:
         message = f"no replica of {model.name!r} serves: {trouble(model.replicas)}"
         return Refusal(RejectReason.UNAVAILABLE, message, back_in(model.replicas, self._core.now))
 
-    def _full(self, model: Model, r: Replica) -> Refusal | None:
-        least = 0 if r.on else 1  # with a limit of 0 nobody waits but for the load that he himself causes
+    def _refusal(self, model: Model, r: Replica) -> Refusal | None:
+        """Why a request that no replica can take now is not to wait either; ``r``: the replica that would come up."""
+        fit, settings = self._core.fit, self._core.settings
+        unknown = fit.unknown(r)
+        if unknown and r.at_rest and not self._core.engines.ledger.asking:  # 9.1
+            return Refusal(RejectReason.UNAVAILABLE, unknown, 5.0)
+        least = 0 if r.is_on else 1  # with a limit of 0 a request waits all the same for the load that it causes itself
         if len(model.queue) >= max(least, model.spec.queue_limit):  # 1.3
             message = f"{_waiting(len(model.queue))} for {model.name!r}, its limit"
-        elif len(self._queued) >= max(least, self._core.settings.queue_limit):
+            return Refusal(RejectReason.TOO_MANY_REQUESTS, message, self._patience(r))
+        if len(self._queued) >= max(least, settings.queue_limit):
             message = f"{_waiting(len(self._queued))} on this server, its limit"
-        else:
-            return None
-        return Refusal(RejectReason.TOO_MANY_REQUESTS, message, self._patience(r))
-
-    def _failed(self, r: Replica) -> Refusal | None:
-        if r.state is not State.FAILED:
-            return None
-        left = r.retry_at - self._core.now
-        if left > 0 and r.given_up:  # 1.4
-            return Refusal(RejectReason.ENGINE_FAILED, r.failure, left)
-        if left <= 0:
-            self._core.engines.forgive(r)
-        return None
-
-    def _unknown_devices(self, r: Replica) -> Refusal | None:
-        """9.1: it is not on, and nobody knows what there is that it could run on."""
-        why = self._core.fit.unknown(r)
-        if not why or not r.at_rest or self._core.engines.ledger.asking:
-            return None
-        return Refusal(RejectReason.UNAVAILABLE, why, 5.0)
-
-    def _impossible(self, r: Replica) -> Refusal | None:
-        if r.loaded or r.model.queue:
-            return None
-        why = self._core.fit.never(r)
-        if why:  # 1.5
-            return Refusal(RejectReason.MODEL_TOO_LARGE, why)
-        why = self._core.fit.pinned_out(r)
-        return Refusal(RejectReason.UNAVAILABLE, why, self._patience(r)) if why else None  # 1.6
+            return Refusal(RejectReason.TOO_MANY_REQUESTS, message, self._patience(r))
+        if r.state is State.FAILED:
+            backoff = r.retry_at - self._core.now
+            if backoff > 0 and r.given_up:  # 1.4
+                return Refusal(RejectReason.ENGINE_FAILED, r.failure, backoff)
+            if backoff <= 0:
+                self._core.engines.forgive(r)
+        # Whether it fits was asked for the first of a queue: the others wait for the same engine.
+        if not r.loaded and not model.queue:
+            if why := fit.never(r):  # 1.5
+                return Refusal(RejectReason.MODEL_TOO_LARGE, why)
+            if why := fit.pinned_out(r):  # 1.6
+                return Refusal(RejectReason.UNAVAILABLE, why, self._patience(r))
+        return self._busy(r) if model.spec.on_busy == "reject" else None
 
     def _busy(self, r: Replica) -> Refusal | None:
-        coming = r in self._core.swaps or r.state not in (State.STOPPED, State.SLEEPING)
-        if r.model.spec.on_busy != "reject" or coming:
+        """1.7: the replica would need memory of models that work; None: it comes up already, or the idle are enough."""
+        if r in self._core.swaps or r.state not in (State.STOPPED, State.SLEEPING):
             return None
         s = self._planner.look()
         w = self._planner.builder.see_newcomer(r, since=-INFINITY)
@@ -272,12 +262,13 @@ class Admission:
         idle = [each for each in s.residents if not each.running and not each.queued and each.model != r.id]
         if fits(s, w) is not None or cheapest(s, w, idle, lambda each, option: 1.0) is not None:
             return None
-        message = f"{r.model.name!r} needs memory that busy models hold"
-        return Refusal(RejectReason.UNAVAILABLE, message, self._patience(r))  # 1.7
+        return Refusal(
+            RejectReason.UNAVAILABLE, f"{r.model.name!r} needs memory that busy models hold", self._patience(r)
+        )
 
     def _patience(self, r: Replica) -> float:
         """Seconds after which coming back makes sense: by then something will have moved."""
-        if r.on:
+        if r.is_on:
             return max(1.0, r.costs.seconds("service"))
         if r.state in (State.STARTING, State.WAKING):
             return max(1.0, remaining(r, self._core.now))

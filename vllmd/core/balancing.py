@@ -1,6 +1,14 @@
 """Which replica of a model is to have a request, or is to come up for those that wait (8.1). Decides; changes nothing.
 
 A model without ``balancing`` has one replica: it takes every request, and is the nominee of every queue.
+
+Among several, *power of two choices*: of two open replicas, taken at random, the request goes to the one with the
+smaller product of slowness and requests in flight. Always taking the best one herds all requests onto whichever was
+measured a little faster; two choices spread them and come close to the best (Mitzenmacher, 2001).
+
+If none is open, one replica is *nominated* to come up for the queue: the one with the best outlook. The nomination is
+found anew whenever something about the model changes, so ranks must be such that acting on a nomination does not make
+another replica the nominee: what cannot come up now ranks behind all that can.
 """
 
 from __future__ import annotations
@@ -16,9 +24,9 @@ from vllmd.core.policy_input import remaining
 from vllmd.core.swaps import Swaps
 from vllmd.core.types import State
 
-FORGET = 30.0  # seconds in which what is held against a replica falls to a third
-ENOUGH = 3  # answers from which a replica's latency means something
-DOUBTFUL = 5  # the outlook of one that was ejected, or is on its way out; that of a failed one is worse
+SLOWNESS_FADES = 30.0  # seconds in which what is held against a replica falls to a third
+ENOUGH_ANSWERS = 3  # from which on a replica's latency means something
+DOUBTFUL = 5  # the rank of an ejected replica, or of one on its way out; that of a failed one is worse by one
 OFF = frozenset({State.STOPPED, State.SLEEPING, State.FAILED})
 SERVE = frozenset({HealthStatus.SERVING, HealthStatus.SLOW})
 # Of several replicas' states the model's is the first one here that any of them has.
@@ -44,7 +52,7 @@ class Balancer:
         self._chance = random.Random(0)  # the same events lead to the same decisions
 
     def choose(self, model: Model, avoid: Collection[str] = ()) -> Replica | None:
-        """Of two that have a place, taken at random, the one that will answer sooner. None: none has."""
+        """Of two replicas that have a place, taken at random, the one that will answer sooner. None: none has."""
         if model.spec.balancing is None:
             only, most = model.replicas[0], model.replicas[0].spec.concurrency
             return only if only.state is State.READY and (most is None or len(only.running) < most) else None
@@ -54,7 +62,7 @@ class Balancer:
         return min(pair, key=lambda r: slowness(r, now) * (len(r.running) + 1), default=None)
 
     def nominee(self, model: Model, but: Replica | None = None, most: int = DOUBTFUL + 1) -> Replica | None:
-        """The one that may be the first to serve who waits now; None: all are down. ``most``: the worst outlook."""
+        """The replica that may be the first to serve what waits now; None: all are down. ``most``: the worst rank."""
         if model.rules is None:
             return next(iter(model.replicas), None)
         outlooks = [(outlook, r) for r in model.replicas if r is not but and (outlook := self._outlook(r)) is not None]
@@ -62,17 +70,24 @@ class Balancer:
         return min(good, key=lambda pair: pair[0], default=(None, None))[1]
 
     def _outlook(self, r: Replica) -> tuple[int, bool, float] | None:
-        """The smaller the better, the present nominee before others; None for one that is down."""
+        """A replica's rank, the smaller the better, the present nominee before others; None for one that is down."""
         now, other = self._engines.now, r.model.nominee is not r
         if down(r, now) or self._fit.never(r):
             return None
+        once_open = {HealthStatus.NEW: 1, HealthStatus.EJECTED: DOUBTFUL}.get(health_status(r), 0)
         if r.state is State.READY:
-            rank = {HealthStatus.NEW: 1, HealthStatus.EJECTED: DOUBTFUL}.get(health_status(r), 0)
-            return rank, other, len(r.running)
+            return once_open, other, len(r.running)
         if r.state in (State.STARTING, State.WAKING):
             return 1, other, remaining(r, now)
-        if r in self._swaps or (r.state is State.DRAINING and r.job and r.job.yields):
+        if r in self._swaps:
             return 2, other, 0.0
+        if r.state is State.DRAINING and r.job and r.job.yields:
+            # Not better than once its gate is open again: else an ejected one would be nominated, opened, passed over,
+            # drained for its proof and nominated again, for ever.
+            return max(2, once_open), other, 0.0
+        if r.state in OFF and self._fit.unknown(r) and not self._engines.ledger.asking:
+            # 9.1: it cannot come up. Ranked as high as one that can, two such would be nominated in turn for ever.
+            return DOUBTFUL + 1, other, 0.0
         if r.state in OFF and r.retry_at <= now:
             return 3 if self._fit.has_room(r) else 4, other, load_time(r)
         return DOUBTFUL + (r.state is State.FAILED), other, r.retry_at
@@ -108,14 +123,14 @@ def slowness(r: Replica, now: float) -> float:
         return 1.0
     known = r.health.latencies.items()
     ratios = [latency.value / (fastest(r.model, streamed) or latency.value) for streamed, latency in known]
-    return 1.0 + (max(1.0, *ratios) - 1.0) * math.exp(-max(0.0, now - r.health.seen) / FORGET)
+    return 1.0 + (max(1.0, *ratios) - 1.0) * math.exp(-max(0.0, now - r.health.seen) / SLOWNESS_FADES)
 
 
 def fastest(model: Model, streamed: bool, but: Replica | None = None) -> float | None:
     """Seconds to the first byte of the fastest that serves, by more than a few answers; None if none is known."""
-    serving = [r for r in model.replicas if r is not but and r.on and health_status(r) is HealthStatus.SERVING]
+    serving = [r for r in model.replicas if r is not but and r.is_on and health_status(r) is HealthStatus.SERVING]
     known = [r.health.latencies.get(streamed) for r in serving if r.health]
-    return min([latency.value for latency in known if latency and latency.answers >= ENOUGH], default=None)
+    return min([latency.value for latency in known if latency and latency.answers >= ENOUGH_ANSWERS], default=None)
 
 
 def quickest(but: Replica) -> float | None:
@@ -153,13 +168,13 @@ def level(r: Replica) -> int:
 
 def down(r: Replica, now: float) -> bool:
     """Whether the replica serves no request that comes now: it is gone, failed for good, or failed several probes."""
-    if r.removed or r.off or (r.health and r.health.halted):
+    if r.removed or r.disabled_because or (r.health and r.health.halted):
         return True
     if r.state is State.FAILED:
         return r.given_up and r.retry_at > now
     if r.health is None or r.model.rules is None:
         return False
-    ejected = r.state is State.READY and r.health.status is HealthStatus.EJECTED
+    ejected = r.is_on and r.health.status is HealthStatus.EJECTED
     return ejected and r.health.failed > r.model.rules.retries
 
 
@@ -170,8 +185,8 @@ def trouble(replicas: Iterable[Replica]) -> str:
 
 def ailment(r: Replica) -> str:
     """Why a replica does not serve although it should; "" if nothing is wrong with it."""
-    if r.off:
-        return f"disabled: {r.off}"
+    if r.disabled_because:
+        return f"disabled: {r.disabled_because}"
     if r.state is State.FAILED:
         return r.failure
     return r.health.why if r.health and r.state is State.READY else ""

@@ -31,9 +31,9 @@ class StartEngine(Command):
 
 @frozen
 class ReadAhead(Command):
-    """The replica is next in line: whoever makes room for it still drains or falls asleep. Its files will be read soon.
+    """The replica is next in line, its victims still drain or fall asleep, and its files will be read soon: a hint.
 
-    ``host_memory``: bytes that those who fall asleep take of the host's meanwhile. Nothing answers it.
+    ``host_memory``: bytes of the host's that the victims take meanwhile by falling asleep. Nothing answers it.
     """
 
     replica: str
@@ -49,7 +49,7 @@ class StopReadAhead(Command):
 
 @frozen
 class WakeEngine(Command):
-    """Wake it from ``level``. Answered by EngineAwake or EngineWakeFailed."""
+    """Wake the engine from ``level``. Answered by EngineAwake or EngineWakeFailed."""
 
     replica: str
     level: int
@@ -57,7 +57,7 @@ class WakeEngine(Command):
 
 @frozen
 class SleepEngine(Command):
-    """Put it to sleep; ``freeze`` its running requests instead of having none.
+    """Put the engine to sleep; ``freeze``: with its running requests inside, else it has none.
 
     Answered by EngineAsleep or EngineSleepFailed.
     """
@@ -69,7 +69,7 @@ class SleepEngine(Command):
 
 @frozen
 class StopEngine(Command):
-    """Stop it: SIGTERM to its main process, then its cgroup; ``kill`` skips the polite part.
+    """Stop the engine: SIGTERM to its main process, then its cgroup is killed; ``kill`` does the latter at once.
 
     Answered by EngineStopped. It may be given while another command to the same engine
     is outstanding: it supersedes that one, and only EngineStopped answers both.
@@ -159,7 +159,7 @@ class Reject(Command):
 
 @frozen
 class Answer(Command):
-    """What becomes of what somebody asked, by the ``ask`` of the event. It comes before what follows from it.
+    """What becomes of the event whose ``ask`` this is. It comes before the commands that follow from the event.
 
     ``chosen``: the model or replica that it will be. ``refused``: why nothing is done, "" if it is; then ``error``.
     """

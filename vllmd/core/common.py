@@ -29,7 +29,7 @@ class Core:
         self.models: dict[str, Model] = {}
         self.replicas: dict[str, Replica] = {}  # of all models, by id
         self.active: dict[Replica, None] = {}  # those that have an engine, had one that failed, or are wanted
-        self.fit = Fit(self.engines.ledger, self.active)
+        self.fit = Fit(self.engines.ledger, self.active, self.engines.moving)
         self.swaps = Swaps(self.engines, self.replicas, self.fit)
         self.balanced: list[Model] = []  # those whose replicas share their requests by rules
         self.for_review = self.engines.for_review

@@ -65,27 +65,24 @@ class Rate:
 class Calibration:
     """How many times longer things take on this machine than the priors say, for one engine kind.
 
-    It follows in steps of a fifth: whoever keeps what a prior says has to look
-    again only when that is another one.
+    The factor follows in steps of a fifth: views that are drawn from priors are kept, and each step has all of them
+    drawn anew.
     """
 
     def __init__(self) -> None:
         self._logs: dict[str, float] = {}  # the logarithms of the ratios, by kind of command
         self._seen: dict[str, int] = {}
-        self._told: dict[str, float] = {}  # as they were when last another one than before
-
-    def factor(self, kind: str) -> float:
-        """What to multiply a prior by."""
-        return math.exp(self._told[kind]) if kind in self._told else 1.0
+        self._in_force: dict[str, float] = {}  # the logarithms that factors are made of; they follow in steps
+        self.factors: dict[str, float] = {}  # what to multiply a prior by, where something is known
 
     def observe(self, kind: str, ratio: float) -> bool:
-        """Learn from one that took ``ratio`` times its prior. Whether the factor is another one now."""
+        """Learn from a command that took ``ratio`` times its prior. Returns whether the factor changed."""
         seen = self._seen[kind] = self._seen.get(kind, 0) + 1
         known = self._logs.get(kind, 0.0)
         new = self._logs[kind] = known + max(NEWEST, 1.0 / seen) * (math.log(max(ratio, LEAST)) - known)
-        if abs(new - self._told.get(kind, 0.0)) < STEP:
+        if abs(new - self._in_force.get(kind, 0.0)) < STEP:
             return False
-        self._told[kind] = new
+        self._in_force[kind], self.factors[kind] = new, math.exp(new)
         return True
 
 
@@ -95,11 +92,12 @@ class Costs:
     __slots__ = (
         "_calibration",
         "_known",
+        "_priors",
         "_seen",
         "_start_time",
         "_weights",
-        "asked",
         "footprint",
+        "needed",
         "of",
         "rate",
         "rate_long",
@@ -110,22 +108,30 @@ class Costs:
     ) -> None:
         self._weights, self._start_time = weights, start_time
         self._known: dict[str, float] = {}
+        self._priors: dict[str, float] = {}  # those that were needed
         self._seen: dict[str, int] = {}
         self._calibration = calibration or Calibration()
         self.rate, self.rate_long = Rate(SHORT), Rate(LONG)
         self.footprint: Footprint | None = None  # as measured
-        self.asked = 0  # bytes per device that a start was learnt to need beyond the configured
+        self.needed = 0  # bytes per device that a start said it needs beyond the configured
         self.of = ""  # the specification whose footprint was measured
 
     def _prior(self, kind: str) -> float:
-        return self._start_time if kind == "start" and self._start_time is not None else _PRIORS[kind](self._weights)
+        if kind not in self._priors:
+            given = self._start_time if kind == "start" else None
+            self._priors[kind] = _PRIORS[kind](self._weights) if given is None else given
+        return self._priors[kind]
 
     def seconds(self, kind: str) -> float:
-        """The expected time of ``kind``, one of KINDS."""
+        """The expected time of ``kind``, one of KINDS. It is asked for a dozen times in each look of the policy."""
         known = self._known.get(kind)
-        if known is None and kind == "stop":  # whoever starts in no time is gone in no time
-            return min(self._prior(kind) * self._calibration.factor(kind), self._known.get("start", math.inf))
-        return self._prior(kind) * self._calibration.factor(kind) if known is None else known
+        if known is not None:
+            return known
+        prior = self._priors.get(kind)
+        expected = (self._prior(kind) if prior is None else prior) * self._calibration.factors.get(kind, 1.0)
+        if kind == "stop":  # an engine that starts in no time is gone in no time
+            return min(expected, self._known.get("start", math.inf))
+        return expected
 
     def learnt(self, kind: str) -> float:
         """The expected time of ``kind`` if it was ever measured; else 0."""
@@ -168,12 +174,12 @@ class Costs:
     @property
     def has_learnt(self) -> bool:
         """Whether there is anything to keep."""
-        return bool(self._seen or self.footprint or self.asked)
+        return bool(self._seen or self.footprint or self.needed)
 
     def to_dict(self) -> dict[str, Any]:
         """Only what was learnt; arrival rates are not kept (the clock is another one next time)."""
         seen = {kind: [self._known[kind], count] for kind, count in self._seen.items()}
-        learnt: dict[str, Any] = {"seconds": seen, "of": self.of, "asked": self.asked}
+        learnt: dict[str, Any] = {"seconds": seen, "of": self.of, "asked": self.needed}
         if self.footprint:
             f = self.footprint
             learnt["footprint"] = [f.starting, f.awake, f.asleep, f.host]
@@ -186,7 +192,7 @@ class Costs:
                 self._known[kind], self._seen[kind] = float(seconds), int(count)
                 if kind != "service":
                     self._calibration.observe(kind, float(seconds) / self._prior(kind))
-        self.of, self.asked = str(learnt["of"]), int(learnt["asked"])
+        self.of, self.needed = str(learnt["of"]), int(learnt["asked"])
         if "footprint" in learnt:
             starting, awake, asleep, host = (int(n) for n in learnt["footprint"])
             if min(starting, awake, asleep, host) < 0:
@@ -210,31 +216,28 @@ class CostBook:
         """The figures of a replica. What was measured of a differently configured one is forgotten."""
         costs = self._replicas.get(spec.id)
         if costs is None:
-            costs = self._replicas[spec.id] = self._restored(spec)
-        of = _fingerprint(spec)
+            weights = (spec.weights or spec.footprint.awake) / GB
+            calibration = self._calibrations.setdefault(spec.engine, Calibration())
+            costs = Costs(weights, spec.start_time, calibration)
+            learnt = self._learnt.pop(spec.id, None)
+            try:
+                if learnt is not None:
+                    costs.restore(learnt)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                costs = Costs(weights, spec.start_time, calibration)  # a damaged cache is no cache
+            self._replicas[spec.id] = costs
+        f, engine = spec.footprint, f"{spec.weights}/{spec.device_count}/{spec.engine}"
+        of = f"{spec.settings}/{f.starting}/{f.awake}/{f.source.name}/{engine}"
         if costs.of != of:
             if costs.of and _size(costs.of) != _size(of):
                 costs.forget_times()
-            costs.footprint, costs.asked, costs.of = None, 0, of
+            costs.footprint, costs.needed, costs.of = None, 0, of
         return costs
 
     def rename(self, name: str, now: str) -> None:
         """The replica has another id."""
         if name in self._replicas:
             self._replicas[now] = self._replicas.pop(name)
-
-    def _restored(self, spec: ReplicaSpec) -> Costs:
-        weights = (spec.weights or spec.footprint.awake) / GB
-        calibration = self._calibrations.setdefault(spec.engine, Calibration())
-        costs = Costs(weights, spec.start_time, calibration)
-        learnt = self._learnt.pop(spec.id, None)
-        if learnt is None:
-            return costs
-        try:
-            costs.restore(learnt)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return Costs(weights, spec.start_time, calibration)  # a damaged cache is no cache
-        return costs
 
     def usual(self, replica: str, kind: str) -> float:
         """The seconds that ``kind`` takes with a replica, as measured; 0 where it never was."""
@@ -256,12 +259,6 @@ class CostBook:
         return book
 
 
-def _fingerprint(spec: ReplicaSpec) -> str:
-    f = spec.footprint
-    engine = f"{spec.weights}/{spec.device_count}/{spec.engine}"
-    return f"{spec.settings}/{f.starting}/{f.awake}/{f.source.name}/{engine}"
-
-
 def _size(of: str) -> str:
-    """The part of a fingerprint that decides how long things take; "" of none."""
+    """The part of ``Costs.of`` that decides how long things take: weights, number of devices, engine kind."""
     return "/".join(of.split("/")[-3:])

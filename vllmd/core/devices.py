@@ -1,8 +1,8 @@
 """Devices that come, go, do not answer, are ill, or are given to maintenance (9 in ``design.md``).
 
-What a device is asked for again and again, its memory, is ``MemorySampled``'s. Here it is about whether it can be used
-at all. The rule: "it could not be asked" is never taken for "there is none". While nobody knows which devices there
-are nothing is put on any, and who asks for that is told why; engines that run are left alone.
+How much memory a device has free comes with ``MemorySampled``. Here it is about whether a device can be used at all.
+The rule: "it could not be read" is never taken for "there is none". While nobody knows which devices there are nothing
+is put on any, and a client that asks for that is told why; engines that run are left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllmd.core.types import CPU, State
 
 
 class Devices:
-    """One owner of what is said about devices as a whole."""
+    """What is said about devices as a whole: known or not, there or not, ill, drained."""
 
     def __init__(self, core: Core, admission: Admission) -> None:
         self._core = core
@@ -31,14 +31,17 @@ class Devices:
         core, ledger = self._core, self._core.engines.ledger
         before = ledger.unknown
         was = {index: account.device.runtime for index, account in ledger.accounts.items()}
-        ledger.take(e.devices)
+        ledger.set_devices(e.devices)
         ledger.unknown, ledger.asking = e.unknown, e.asking
         for r in core.replicas.values():
             if r.loaded and not ledger.held(r):
-                ledger.miss(r.placement.devices)
+                ledger.add_gone(r.placement.devices)
                 core.engines.rebook(r)
-            if e.unknown and r.spec.device_count:
-                self._put_off(r, e.unknown, told=not e.asking)
+            if e.unknown and r.spec.device_count:  # it does not come up now; whether those that wait go on waiting...
+                core.waiting.pop(r, None)
+                core.swaps.cancel(r)
+                if r.at_rest and not e.asking:  # ... depends on whether the answer may still come
+                    self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, e.unknown, 5.0)
             core.mark_for_review(r)
         for index, runtime in was.items():
             now = ledger.accounts[index].device.runtime if index in ledger.accounts else runtime
@@ -50,26 +53,24 @@ class Devices:
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.news_for_all = True
 
-    def _put_off(self, r: Replica, why: str, *, told: bool) -> None:
-        """Do not bring the replica up now. Requests that wait for it go on waiting, or are told."""
-        self._core.waiting.pop(r, None)
-        self._core.swaps.cancel(r)
-        if told and r.at_rest:
-            self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, why, 5.0)
-
     def troubled(self, e: DevicesTroubled) -> None:
         """9.2: an ill device is avoided, and what is on it leaves once it has drained; on a lost one it has failed."""
-        accounts = self._core.engines.ledger.accounts
-        for index, account in accounts.items():
+        engines = self._core.engines
+        for index, account in engines.ledger.accounts.items():
             why = e.lost.get(index) or e.ill.get(index, "")
             if why == account.ill:
                 continue
             account.ill = why
             if why:
-                self._core.engines.record("avoid", None, f"device {index} is avoided: {why}", {"device": index})
+                engines.record("avoid", None, f"device {index} is avoided: {why}", {"device": index})
             for r in self._on(index) if why else ():
                 if index in e.lost:
-                    self._lose(r, f"device {index}: {why}")
+                    # Its device is not there any more: the engine has failed, and nothing that it runs can end well.
+                    reason = r.failure = f"device {index}: {why}"
+                    engines.cut(r, reason)
+                    if r.state is not State.STOPPING:
+                        engines.record("stop", r, reason)
+                    engines.ask(r, Job(Kind.STOP, Reason.DEVICE, reason, self._core.now, force=True))
                 else:
                     self._core.send_away(r, Reason.DEVICE, f"device {index}: {why}")
         self._core.news_for_all = True
@@ -90,12 +91,3 @@ class Devices:
 
     def _on(self, index: int) -> list[Replica]:
         return [r for r in self._core.replicas.values() if index in r.placement.devices and r.loaded]
-
-    def _lose(self, r: Replica, why: str) -> None:
-        """Fail and kill the engine: its device is not there any more."""
-        engines = self._core.engines
-        r.failure = why
-        engines.cut(r, why)
-        if r.state is not State.STOPPING:
-            engines.record("stop", r, why)
-        engines.ask(r, Job(Kind.STOP, Reason.DEVICE, why, self._core.now, force=True))

@@ -6,18 +6,20 @@ from vllmd.core import events as ev
 from vllmd.core.admission import Admission
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
-from vllmd.core.ledger import gib
 from vllmd.core.lifecycle import Kind, LifecycleError, Reason, Step
 from vllmd.core.model import Job, Replica
 from vllmd.core.types import CPU, Footprint, State
+from vllmd.sizes import in_words
 
 STABLE = 60.0  # seconds; an engine that served so long has put its failures behind it
-LONGEST_BACKOFF = 300.0
-LONGEST_ELSEWHERE = 5.0  # of one that runs elsewhere: asking costs nothing, and it should be used as soon as it is back
+LONGEST_BACKOFF = 300.0  # seconds
+LONGEST_BACKOFF_ELSEWHERE = (
+    5.0  # of one that runs elsewhere: asking costs nothing, and it should be used as soon as it is back
+)
 
 
 class EngineEvents:
-    """Good news opens gates; bad news ends in a known state, with a reason, and never for good."""
+    """What engines report. Good news opens gates; bad news ends in a known state, with a reason, and never for good."""
 
     def __init__(self, core: Core, admission: Admission) -> None:
         self._core = core
@@ -26,11 +28,11 @@ class EngineEvents:
     # -- good news
 
     def ready(self, e: ev.EngineReady) -> None:
-        """The engine's start succeeded: it serves."""
+        """2.2: the engine's start succeeded, and it serves."""
         r = self._answered(e.replica, State.STARTING, Step.READY)
         if r:
             if e.footprint:
-                r.learn(e.footprint, self._core.engines.most(r))
+                r.learn(e.footprint, self._core.engines.smallest_capacity(r))
             self._serves(r)
 
     def progressed(self, e: ev.StartProgressed) -> None:
@@ -41,19 +43,20 @@ class EngineEvents:
         left = (1.0 - e.share) * r.costs.wake(0)
         if not e.share:
             r.start.fetched = True
-        elif not r.start.fetched:  # what was seen of it counts as much as there was to be seen
+        elif not r.start.fetched:
+            # A whole start takes what this one took so far and what is expected of the rest; 1 - share of it is left.
             left = (1.0 - e.share) * (now - r.changed + left)
         r.start.ends = now + left
         self._core.changed[r] = None
 
     def awake(self, e: ev.EngineAwake) -> None:
-        """The engine's wake succeeded: it serves."""
+        """2.2: the engine's wake succeeded, and it serves."""
         r = self._answered(e.replica, State.WAKING, Step.AWAKE)
         if r:
             self._serves(r)
 
     def asleep(self, e: ev.EngineAsleep) -> None:
-        """The engine sleeps, at the level and with the memory freed that the event says."""
+        """2.2: the engine sleeps, at the level and with the memory freed that the event says."""
         r = self._answered(e.replica, State.FALLING_ASLEEP, Step.ASLEEP)
         if r:
             self._core.engines.asleep(r, e.level, e.freed)
@@ -68,7 +71,7 @@ class EngineEvents:
         missing = {index: size for index, size in e.missing.items() if index in devices and size > 0}
         core.engines.ledger.wedge(missing)
         for index, size in missing.items():
-            why = f"{gib(size)} of device {index} did not come back: it is avoided until they do"
+            why = f"{in_words(size)} of device {index} did not come back: it is avoided until they do"
             core.engines.record("wedged", r, why, {"device": index, "missing": size})
         self._settled(r)
 
@@ -78,7 +81,7 @@ class EngineEvents:
         r = core.replica(e.replica)
         core.engines.adopt(r, e.placement, e.state, e.level if e.state is State.SLEEPING else 0)
         if e.footprint:
-            r.learn(e.footprint, core.engines.most(r))
+            r.learn(e.footprint, core.engines.smallest_capacity(r))
             core.engines.rebook(r)
         r.idle_since = r.used = core.now - max(0.0, e.idle)
         r.changed = core.now - max(0.0, e.since)
@@ -97,15 +100,15 @@ class EngineEvents:
         ledger, largest = core.engines.ledger, 0
         if any(account.device.runtime == CPU for account in ledger.accounts.values()):
             largest = max((r.booking for r in core.replicas.values() if r.spec.device_count), default=0)
-        ledger.external({i: size for i, size in e.external.items() if i not in e.failed}, core.now, largest)
-        ledger.unread(e.failed)
+        ledger.set_external({i: size for i, size in e.external.items() if i not in e.failed}, core.now, largest)
+        ledger.mark_unread(e.failed)
         shares: dict[str, dict[int, int]] = {}
         for (name, index), size in e.replicas.items():
             if size > 0 and name in core.replicas and index not in e.failed:
                 shares.setdefault(name, {})[index] = size
         for name, share in shares.items():
             core.engines.measured(core.replicas[name], share)
-        for name, joules in e.drawn.items():
+        for name, joules in e.drawn.items():  # energy drawn unused counts for idle rules (4.4)
             r = core.replicas.get(name)
             if r and r.spec.idle.energy is not None:
                 r.drawn = r.idle_since, joules
@@ -113,7 +116,7 @@ class EngineEvents:
         core.news_for_all = core.news_for_all or bool(core.waiting)
 
     def standbys(self, e: ev.StandbysHeld) -> None:
-        """Booked, and shown; what is promised to models does not depend on it."""
+        """Show what standby engines hold; what is promised to models does not depend on it."""
         self._core.engines.ledger.standbys = max(0, e.size)
 
     # -- bad news
@@ -121,13 +124,27 @@ class EngineEvents:
     def start_failed(self, e: ev.EngineStartFailed) -> None:
         """For lack of memory it is tried once more with more room (2.3); else everybody is told (2.4)."""
         r = self._answered(e.replica, State.STARTING, Step.START_FAILED)
-        if r:
-            self._core.engines.gone(r, Step.START_FAILED)
-            self._settled(r)
-            if e.memory and not e.permanent and not (r.job and r.job.retried):
-                self._more_room(r, e)
-            else:
-                self._give_up(r, e.reason)
+        if not r:
+            return
+        engines = self._core.engines
+        engines.gone(r, Step.START_FAILED)
+        self._settled(r)
+        if not e.memory or e.permanent or (r.job and r.job.retried):
+            self._give_up(r, e.reason)
+            return
+        # What it said it needs is learnt, else a tenth more is booked: whoever waits makes the policy find that room.
+        # Not more than the largest device has: a device that it filled once it can fill again.
+        r.failure = e.reason
+        largest = max((a.capacity for a in engines.ledger.accounts.values()), default=0)
+        if e.needed:
+            r.costs.needed = max(r.costs.needed, e.needed)
+        f = r.footprint
+        grown = max(r.booking, min(largest, r.booking * 11 // 10))
+        r.costs.footprint = Footprint(grown, f.awake, f.asleep, f.host, f.source)
+        engines.retry(r)
+        room = "what is free then" if r.spec.when_free else f"room for {in_words(r.booking)} per device"
+        why = f"it failed for lack of memory ({e.reason}); once more with {room}"
+        engines.record("retry", r, why, {"booking": r.booking})
 
     def sleep_failed(self, e: ev.EngineSleepFailed) -> None:
         """The sleep failed, so nothing is known of the engine's state: it is stopped."""
@@ -158,10 +175,17 @@ class EngineEvents:
             self._core.engines.cut(r, e.reason)
         self._core.engines.gone(r, Step.EXITED)
         self._settled(r)
-        if before is State.STARTING:
+        if before is State.STOPPING:
+            return
+        if before is not State.STARTING and stable:
+            r.failures = 0
+        if before is State.STARTING or r.failures >= r.spec.max_restarts:
             self._give_up(r, e.reason)
-        elif before is not State.STOPPING:
-            self._crashed(r, e.reason, stable)
+            return
+        backoff = self._failed(r, e.reason)
+        self._core.engines.ask(r, Job(Kind.START, Reason.RESTART, e.reason, self._core.now))
+        numbers = {"failures": r.failures, "retry_after": backoff, "waiting": r.queued}
+        self._core.engines.record("crash", r, e.reason, numbers)
 
     # -- underneath
 
@@ -186,36 +210,12 @@ class EngineEvents:
         self._core.swaps.left(r)
         self._core.mark_news(r)
 
-    def _more_room(self, r: Replica, e: ev.EngineStartFailed) -> None:
-        """Learn that it needs more; whoever waits makes the policy find that room."""
-        r.failure = e.reason
-        largest = max((a.capacity for a in self._core.engines.ledger.accounts.values()), default=0)
-        if e.needed:
-            r.costs.asked = max(r.costs.asked, e.needed)
-        f = r.footprint
-        grown = max(r.booking, min(largest, r.booking * 11 // 10))
-        r.costs.footprint = Footprint(grown, f.awake, f.asleep, f.host, f.source)
-        self._core.engines.retry(r)
-        room = "what is free then" if r.spec.when_free else f"room for {gib(r.booking)} per device"
-        why = f"it failed for lack of memory ({e.reason}); once more with {room}"
-        self._core.engines.record("retry", r, why, {"booking": r.booking})
-
     def _give_up(self, r: Replica, reason: str) -> None:
-        left = self._failed(r, reason)
+        """2.4: it comes up again only for a request after its back-off; those that wait now are told."""
+        backoff = self._failed(r, reason)
         self._core.engines.keep_down(r)
-        self._core.engines.record("fail", r, reason, {"failures": r.failures, "retry_after": left})
-        self._admission.reject_waiters(r, RejectReason.ENGINE_FAILED, reason, left)
-
-    def _crashed(self, r: Replica, reason: str, stable: bool) -> None:
-        if stable:
-            r.failures = 0
-        if r.failures >= r.spec.max_restarts:
-            self._give_up(r, reason)
-            return
-        left = self._failed(r, reason)
-        self._core.engines.ask(r, Job(Kind.START, Reason.RESTART, reason, self._core.now))
-        numbers = {"failures": r.failures, "retry_after": left, "waiting": r.queued}
-        self._core.engines.record("crash", r, reason, numbers)
+        self._core.engines.record("fail", r, reason, {"failures": r.failures, "retry_after": backoff})
+        self._admission.reject_waiters(r, RejectReason.ENGINE_FAILED, reason, backoff)
 
     def _failed(self, r: Replica, reason: str) -> float:
         """One more failure in a row. Returns the seconds until it may be tried again."""
@@ -223,7 +223,7 @@ class EngineEvents:
             r.failures = 0  # it has served since, and did not fail then
         r.failures, r.failed_at = r.failures + 1, self._core.now
         r.failure = reason
-        longest = LONGEST_BACKOFF if r.spec.device_count else LONGEST_ELSEWHERE
+        longest = LONGEST_BACKOFF if r.spec.device_count else LONGEST_BACKOFF_ELSEWHERE
         backoff = min(longest, r.spec.restart_backoff * 2.0 ** min(r.failures - 1, 20))
         r.retry_at = self._core.now + backoff
         return backoff

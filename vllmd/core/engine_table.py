@@ -1,8 +1,19 @@
 """The engines: each step of a life changes state, job, ledger and learnt costs together, and says its command.
 
-This is the only file that changes an engine's state and its job. It decides nothing; it
-holds three rules: one command is outstanding per engine, one per device, and what
-is asked of an engine is merged into its job by the table in ``lifecycle.py``.
+Theory of operation. This is the only file that changes an engine's state and its job, so that four things cannot come
+apart: what an engine is (its state), what is to happen to it (its job), what it was promised (the ledger) and what the
+daemon was told (the command). Each public method is one such step. None of them decides: whether and when is asked of
+``admission``, ``planner``, ``unloading`` and the others. Three rules hold here:
+
+1. *One command per engine.* While one is out (MOVING) another is merged into the job (``jobs.py``) and follows it; only
+   a stop may overtake, and then only the end of the stop is owed (``too_late`` drops the older answer).
+2. *One command per device* (``free_to_move``): engines measure free memory while they start.
+3. *Book before, release after.* A start is booked with the larger of what loading and serving take before its command
+   goes out; a sleep or a stop gives back nothing until it is answered, and then what was measured. So the ledger errs
+   to one side only: it may have promised too much, never too little.
+
+What a change of state or job *means* for anybody else is not found here: the model is marked for review (``_move``,
+``_set``), and ``Scheduler`` finds it before the event is over.
 """
 
 from __future__ import annotations
@@ -24,11 +35,11 @@ from vllmd.core.lifecycle import (
     Step,
     follow,
 )
-from vllmd.core.model import INFINITY, Job, Model, Replica, Run, Start, asked_start
+from vllmd.core.model import INFINITY, Job, Model, Replica, Run, Start, wanted_start
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
-SETTLED = 2.0  # seconds after a change of state from which a sample surely shows the new one
+SETTLED_AFTER = 2.0  # seconds after a change of state from which a sample of memory surely shows the new one
 ADOPTIONS = {
     State.READY: Step.ADOPTED_AWAKE,
     State.SLEEPING: Step.ADOPTED_ASLEEP,
@@ -85,7 +96,7 @@ class EngineTable:
     def answer(
         self, ask: str, chosen: str = "", refused: str = "", error: cmd.RejectReason = cmd.RejectReason.CONFLICT
     ) -> None:
-        """What becomes of what was asked, if whoever asked wants to know."""
+        """Tell what becomes of what was asked, if the event named it with an ``ask``."""
         if ask:
             self._out.append(cmd.Answer(ask, "", refused, error) if refused else cmd.Answer(ask, chosen))
 
@@ -112,7 +123,7 @@ class EngineTable:
     # -- devices
 
     def holder(self, devices: Iterable[int]) -> Replica | None:
-        """One whose command is under way on one of ``devices``."""
+        """A replica whose command is under way on one of ``devices``; None if there is none."""
         for index in devices:
             if index in self._busy:
                 return self._busy[index]
@@ -124,55 +135,55 @@ class EngineTable:
         return self._busy
 
     def free_to_move(self, r: Replica) -> bool:
-        """No other engine is being moved on its devices."""
+        """Whether no other engine has a command under way on its devices."""
         return not any(self._busy.get(index, r) is not r for index in r.placement.devices)
 
     # -- jobs
 
-    def ask(self, r: Replica, asked: Job) -> None:
+    def ask(self, r: Replica, new: Job) -> None:
         """Give the replica this job. What becomes of its present one is in the table of merges.
 
         Frozen requests are not lost: their engine wakes first, and drains.
         """
         self.for_review[r.model] = None
         if not r.loaded:
-            if asked.kind in UP:
-                self._set(r, merge(r.job, False, asked))
-            elif asked.reason in BY_HAND:
+            if new.kind in UP:
+                self._set(r, merge(r.job, False, new))
+            elif new.reason in BY_HAND:
                 self._set(r, unwanted(r.job, False))
             return
         frozen = r.state is State.SLEEPING and bool(r.running)
         if frozen and r.job is None:
             r.job = Job(Kind.WAKE, Reason.REQUEST, "its requests are frozen", self.now)
         moving = r.state in MOVING
-        job = merge(r.job, moving or frozen, asked)
-        if moving and job is asked:
-            self.stop(r, asked.why, asked.force, job)
+        job = merge(r.job, moving or frozen, new)
+        if moving and job is new:
+            self.stop(r, new.why, new.force, job)
         else:
             self._set(r, job)
             self._follow_up(r)
 
     def call_off(self, r: Replica) -> None:
-        """What it was to leave for, or was to do for itself, and has not begun, is not done."""
+        """Drop what the replica was to leave for, or to do for itself, if it has not begun; a start after it stays."""
         if r.job and r.state in MOVING:
-            r.job.then = asked_start(r.job.then)
+            r.job.then = wanted_start(r.job.then)
         elif r.job and r.job.leaves:
             self._set(r, r.job.then)
             self._follow_up(r)
 
     def unwant(self, r: Replica) -> None:
-        """Nobody wants it on any more but by a request."""
+        """Drop a start that was asked for without a request: only requests bring the replica up from now on."""
         self._set(r, unwanted(r.job, r.state in MOVING))
 
     def thaw(self, r: Replica) -> None:
-        """Nothing is frozen in it any more: what was to happen after its wake happens now."""
+        """Go on with what was to happen after a wake, where nothing is frozen any more that it had to wake for."""
         job = r.job
         if job and job.kind is Kind.WAKE and job.then and not r.running and r.state is State.SLEEPING:
             self._set(r, job.then)
             self._follow_up(r)
 
     def retry(self, r: Replica) -> None:
-        """A start that failed for lack of memory is to be tried once more."""
+        """Have a start that failed for lack of memory tried once more."""
         self.forgive(r)
         if r.job:
             r.job.retried = True
@@ -190,7 +201,7 @@ class EngineTable:
                 self.call_off(r)
 
     def _follow_up(self, r: Replica) -> None:
-        """Close or open the gate as the job says; what is so already needs no job."""
+        """Close or open the gate as the job says; a job that asks for what is so already is done."""
         job = r.job
         if r.state is State.READY and job:
             if job.leaves:
@@ -228,7 +239,7 @@ class EngineTable:
             r.granted(size)
         self.ledger.hold(r, dict.fromkeys(devices, r.booking if size is None else size))
         self.settle_host(r)
-        self._out.append(cmd.StartEngine(r.id, r.placement, r.told if size is None else size))
+        self._out.append(cmd.StartEngine(r.id, r.placement, r.engine_memory if size is None else size))
 
     def wake(self, r: Replica) -> None:
         """Wake it where it sleeps; it holds what it holds awake from now on."""
@@ -270,7 +281,7 @@ class EngineTable:
         self._out.append(cmd.StopEngine(r.id, why, kill))
 
     def forgive(self, r: Replica) -> None:
-        """A failed one may be started again."""
+        """Let a failed replica be started again."""
         self._move(r, Step.FORGIVE)
         if r.job and r.job.reason is Reason.RESTART:
             self._set(r, None)
@@ -318,7 +329,7 @@ class EngineTable:
         rest = {i: max(0, b - freed[i]) if i in freed else min(b, r.footprint.asleep) for i, b in held.items()}
         self.ledger.hold(r, rest)
         if freed and rest:
-            r.measured(self.most(r), asleep=max(rest.values()))
+            r.measured(self.smallest_capacity(r), asleep=max(rest.values()))
         self.settle_host(r)
         if job and job.then:
             self.ask(r, job.then)
@@ -327,7 +338,7 @@ class EngineTable:
         """A sleep, a wake or the proof failed: its state is unknown, so it is stopped in full."""
         self.cut(r, why)
         target = r.job.target if r.job else None
-        r.job = Job(Kind.STOP, Reason.FAILED, why, self.now, target=target, then=asked_start(r.job))
+        r.job = Job(Kind.STOP, Reason.FAILED, why, self.now, target=target, then=wanted_start(r.job))
         self._move(r, step)
         self._out.append(cmd.StopEngine(r.id, why, False))
 
@@ -340,7 +351,7 @@ class EngineTable:
         r.running.clear()
         r.level, r.placement = 0, Placement()
         r.slept_shallow = False
-        start = r.job if step is Step.START_FAILED and r.job and r.job.kind is Kind.START else asked_start(r.job)
+        start = r.job if step is Step.START_FAILED and r.job and r.job.kind is Kind.START else wanted_start(r.job)
         if start:
             start.then = None
         self._set(r, start)
@@ -349,7 +360,7 @@ class EngineTable:
         self.ledger.release(r)
 
     def adopt(self, r: Replica, placement: Placement, state: State, level: int) -> None:
-        """An engine from before this daemon."""
+        """Take over an engine that an earlier daemon has left, as it was found. Raises LifecycleError."""
         before, r.placement = r.placement, placement
         try:
             self._move(r, ADOPTIONS[state])
@@ -360,7 +371,7 @@ class EngineTable:
         r.slept_shallow = level == 1
         if state is State.STARTING:
             self._begin(r, Kind.START)
-        self.ledger.miss(placement.devices)
+        self.ledger.add_gone(placement.devices)
         self.rebook(r)
 
     def rebook(self, r: Replica) -> None:
@@ -370,7 +381,7 @@ class EngineTable:
         self.ledger.hold(r, dict.fromkeys(r.placement.devices, share))
         self.settle_host(r)
 
-    def most(self, r: Replica) -> int:
+    def smallest_capacity(self, r: Replica) -> int:
         """Bytes that can be promised of the smallest of its devices."""
         accounts = self.ledger.accounts
         found = (accounts[index].capacity for index in r.placement.devices if index in accounts)
@@ -385,11 +396,11 @@ class EngineTable:
         seen = {index: shares.get(index, share) for index, share in held.items()}
         if not seen or r.state not in LOADED:
             return
-        settled = self.now - r.changed >= SETTLED
+        settled = self.now - r.changed >= SETTLED_AFTER
         if r.state is State.READY and settled:
-            r.measured(self.most(r), awake=max(seen.values()))
+            r.measured(self.smallest_capacity(r), awake=max(seen.values()))
         elif r.state is State.SLEEPING and settled:
-            r.measured(self.most(r), asleep=max(seen.values()))
+            r.measured(self.smallest_capacity(r), asleep=max(seen.values()))
         else:
             seen = {index: max(size, held[index]) for index, size in seen.items()}
         self.for_review[r.model] = None

@@ -7,9 +7,9 @@ always speaks of the replica's present engine. Engines go by their replica's id,
 requests by their model's name; what operators ask is about either, ``model`` is
 then a model's name or a replica's id.
 
-Whoever must know what becomes of what he asks names it: an event with an ``ask``
-is answered by one ``Answer``, at once or (where it says so) later. Nobody looks
-at the state first and then asks: what he saw may be over.
+An event with an ``ask`` is answered by one ``Answer`` of that name, at once or
+(where it says so) later. That takes the place of looking at the state first: what
+a caller saw may be over when its event is handled.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RequestGone(Event):
 
 @frozen
 class EngineReady(Event):
-    """Answers ``StartEngine``: it serves. ``footprint`` if it was measured."""
+    """Answers ``StartEngine``: the engine serves. ``footprint`` if it was measured."""
 
     replica: str
     footprint: Footprint | None = None
@@ -80,7 +80,7 @@ class EngineReady(Event):
 
 @frozen
 class EngineStartFailed(Event):
-    """Answers ``StartEngine``: it is gone, nothing is left of it.
+    """Answers ``StartEngine``: the start failed, and no process of the engine is left.
 
     ``memory``: it failed for lack of device memory; ``needed``: bytes per device it said it wanted.
     ``permanent``: no retry will help (no such command, no such model).
@@ -104,7 +104,7 @@ class EngineAsleep(Event):
 
 @frozen
 class EngineSleepFailed(Event):
-    """Answers ``SleepEngine``: its state is unknown; the core stops it."""
+    """Answers ``SleepEngine``: the engine's state is unknown; the core stops it."""
 
     replica: str
     reason: str
@@ -112,14 +112,14 @@ class EngineSleepFailed(Event):
 
 @frozen
 class EngineAwake(Event):
-    """Answers ``WakeEngine``: it serves again."""
+    """Answers ``WakeEngine``: the engine serves again."""
 
     replica: str
 
 
 @frozen
 class EngineWakeFailed(Event):
-    """Answers ``WakeEngine``: its state is unknown; the core stops it."""
+    """Answers ``WakeEngine``: the engine's state is unknown; the core stops it."""
 
     replica: str
     reason: str
@@ -167,7 +167,7 @@ class EngineAdopted(Event):
 
 @frozen
 class FailureRemembered(Event):
-    """An earlier daemon saw its engine fail for ``reason``, ``since`` seconds ago, and nobody has cleared that."""
+    """An earlier daemon saw the replica's engine fail for ``reason``, ``since`` seconds ago; not cleared since."""
 
     replica: str
     reason: str
@@ -176,7 +176,7 @@ class FailureRemembered(Event):
 
 @frozen
 class StartProgressed(Event):
-    """A start has come so far: ``share`` of the time that one usually takes lies behind it, by what its log says.
+    """A start's log says that ``share`` of the time that a start usually takes lies behind it.
 
     0: it waits for something that has nothing to do with that time, such as a download.
     """
@@ -211,7 +211,7 @@ class ReplicaProbed(Event):
 
 @frozen
 class ProbeAsked(Event):
-    """An operator has an engine asked its probe; ReplicaProbed follows. It tells the core nothing of it.
+    """An operator has an engine probed; ReplicaProbed follows, and changes nothing of its health.
 
     Refused if the engine does not serve (any more): then nothing follows.
     """
@@ -231,7 +231,7 @@ class PoolAsked(Event):
 
 @frozen
 class MemorySampled(Event):
-    """NVML's word, bytes: what other programs hold per device index, what its processes hold per (replica, index)."""
+    """NVML's reading, bytes: of other programs by device index, of the engines' processes by (replica, index)."""
 
     external: Mapping[int, int]
     replicas: Mapping[tuple[str, int], int]
@@ -241,15 +241,17 @@ class MemorySampled(Event):
 
 @frozen
 class StandbysHeld(Event):
-    """Standby engines hold so many bytes of host memory, and are given up for whoever wants it: nobody waits for it."""
+    """Standby engines hold so many bytes of host memory, which are given up for any model: none waits for them."""
 
     size: int
 
 
 @frozen
 class DevicesChanged(Event):
-    """These are the devices from now on. ``unknown``: why nobody knows which there are, or what they hold; "": it is
-    known. ``asking``: it may yet be known in a moment, so that who waits for one goes on waiting.
+    """These are the devices from now on.
+
+    ``unknown``: why it is not known which there are, or what they hold; "" if it is. ``asking``: that may yet be known
+    in a moment, so that requests that wait for a device go on waiting.
     """
 
     devices: tuple[Device, ...]
@@ -259,9 +261,7 @@ class DevicesChanged(Event):
 
 @frozen
 class DevicesTroubled(Event):
-    """All devices that must not be used any more, with why: ``ill`` ones still work, ``lost`` ones took their engines
-    along.
-    """
+    """All devices that must not be used any more, and why: ``ill`` ones still work, on ``lost`` ones engines failed."""
 
     ill: Mapping[int, str] = field(default_factory=dict)
     lost: Mapping[int, str] = field(default_factory=dict)
@@ -312,10 +312,7 @@ class ReplicaRefused(Event):
 
 @frozen
 class SleepAsked(Event):
-    """An operator wants it asleep at level 1 or 2; 3 stops it. Drained first.
-
-    Refused: it is to sleep, and is not loaded.
-    """
+    """An operator wants the model asleep at level 1 or 2; 3 stops it. Drained first. Refused if it is not loaded."""
 
     model: str
     level: int
@@ -324,7 +321,7 @@ class SleepAsked(Event):
 
 @frozen
 class StopAsked(Event):
-    """An operator wants it stopped and a failure forgotten. Drained first unless ``force``.
+    """An operator wants the model stopped and its failure forgotten. Drained first unless ``force``.
 
     ``device``: only those of its engines that are there, or that have none; if all are, the model with them.
     """
@@ -359,7 +356,7 @@ class ModelEnabled(Event):
 
 @frozen
 class LeaseTaken(Event):
-    """Somebody keeps the model until ``deadline`` (in the core's clock; None: until released). Replaces its own."""
+    """The model is kept until ``deadline`` (in the core's clock; None: until released). Replaces its own."""
 
     lease: str
     model: str

@@ -1,9 +1,18 @@
-"""Who would have to leave for one that does not fit: sets of victims, by price or by age. Pure functions of a view."""
+"""Which replicas would have to leave for one that does not fit: sets of victims, by price or by age.
+
+Pure functions of a policy's view. On one device the cheapest set is a knapsack turned round: free at least ``short``
+bytes at the lowest sum of prices. It is searched exactly for sets of up to four, which is as many as are ever worth it
+on one device (a model that needs five others gone waits long whatever is chosen), depth first in order of price with
+the best sum so far as the bound; a larger set is found greedily, by price per byte. For a replica over several devices
+one device is chosen after the other, each time the one that costs least on top of what leaves already: the exact answer
+would be a search over all combinations, and models of that size share their devices with few others.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from vllmd.core.fit import after_sleeps, distance, enough, unclaimed
@@ -65,8 +74,8 @@ def groups(
 ) -> Iterator[list[Candidate]]:
     """The groups that may leave, the gentlest first: the awake fall asleep, then sleepers stop too, then all stop.
 
-    Nobody has to stop who only would because the others are not ready to
-    leave just now: sleepers hold little and are dear to have back.
+    No sleeper has to stop only because the others are not ready to leave just now: sleepers hold little and are dear
+    to have back.
     """
     here = {supply.device for supply in supplies}
     residents = [r for r in residents if not here.isdisjoint(r.devices)]
@@ -85,11 +94,17 @@ def _jointly(w: Waiting, supplies: Sequence[DeviceSupply], group: Sequence[Candi
     leaving: dict[str, Candidate] = {}
     chosen: list[DeviceSupply] = []
     for _ in range(w.span):
-        options = [
-            (sum(candidate.price for candidate in extra), distance(supply, chosen), -supply.free, supply.device, extra)
-            for supply in supplies
-            if supply not in chosen and (extra := _extra(w, supply, group, leaving, most)) is not None
-        ]
+        options = []
+        for supply in supplies:
+            if supply in chosen:
+                continue
+            here = [candidate for candidate in group if supply.device in candidate.resident.devices]
+            coming = sum([candidate.option.frees for candidate in here if candidate.resident.model in leaving])
+            short = w.need_on(supply.device) - supply.free - coming
+            extra = cover([candidate for candidate in here if candidate.resident.model not in leaving], short, most)
+            if extra is not None:
+                price = sum([candidate.price for candidate in extra])
+                options.append((price, distance(supply, chosen), -supply.free, supply.device, extra))
         if not options:
             return None
         *_, device, extra = min(options, key=lambda option: option[:4])
@@ -98,27 +113,14 @@ def _jointly(w: Waiting, supplies: Sequence[DeviceSupply], group: Sequence[Candi
     return EvictionSet(tuple(sorted(supply.device for supply in chosen)), tuple(leaving.values()))
 
 
-def _extra(
-    w: Waiting, supply: DeviceSupply, group: Sequence[Candidate], leaving: Mapping[str, Candidate], most: int
-) -> tuple[Candidate, ...] | None:
-    """The replicas that must leave the device besides those that leave anyway."""
-    here = [candidate for candidate in group if supply.device in candidate.resident.devices]
-    coming = sum(candidate.option.frees for candidate in here if candidate.resident.model in leaving)
-    short = w.need_on(supply.device) - supply.free - coming
-    return cover([candidate for candidate in here if candidate.resident.model not in leaving], short, most)
-
-
 def cover(group: Sequence[Candidate], short: int, most: int) -> tuple[Candidate, ...] | None:
     """The cheapest of the group that free ``short`` bytes: the best set of up to ``most``, else a good larger one."""
     if short <= 0:
         return ()
-    useful = sorted(
-        (candidate for candidate in group if candidate.option.frees > 0), key=lambda candidate: candidate.price
-    )
-    if sum(candidate.option.frees for candidate in useful) < short:
+    useful = sorted([candidate for candidate in group if candidate.option.frees > 0], key=attrgetter("price"))
+    if sum([candidate.option.frees for candidate in useful]) < short:
         return None
-    best = _search(useful, short, most)
-    return best or _greedy(useful, short)
+    return _search(useful, short, most) or _greedy(useful, short)
 
 
 def _search(ordered: Sequence[Candidate], short: int, most: int) -> tuple[Candidate, ...]:
@@ -164,37 +166,22 @@ def oldest_first(s: PolicyInput, w: Waiting, residents: Sequence[Resident]) -> E
     """The fewest of the least recently used after whose leaving ``w`` fits; None: not even all are enough."""
     supplies = unclaimed(s, w)
     here = [r for r in residents if r.model != w.model]
-    for group in groups(w, supplies, here, _age) if supplies else ():
-        eviction = _in_order(w, supplies, sorted(group, key=_recency))
-        if eviction:
-            return eviction
+    for group in groups(w, supplies, here, lambda r, option: r.used) if supplies else ():
+        free = {supply.device: supply.free for supply in supplies}
+        leaving: list[Candidate] = []
+        for candidate in sorted(group, key=_recency):
+            if enough(w, free):
+                break
+            leaving.append(candidate)
+            for device in candidate.resident.devices:
+                if device in free:
+                    free[device] += candidate.option.frees
+        if good := enough(w, free):  # those of other devices need not leave after all
+            return EvictionSet(good, tuple(c for c in leaving if not set(good).isdisjoint(c.resident.devices)))
     return None
 
 
-def _age(r: Resident, option: OffloadOption) -> float:
-    return r.used
-
-
 def _recency(candidate: Candidate) -> tuple[bool, bool, float, str]:
-    """Asleep longest ago last; one with a request in it is in use this very moment."""
+    """Sleepers last; of the others the least recently used first, where a request in it is use at this very moment."""
     r = candidate.resident
     return r.asleep, bool(r.running), r.used, r.model
-
-
-def _in_order(w: Waiting, supplies: Sequence[DeviceSupply], ordered: Sequence[Candidate]) -> EvictionSet | None:
-    free = {supply.device: supply.free for supply in supplies}
-    leaving: list[Candidate] = []
-    for candidate in ordered:
-        good = enough(w, free)
-        if good:
-            break
-        leaving.append(candidate)
-        for device in candidate.resident.devices:
-            if device in free:
-                free[device] += candidate.option.frees
-    good = enough(w, free)
-    if not good:
-        return None
-    return EvictionSet(
-        good, tuple(candidate for candidate in leaving if not set(good).isdisjoint(candidate.resident.devices))
-    )

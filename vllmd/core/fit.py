@@ -1,4 +1,8 @@
-"""Does it fit? What an engine needs of a device, and what a device has for it, in bytes. Nothing else answers that.
+"""Does it fit? What an engine needs of a device, and what a device has for it, in bytes. No other file answers that.
+
+It is kept in one file because the same question is asked at five moments (may the request wait, does the policy see
+room, who would have to leave, does the plan still hold when its turn comes, what is the client told), and an engine
+that fits by one answer and not by another waits for ever, or is started to fail.
 
 A *supply* says what each device has for one engine, what that engine holds there itself included:
 
@@ -20,13 +24,14 @@ what one swap can give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vllmd.core.ledger import Account, Ledger, gib
+from vllmd.core.ledger import Account, Ledger
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import NOBODY, DeviceSupply, PolicyInput, Resident, Tenants, Waiting
 from vllmd.core.types import State
+from vllmd.sizes import in_words
 
 Supply = Mapping[int, int]  # device index -> bytes
 
@@ -80,10 +85,11 @@ class Wait(NamedTuple):
 class Fit:
     """The supplies, and the questions about them, of the devices of one ledger."""
 
-    def __init__(self, ledger: Ledger, active: Collection[Replica]) -> None:
-        """``active``: the replicas that hold anything are among these."""
+    def __init__(self, ledger: Ledger, active: Collection[Replica], moving: Mapping[int, Replica]) -> None:
+        """``active``: the replicas that hold anything are among these. ``moving``: devices where a command is out."""
         self._ledger = ledger
         self._active = active
+        self._moving = moving
 
     # -- supplies
 
@@ -144,6 +150,13 @@ class Fit:
         needs = {index: self.need_on(r, index) for index in devices}
         return all(size is not None and supply[index] >= size for index, size in needs.items())
 
+    def any_could_move(self, sleepers: Iterable[Replica], devices: Iterable[int]) -> bool:
+        """Whether one of these devices, at rest, has room for a start of one of these sleepers."""
+        accounts = [account for index in devices if (account := self._ledger.accounts.get(index))]
+        usable = [a.free for a in accounts if not a.avoided and a.device.index not in self._moving]
+        roomiest = max(usable, default=-1)
+        return any(r.booking <= roomiest for r in sleepers)
+
     def need_on(self, r: Replica, index: int) -> int | None:
         """Bytes that it needs on the device beyond what it holds there, negative if that is more than it needs.
 
@@ -158,12 +171,15 @@ class Fit:
 
     def shortage(self, r: Replica, devices: Iterable[int]) -> str:
         """What each of these devices lacks for it, readable."""
-        return "; ".join([self._short(self._ledger.accounts[index], self.need_on(r, index)) for index in devices])
-
-    def _short(self, a: Account, size: int | None) -> str:
-        if size is None:
-            return f"others do not leave device {a.device.index} free: strangers hold {gib(a.external)} there"
-        return f"device {a.device.index} has {gib(a.free)} of {gib(size)} needed"
+        lacks = []
+        for index in devices:
+            a, size = self._ledger.accounts[index], self.need_on(r, index)
+            if size is None:
+                held = in_words(a.external)
+                lacks.append(f"others do not leave device {index} free: other programs hold {held} there")
+            else:
+                lacks.append(f"device {index} has {in_words(a.free)} of {in_words(size)} needed")
+        return "; ".join(lacks)
 
     # -- what can never be, with the arithmetic, so that nobody waits for it
 
@@ -176,19 +192,22 @@ class Fit:
             return ""
         accounts = self.allowed(r)
         if len(accounts) < count:
-            return f"{r.id!r} needs {_devices(count)}, and there {_are(len(accounts))} for it"
+            there = "is 1" if len(accounts) == 1 else f"are {len(accounts) or 'none'}"
+            return f"{r.id!r} needs {_devices(count)}, and there {there} for it"
         if self.starts(r, self.alone()) >= count:
             return ""
         most = max(need(r, a, 0) or 0 for a in accounts)
         alike: dict[str, list[str]] = {}
         for a in accounts:
-            has = f"{gib(a.device.memory)} less a reserve of {gib(a.device.reserve)}: {gib(a.capacity)}"
-            alike.setdefault(has, []).append(str(a.device.index))
+            reserve = f" less a reserve of {in_words(a.device.reserve)}: {in_words(a.capacity)}" * (
+                a.device.reserve > 0
+            )
+            alike.setdefault(in_words(a.device.memory) + reserve, []).append(str(a.device.index))
         sizes = "; ".join(
             f"device {on[0]} has {has}" if len(on) == 1 else f"devices {', '.join(on)} have {has} each"
             for has, on in alike.items()
         )
-        return f"{r.id!r} needs {gib(most)} on each of {_devices(count)}; {sizes}"
+        return f"{r.id!r} needs {in_words(most)} on each of {_devices(count)}; {sizes}"
 
     def pinned_out(self, r: Replica) -> str:
         """Why pinned models leave no room for ``r``; empty if they do.
@@ -205,7 +224,7 @@ class Fit:
         names = ", ".join(f"{p.id!r}" for p in list(without) or pinned)
         if r.spec.when_free:
             return f"{r.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
-        return f"{r.id!r} needs {gib(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
+        return f"{r.id!r} needs {in_words(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
 
     def stuck(self, sleepers: Iterable[Replica]) -> dict[Replica, str]:
         """Sleepers that cannot wake where they are although they could start elsewhere, and why."""
@@ -238,7 +257,7 @@ class Fit:
             key=lambda pair: -_free_ratio(pair[1], pair[0]),
         )
         free = _free_ratio(fullest, used)
-        why = f"others hold {gib(used)} of device {fullest.device.index}{', the fullest' * (len(accounts) > 1)}"
+        why = f"others hold {in_words(used)} of device {fullest.device.index}{', the fullest' * (len(accounts) > 1)}"
         why = f"{why}, {free:.3f} of it is free"
         where = ",".join(map(str, devices))
         numbers: dict[str, float | int | str] = {"devices": where, "used": used, "free": round(free, 4)}
@@ -246,7 +265,7 @@ class Fit:
         if share is None:
             return Grant(None, why, numbers)
         size = math.ceil(share * min(a.device.memory for a in accounts))
-        return Grant(size, f"{why}: it takes {share:g}, {gib(size)}", {**numbers, "share": share, "memory": size})
+        return Grant(size, f"{why}: it takes {share:g}, {in_words(size)}", {**numbers, "share": share, "memory": size})
 
     def held_back(self, r: Replica, since: float) -> Wait | None:
         """What keeps a start of ``r`` waiting, and for what; None where others leave it enough devices."""
@@ -260,13 +279,13 @@ class Fit:
         devices = "a free device" if r.spec.device_count == 1 else f"{r.spec.device_count} free devices"
         least = f", at least {min(rule.shares):g} of it free" if rule.shares else ""
         reasons = filter(None, (_reason(r, a, others, since) for a, others in used.values()))
-        why = f"{devices} (others use less than {gib(rule.used_below)}{least}): {'; '.join(reasons)}"
+        why = f"{devices} (others use less than {in_words(rule.used_below)}{least}): {'; '.join(reasons)}"
         numbers = {f"used_{index}": others for index, (_, others) in used.items()}
         return Wait(why, {"used_below": rule.used_below, **numbers}, not all(_read(a, since) for a, _ in used.values()))
 
 
 def _read(a: Account, since: float) -> bool:
-    return a.looked is None or a.looked >= since
+    return a.read_at is None or a.read_at >= since
 
 
 def _reason(r: Replica, a: Account, others: int, since: float) -> str:
@@ -278,17 +297,13 @@ def _reason(r: Replica, a: Account, others: int, since: float) -> str:
     if need(r, a, others) is not None:
         return ""
     kept = others - a.external
-    holders = [f"strangers hold {gib(a.external)}"] * (a.external > 0)
-    holders += [f"models that stay hold {gib(kept)}"] * (kept > 0)
+    holders = [f"other programs hold {in_words(a.external)}"] * (a.external > 0)
+    holders += [f"models that stay hold {in_words(kept)}"] * (kept > 0)
     return f"{' and '.join(holders)} on device {index}, {_free_ratio(a, others):.3f} is free"
 
 
 def _devices(count: int) -> str:
     return "1 device" if count == 1 else f"{count} devices"
-
-
-def _are(count: int) -> str:
-    return "is 1" if count == 1 else f"are {count or 'none'}"
 
 
 # -- on a policy's view
@@ -314,7 +329,8 @@ def fits(s: PolicyInput, w: Waiting) -> tuple[int, ...] | None:
     ]
     if len(good) < w.span:
         return None
-    good.sort(key=_spread)
+    # Devices that nobody uses first, of those the smallest; then the emptiest of those that are shared.
+    good.sort(key=lambda d: (True, -d.free, d.device) if d.free < d.sleepable else (False, d.free, d.device))
     return tuple(sorted([supply.device for supply in _near(good, w.span)]))
 
 
@@ -337,19 +353,11 @@ def _at_once(supply: DeviceSupply, w: Waiting) -> bool:
     return not supply.until and (not supply.claimed or w.load <= supply.drain)
 
 
-def _linked(one: DeviceSupply, other: DeviceSupply) -> bool:
-    return other.device in one.links
-
-
-def _same_switch(one: DeviceSupply, other: DeviceSupply) -> bool:
-    return bool(one.switch) and one.switch == other.switch
-
-
-def _same_node(one: DeviceSupply, other: DeviceSupply) -> bool:
-    return one.node is not None and one.node == other.node
-
-
-NEAR = (_linked, _same_switch, _same_node)  # from the nearest on
+NEAR: tuple[Callable[[DeviceSupply, DeviceSupply], bool], ...] = (  # from the nearest on
+    lambda one, other: other.device in one.links,  # joined directly
+    lambda one, other: bool(one.switch) and one.switch == other.switch,
+    lambda one, other: one.node is not None and one.node == other.node,
+)
 
 
 def distance(supply: DeviceSupply, others: Iterable[DeviceSupply]) -> int:
@@ -358,9 +366,25 @@ def distance(supply: DeviceSupply, others: Iterable[DeviceSupply]) -> int:
     return max(steps, default=0)
 
 
-def _spread(supply: DeviceSupply) -> tuple[bool, int, int]:
-    shared = supply.free < supply.sleepable
-    return shared, -supply.free if shared else supply.free, supply.device
+def roomiest(s: PolicyInput) -> int:
+    """Bytes free on the device at rest that has most of them: what needs more fits nowhere just now."""
+    return max([supply.free for supply in s.supplies.values() if not supply.until], default=0)
+
+
+def may_fit(w: Waiting, roomiest: int) -> bool:
+    """Whether it is worth asking on which devices ``w`` fits as they are; ``roomiest`` as of :func:`roomiest`."""
+    return not w.span or w.need <= roomiest
+
+
+def room_for_these(s: PolicyInput, models: Collection[str]) -> dict[int, int]:
+    """Bytes that each device has for these residents together: what they hold, and what the idle awake would free."""
+    room = {index: supply.free for index, supply in s.supplies.items()}
+    for r in s.residents:
+        frees = r.options[-1].frees if r.model in models else 0 if r.asleep else r.options[0].frees
+        for index in r.devices:
+            if index in room:
+                room[index] += frees
+    return room
 
 
 def unclaimed(s: PolicyInput, w: Waiting) -> list[DeviceSupply]:

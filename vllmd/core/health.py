@@ -1,8 +1,18 @@
-"""What the answers of a model's replicas earn them, and who is probed (8.2, 8.3 in ``design.md``).
+"""What the answers of a model's replicas earn them, and which replicas are probed (8.2, 8.3 in ``design.md``).
 
-Outlier detection, as a balancer has it: passive (three answers in a row that begin
-much later than the fastest's, a request that failed) and active (a probe when an
-engine has come up, when its time apart is over, or when it leaves requests unanswered).
+Outlier detection, as Envoy has it, of the replicas of models with ``replicas:``; nothing here applies to the others.
+
+    NEW --a probe passed--> SERVING --three late answers--> SLOW ----a probe passed, after a pause--> SERVING
+                            SERVING --a request failed, a server silent, a probe failed--> EJECTED --(the same)
+
+Passive: answers that begin much later than the fastest replica's, and requests that failed. Active: a probe, which is
+a short request of the daemon's own, when an engine has come up, when its pause is over (1 s, doubling to 60 s), or when
+it leaves requests unanswered.
+
+The last is *suspicion*: "no answer for longer than its answers ever took" may be a long prompt, or an engine that hangs
+with its port open. So a suspected replica goes on serving while it is probed. If others were answered meanwhile it was
+only busy, and what the probe did not get says nothing (``vouched``: no suspicion until then); else it is ejected, and
+what it left unanswered is cut, so that the proxy can send it to another replica.
 """
 
 from __future__ import annotations
@@ -10,7 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from vllmd.core.balancing import ENOUGH, fastest, quickest
+from vllmd.core.balancing import ENOUGH_ANSWERS, fastest, quickest
 from vllmd.core.common import Core
 from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
 from vllmd.core.lifecycle import Kind, Reason
@@ -28,17 +38,17 @@ ALONE = ReplicaRules(probe=False)
 
 
 class HealthChecks:
-    """Of the replicas of models that have ``balancing``; nothing here applies to the others."""
+    """The health of replicas, and the probes that are under way."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._probes: dict[str, Replica] = {}
         self._numbers = itertools.count(1)
 
-    # -- what is heard of them (8.2)
+    # -- answers (8.2)
 
     def answered(self, r: Replica, request: str, streamed: bool) -> None:
-        """The first byte of an answer came."""
+        """Learn from the first byte of an answer how late the replica's answers begin."""
         h, rules = r.health, r.model.rules
         began = h.unanswered.pop(request, None) if h else None
         if h is None or rules is None or began is None:
@@ -53,14 +63,17 @@ class HealthChecks:
         self._core.mark_for_review(r)
 
     def _judge(self, r: Replica, h: Health, took: float, best: float | None, latency: float) -> None:
-        """Too late too often beside the fastest of the others: it is set aside."""
+        """Set a replica aside whose answers are too late too often beside the fastest of the others.
+
+        ``took``: seconds of this answer, ``best``: of the fastest's on average, ``latency``: of this replica's.
+        """
         bound = INFINITY if best is None else max(QUICK, self._rules(r).growth * best)
         if took <= bound or latency <= bound:
             h.late, h.timely = 0, h.timely + 1
-            h.rounds = 0 if h.timely >= ENOUGH else h.rounds
+            h.rounds = 0 if h.timely >= ENOUGH_ANSWERS else h.rounds
             return
         h.late, h.timely = h.late + 1, 0
-        if h.late >= ENOUGH and best is not None:
+        if h.late >= ENOUGH_ANSWERS and best is not None:
             numbers = {"latency": round(latency, 3), "fastest": round(best, 3), "bound": round(bound, 3)}
             why = f"its answers begin after {latency:.2f} s, those of the fastest after {best:.2f} s"
             self._set_aside(r, h, HealthStatus.SLOW, why, numbers)
@@ -71,7 +84,7 @@ class HealthChecks:
         if h is None:
             return
         h.unanswered.pop(request, None)
-        if failed and r.on and h.status in (HealthStatus.SERVING, HealthStatus.SLOW):
+        if failed and r.is_on and h.status in (HealthStatus.SERVING, HealthStatus.SLOW):
             self._set_aside(r, h, HealthStatus.EJECTED, failed)
             self._core.mark_for_review(r)
 
@@ -94,7 +107,7 @@ class HealthChecks:
             self._core.mark_for_review(r)
 
     def probed(self, e: ReplicaProbed) -> None:
-        """A probe came back, or did not."""
+        """Judge a replica by its probe, which came back or did not."""
         r = self._probes.pop(e.request, None)
         if r is None:
             return
@@ -110,7 +123,7 @@ class HealthChecks:
             h.vouched = self._core.now + self._hang_limit(r, h)  # one that is set aside is asked again at once
         elif e.seconds is not None:
             self._probe_passed(r, h, e.seconds)
-        elif h.status is HealthStatus.SERVING and h.seen > h.asked:
+        elif h.status is HealthStatus.SERVING and h.seen > h.probed_at:
             h.vouched = self._core.now + self._hang_limit(r, h)  # others were answered meanwhile: it is only busy
         else:
             self._probe_failed(r, h, e.reason)
@@ -119,7 +132,7 @@ class HealthChecks:
         h.failed = 0
         h.took, h.vouched = seconds, self._core.now + self._hang_limit(r, h)
         if h.status is HealthStatus.SERVING:
-            return  # only a suspicion, and it was wrong
+            return  # the suspicion was wrong
         h.status, h.late, h.look_at, h.why = HealthStatus.SERVING, 0, INFINITY, ""
         self._core.engines.record("serve", r, f"it answered a probe in {seconds:.3f} s", {"seconds": seconds})
 
@@ -143,7 +156,7 @@ class HealthChecks:
         what = "set aside" if to is HealthStatus.SLOW else "eject"
         self._core.engines.record(what, r, why, {**numbers, "pause": pause, "rounds": h.rounds})
 
-    # -- who is probed (8.3)
+    # -- probes (8.3)
 
     def look_at(self, r: Replica) -> None:
         """Probe replicas that came up, whose time apart is over, or that leave requests without an answer."""
@@ -157,10 +170,10 @@ class HealthChecks:
             self._probe(r, h)
 
     def _probe(self, r: Replica, h: Health) -> None:
-        """May take ``growth`` times as long as the fastest's did, and as much longer with each attempt in a row.
+        """Ask the replica a short question, for which it has ``growth`` times as long as the fastest replica took.
 
-        Where no other serves there is nobody to be slower than, and one that is only suspected is to show that it
-        lives: both have ``probe_limit``.
+        With each attempt in a row it may take as much longer. Where no other serves there is nothing to be slower
+        than, and one that is only suspected is to show that it lives: both have ``probe_limit``.
         """
         rules = self._rules(r)
         if not rules.probe and h.status is not HealthStatus.SERVING:
@@ -169,13 +182,13 @@ class HealthChecks:
             return
         best = quickest(but=r) if h.status is not HealthStatus.SERVING else None
         limit = rules.probe_limit if best is None else max(QUICKEST_PROBE, rules.growth * best)
-        h.probe, h.asked = f"probe-{next(self._numbers)}", self._core.now
+        h.probe, h.probed_at = f"probe-{next(self._numbers)}", self._core.now
         self._probes[h.probe] = r
         self._core.mark_for_review(r)
         self._core.engines.probe(r, h.probe, min(LONGEST_PROBE, limit * rules.growth ** min(h.failed, 10)))
 
     def _hang_limit(self, r: Replica, h: Health) -> float:
-        """Seconds without an answer that are suspicious."""
+        """Seconds without any answer after which the replica is suspected."""
         rules = self._rules(r)
         return max(rules.probe_limit, rules.growth * h.longest)
 
@@ -186,7 +199,7 @@ class HealthChecks:
         return max(h.vouched, max(oldest, h.seen) + self._hang_limit(r, h))
 
     def due(self, r: Replica) -> float:
-        """When it is to be probed if nothing else happens."""
+        """When the replica is to be probed if nothing else happens; infinite for never."""
         h = r.health
         if h is None or h.probe or r.state is not State.READY:
             return INFINITY

@@ -1,4 +1,4 @@
-"""What an unused model does as it ages: sleep, sleep deeper, stop. Pure functions of one model and the time."""
+"""What an unused replica does as it ages: sleep, sleep deeper, stop (4.4). Pure functions of a replica and the time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllmd.core.types import State
 
 
 class Rest(enum.Enum):
-    """The next thing an unused model does."""
+    """The next thing that an unused replica does."""
 
     NONE = enum.auto()
     SLEEP = enum.auto()
@@ -41,30 +41,22 @@ def rules_due(r: Replica) -> float:
     rules, since = r.spec.idle, r.idle_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
     if r.state is State.READY:
-        if _costly(r):
+        # 4.4: with a limit of energy it sleeps once it has drawn so much unused, however short that took. A figure that
+        # was read before its last request says nothing of the time since.
+        drawn_since, joules = r.drawn
+        if rules.energy is not None and drawn_since == since and joules >= rules.energy:
             return _kept_alive(r, since)
         return _kept_alive(r, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
     if r.state is State.SLEEPING:
-        return min(stop, _deepen_due(r))
+        # One with a job waits for the room to sleep deeper already.
+        deepens = rules.deepen_after is not None and r.level == 1 and 2 in r.spec.sleep_levels and not r.job
+        return min(stop, since + rules.deepen_after) if deepens and rules.deepen_after is not None else stop
     return INFINITY
-
-
-def _costly(r: Replica) -> bool:
-    """4.4: it has drawn as much unused as it may; what was read before its last request does not count."""
-    energy, (since, joules) = r.spec.idle.energy, r.drawn
-    return energy is not None and since == r.idle_since and joules >= energy
 
 
 def _kept_alive(r: Replica, due: float) -> float:
     """4.5: later than ``due`` where a client will use it again, at once where the last one said that it will not."""
-    wishes = r.model.keep_alive
-    if wishes.let_go >= r.idle_since:  # and nobody has used it since
+    kept = r.model.keep_alive
+    if kept.let_go >= r.idle_since:  # and nobody has used it since
         return r.idle_since
-    return max(due, *wishes.until.values()) if wishes.until else due
-
-
-def _deepen_due(r: Replica) -> float:
-    after = r.spec.idle.deepen_after
-    if after is None or r.level != 1 or 2 not in r.spec.sleep_levels or r.job:
-        return INFINITY  # or it only waits for the room to
-    return r.idle_since + after
+    return max(due, *kept.until.values()) if kept.until else due

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllmd.core.lifecycle import BY_HAND, MERGES, OWN, UP, WANTS, Current, Kind, Merge, New, Reason
-from vllmd.core.model import Job, asked_start
+from vllmd.core.model import Job, wanted_start
 
 
 def current(job: Job | None, runs: bool) -> Current:
@@ -43,7 +43,7 @@ def merge(job: Job | None, runs: bool, asked: Job) -> Job | None:
     if job is None or verb is Merge.TAKE:
         if job and asked.leaves:
             asked.target = asked.target or job.target
-            asked.then = asked.then or asked_start(job)
+            asked.then = asked.then or wanted_start(job)
         return asked
     if verb is Merge.JOIN:
         job.then = None

@@ -1,9 +1,11 @@
 """Who holds how much memory: on each device, and of the host for level-1 sleepers. All in bytes.
 
-The ledger is written before a command goes out (a start is booked at once with
-what it may need) and after an answer came back (memory is released only when
-it is known to be free), so that it never promises the same byte twice. Who holds
-it, an engine, is only a key here.
+The ledger is written before a command goes out (a start is booked at once with what it may need) and after an answer
+came back (memory is released only when it is known to be free), so that it never promises the same byte twice. It knows
+no engines: a holder is only a key here.
+
+``free = memory - reserve - promised - external``. It may be negative: other programs, and engines that take more than
+they were measured at, do not ask. Then nothing starts on that device, and nothing is ended for it either.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping
 
-from vllmd.core.types import CPU, Device, GiB
+from vllmd.core.types import CPU, Device
+from vllmd.sizes import in_words
 
 
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
 
-    __slots__ = ("capacity", "device", "drained", "external", "gone", "ill", "looked", "missing", "promised")
+    __slots__ = ("capacity", "device", "drained", "external", "gone", "ill", "missing", "promised", "read_at")
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.capacity = device.memory - device.reserve  # what can ever be promised
         self.promised = 0
         self.external = 0
-        self.looked: float | None = None  # when strangers were last read; None: nobody reads them
+        self.read_at: float | None = None  # when ``external`` was last read; None: nobody reads it
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
         self.ill = ""  # what its driver says against using it
         self.gone = False  # it is not there any more, but models still hold some of it
@@ -33,13 +36,13 @@ class Account:
     def redefine(self, device: Device) -> None:
         """The same device with another size or reserve, or again; or another one, of which nothing is known yet."""
         if (device.id, device.runtime) != (self.device.id, self.device.runtime):
-            self.external, self.looked, self.missing, self.ill = 0, None, 0, ""
+            self.external, self.read_at, self.missing, self.ill = 0, None, 0, ""
         self.device, self.gone = device, False
         self.capacity = device.memory - device.reserve
 
     @property
     def free(self) -> int:
-        """What can be promised now; negative when strangers or measurements took more than was left."""
+        """What can be promised now, bytes; negative when more was taken than was left."""
         return self.capacity - self.promised - self.external
 
     @property
@@ -48,7 +51,7 @@ class Account:
         if self.gone:
             return "it is not there any more"
         if self.missing and not self.ill:
-            return f"{gib(self.missing)} did not come back after a stop"
+            return f"{in_words(self.missing)} did not come back after a stop"
         return self.ill or self.drained
 
     @property
@@ -70,12 +73,14 @@ class Ledger:
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
 
-    def take(self, devices: Iterable[Device]) -> None:
-        """Take the devices as they are now. One that is gone keeps its account as long as a model holds some of it."""
+    def set_devices(self, devices: Iterable[Device]) -> None:
+        """Take the devices as they are now. One that is gone keeps its account as long as an engine is on it."""
         now = {device.index: device for device in devices}
+        # By who is there, not by bytes: an engine whose footprint is 0 has to be unbooked from its account as well.
+        held = {index for shares in self._held.values() for index in shares}
         for index, account in list(self.accounts.items()):
             account.gone = index not in now
-            if account.gone and not account.promised:
+            if account.gone and index not in held:
                 del self.accounts[index]
         for index in sorted(now):
             if index in self.accounts:
@@ -83,8 +88,8 @@ class Ledger:
             else:
                 self.accounts[index] = Account(now[index])
 
-    def miss(self, indices: Iterable[int]) -> None:
-        """An engine is on these devices, whether they are there or not: one that is not has an account that is gone."""
+    def add_gone(self, indices: Iterable[int]) -> None:
+        """Have an account, marked as gone, for each device that is not there although an adopted engine is on it."""
         for index in indices:
             if index not in self.accounts and not self.unknown:
                 account = self.accounts[index] = Account(Device(index, "", 0))
@@ -112,7 +117,7 @@ class Ledger:
         """Bytes that ``holder`` holds, per device index."""
         return self._held.get(holder, {})
 
-    def most(self, holder: Hashable) -> int:
+    def largest_share(self, holder: Hashable) -> int:
         """Bytes that ``holder`` holds on the device where it holds most."""
         return max(self._held.get(holder, {}).values(), default=0)
 
@@ -130,8 +135,8 @@ class Ledger:
         """Host bytes that ``holder`` could have, what it keeps already included."""
         return self.host_budget - self.host_promised + self._host.get(holder, 0)
 
-    def external(self, held: Mapping[int, int], now: float, largest: int = 0) -> None:
-        """Take NVML's word for what strangers hold; what cannot be (negative, more than there is) is cut to size.
+    def set_external(self, held: Mapping[int, int], now: float, largest: int = 0) -> None:
+        """Take NVML's word for what other programs hold; what cannot be (negative, more than there is) is cut to size.
 
         What they hold of the CPU's memory never keeps an engine of ``largest`` bytes from running there alone: the
         machine's own programs hold some at all times, and an engine that is short of it is slow and does not fail.
@@ -139,7 +144,7 @@ class Ledger:
         for index, size in held.items():
             account = self.accounts.get(index)
             if account:
-                account.looked = now
+                account.read_at = now
                 most = account.device.memory
                 if account.device.runtime == CPU:
                     most = max(0, account.capacity - largest)
@@ -147,11 +152,11 @@ class Ledger:
                 if account.external < account.missing // 2:
                     account.missing = 0
 
-    def unread(self, indices: Iterable[int]) -> None:
+    def mark_unread(self, indices: Iterable[int]) -> None:
         """Note devices that could not be read: their last figures stand, but say nothing of what is free now."""
         for index in indices:
             if index in self.accounts:
-                self.accounts[index].looked = -math.inf
+                self.accounts[index].read_at = -math.inf
 
     def wedge(self, missing: Mapping[int, int]) -> None:
         """Note bytes that did not come back: avoid the devices until a sample shows that they did."""
@@ -159,8 +164,3 @@ class Ledger:
             if index in self.accounts and size > 0:
                 self.accounts[index].missing = size
                 self.accounts[index].external = max(self.accounts[index].external, size)
-
-
-def gib(size: float) -> str:
-    """Bytes for people: ``23.5 GiB``."""
-    return f"{size / GiB:.1f} GiB"

@@ -76,7 +76,7 @@ class Health:
     latencies: dict[bool, Latency] = field(default_factory=dict)  # of streams (True) and of whole answers
     seen: float = -INFINITY  # when the last of them came
     took: float | None = None  # seconds, its last probe
-    asked: float = -INFINITY  # when its last probe was sent
+    probed_at: float = -INFINITY  # when its last probe was sent
     late: int = 0  # answers in a row that came too late beside the fastest's
     timely: int = 0  # answers in a row that did not
     rounds: int = 0  # how often it was set aside or ejected, without a few timely answers in between
@@ -133,7 +133,7 @@ class Job:
         return self.reason in OWN and self.kind not in UP
 
 
-def asked_start(job: Job | None) -> Job | None:
+def wanted_start(job: Job | None) -> Job | None:
     """The start among a job and what follows it that somebody wants without a request; None: there is none."""
     while job and not (job.kind in UP and job.reason in WANTS):
         job = job.then
@@ -190,7 +190,7 @@ class Model:
         return self.spec.name
 
     @property
-    def off(self) -> str:
+    def disabled_because(self) -> str:
         """What whoever comes is told, if nobody is served: it is disabled, or all its replicas are; else ""."""
         if self.disabled or not self.replicas or not self.replicas[0].disabled:
             return self.disabled
@@ -265,12 +265,12 @@ class Replica:
         return self.state in (State.STOPPED, State.SLEEPING, State.FAILED)
 
     @property
-    def off(self) -> str:
+    def disabled_because(self) -> str:
         """Why it is not to be up, whoever wants it: an operator has disabled it, or its model; else ""."""
         return self.disabled or self.model.disabled
 
     @property
-    def on(self) -> bool:
+    def is_on(self) -> bool:
         """Whether the engine serves, gate open or not."""
         return self.state in AWAKE
 
@@ -316,15 +316,15 @@ class Replica:
         return job is not None and job.leaves and not (job.kind is Kind.SLEEP and self.state is State.SLEEPING)
 
     @property
-    def start_asked(self) -> float | None:
+    def wanted_since(self) -> float | None:
         """When a start was asked for that no request is behind: by an operator, to preload, as one more replica."""
-        start = asked_start(self.job)
+        start = wanted_start(self.job)
         return start.since if start else None
 
     @property
     def urged(self) -> bool:
         """Whether an operator wants the replica: busy models leave at once."""
-        start = asked_start(self.job)
+        start = wanted_start(self.job)
         return start is not None and start.reason is Reason.OPERATOR
 
     @property
@@ -336,7 +336,7 @@ class Replica:
     def demand(self) -> int:
         """How many wait for it to be on: requests queued, requests frozen, a load that was asked for."""
         frozen = len(self.running) if self.running and self.state not in AWAKE else 0
-        return self.queued + frozen + (asked_start(self.job) is not None)
+        return self.queued + frozen + (wanted_start(self.job) is not None)
 
     @property
     def freezable(self) -> bool:
@@ -362,15 +362,15 @@ class Replica:
     def booking(self) -> int:
         """Bytes per device that must be free for a start: it must survive both loading and serving."""
         f = self.footprint
-        return max(f.starting, f.awake, self.learnt.asked if self.learnt else 0)
+        return max(f.starting, f.awake, self.learnt.needed if self.learnt else 0)
 
     @property
-    def told(self) -> int:
+    def engine_memory(self) -> int:
         """Bytes per device that its engine is told to take.
 
         Not the measured figure: an engine that takes a little more than it was told would grow with every start.
         """
-        return max(self.spec.footprint.awake, self.learnt.asked if self.learnt else 0)
+        return max(self.spec.footprint.awake, self.learnt.needed if self.learnt else 0)
 
     def granted(self, size: int) -> None:
         """Note a start with ``size`` bytes per device: what it held at another size says nothing of that."""

@@ -1,4 +1,9 @@
-"""What operators ask: load, sleep, stop, pins, leases, a new configuration (3 in ``design.md``)."""
+"""What operators ask: load, sleep, stop, pins, leases, a new configuration (3 in ``design.md``).
+
+All of it is of a model or of one replica, by name. An operator's word becomes a *job* of the replica, which is merged
+into what happens to it already (``jobs.py``); nothing here touches an engine. So the order in which operators, clients
+and idle rules come matters in one place only, the table of merges.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from vllmd.core.lifecycle import BY_HAND, OWN, Kind, Reason
 from vllmd.core.model import INFINITY, Health, HealthStatus, Job, Lease, Model, Replica
 from vllmd.core.policies import POLICIES
 from vllmd.core.scaling import Scaling
-from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, State, renamed
+from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
 
 UP = frozenset({State.READY, State.STARTING, State.WAKING})
 GONE = frozenset({State.STOPPED, State.FAILED})
@@ -21,7 +26,7 @@ BY_OPERATOR = "an operator asked for it"
 
 
 class OperatorCommands:
-    """An operator's word is done, drained first; only force cuts."""
+    """What operators ask is done; running requests end first, unless it is forced."""
 
     def __init__(self, core: Core, admission: Admission, scaling: Scaling, devices: Devices) -> None:
         self._core = core
@@ -36,9 +41,9 @@ class OperatorCommands:
 
     def load(self, e: ev.LoadAsked) -> None:
         """3.1: of several replicas one is wanted as by a request, the others where they fit beside what is there."""
-        replicas = [r for r in self._core.named(e.model) if not r.off]
+        replicas = [r for r in self._core.named(e.model) if not r.disabled_because]
         if not replicas:
-            why = self._core.named(e.model)[0].off
+            why = self._core.named(e.model)[0].disabled_because
             self._core.engines.answer(e.ask, refused=f"{e.model} is disabled: {why}")
             return
         rules = replicas[0].model.rules
@@ -54,20 +59,21 @@ class OperatorCommands:
             self._load(r, beside=r is not surely)
 
     def _load_on(self, model: Model, device: int, ask: str) -> None:
-        """The one that is there or on its way there; else one that nobody uses or wants; else one more is asked for."""
+        """3.1: the replica that is there or on its way there; else one at rest; else one more is asked for."""
         engines, refused = self._core.engines, [self._off_limits(r.spec, device) for r in model.replicas]
         if all(refused):
             engines.answer(ask, refused=refused[0], error=RejectReason.BAD_REQUEST)
             return
-        able = [r for r in model.replicas if not r.off]
-        there = next((r for r in able if device in r.placement.devices or _bound_for(r, device)), None)
+        able = [r for r in model.replicas if not r.disabled_because]
+        coming = [r for r in able if r.devices == (device,) and r.demand]  # wanted, and can come up only there
+        there = next((r for r in able if device in r.placement.devices or r in coming), None)
         spare = (r for r in able if r.state in GONE and not r.demand)
         r = there or next((r for r in spare if can_be_on(r.spec, device)), None)
         if r is None:
-            asked = self._adding.setdefault((model.name, device), [])
-            if not asked:
+            asks = self._adding.setdefault((model.name, device), [])
+            if not asks:
                 engines.hint(AddReplica(model.name, device))
-            asked.append(ask)
+            asks.append(ask)
             return
         if r is not there:
             r.bound = device
@@ -85,18 +91,18 @@ class OperatorCommands:
         return "" if spec.device_count == 1 else f"{spec.id} takes {spec.device_count} GPUs and cannot be put on one"
 
     def refused(self, e: ev.ReplicaRefused) -> None:
-        """There is not to be one more."""
+        """The daemon did not give the model one more replica: all operators that asked for it are told why."""
         for ask in self._adding.pop((e.model, e.device), ()):
             self._core.engines.answer(ask, refused=e.reason)
 
     def _load(self, r: Replica, *, beside: bool) -> None:
-        """A failure's back-off does not count for an operator."""
+        """Have it come up; ``beside``: only where nobody leaves for it. A failure's back-off does not count."""
         self._core.mark_news(r)
         self._scaling.resume(r)
         if r.state is State.FAILED:
             self._core.engines.forgive(r)
         if beside:
-            self._scaling.wish(r)
+            self._scaling.bring_up_soon(r)
             if r.job and r.job.reason in OWN | BY_HAND:
                 self._core.engines.call_off(r)
             return
@@ -109,7 +115,7 @@ class OperatorCommands:
             why = f"{e.model} cannot be put to sleep: it is not loaded ({replicas[0].state.value})"
         self._core.engines.answer(e.ask, refused=why)
         for r in replicas:
-            if e.level not in (1, 2) or r.off:
+            if e.level not in (1, 2) or r.disabled_because:
                 self._stop(r, force=False)
                 continue
             self._scaling.halt(r)
@@ -139,7 +145,7 @@ class OperatorCommands:
             self._core.send_away(r, Reason.OPERATOR, BY_OPERATOR)
             return
         self._core.engines.cut(r, "the model was stopped by force")
-        # At once if it is the one that moves; else as soon as its devices are at rest.
+        # At once if it is the engine whose command is under way; else as soon as its devices are at rest.
         self._core.engines.ask(r, Job(Kind.STOP, Reason.OPERATOR, "an operator forced it", self._core.now, force=True))
 
     # -- in use or not
@@ -170,12 +176,11 @@ class OperatorCommands:
             r.disabled = ""
         core.engines.record("enable", model or replicas[0], "an operator gave it back")
         for r in replicas:
-            if r.off:
+            if r.disabled_because:
                 continue
             self._scaling.resume(r)
             if r.spec.preload and not r.loaded:
-                self.preload[r] = None
-                self.preloading = False
+                self._preload_later(r)
             core.mark_news(r)
 
     # -- pins and leases
@@ -190,7 +195,8 @@ class OperatorCommands:
     def lease(self, e: ev.LeaseTaken) -> None:
         """3.5: kept until its deadline; of several replicas one that serves, else the first."""
         replicas = self._core.named(e.model)
-        serving = [r for r in replicas if _serves(r)]
+        healthy = (HealthStatus.SERVING, HealthStatus.SLOW)
+        serving = [r for r in replicas if r.state is State.READY and (not r.health or r.health.status in healthy)]
         kept = next((r for r in serving if e.lease in r.leases), next(iter(serving), replicas[0]))
         for model in self._core.models.values():
             if e.lease in model.leases and model.leases[e.lease].replica is not kept:
@@ -227,10 +233,15 @@ class OperatorCommands:
         core.engines.answer(e.ask, refused="; ".join(used))
         if used:
             return
-        if e.devices:
+        if e.devices:  # first: nothing may be put on a device that is about to be another one
             self._devices.changed(e.devices)
-        if e.settings:
-            self._retune(e.settings)
+        if e.settings and e.settings != core.settings:  # 3.7: what was begun goes on
+            if e.settings.policy != core.settings.policy:
+                core.policy = POLICIES[e.settings.policy]
+            core.settings = e.settings
+            core.engines.ledger.host_budget = e.settings.host_memory
+            for r in core.replicas.values():
+                core.mark_news(r)
         specs = {spec.name: spec for spec in e.models}
         for model in [model for name, model in core.models.items() if name not in specs]:
             why = f"{model.name!r} was removed from the configuration"
@@ -252,18 +263,6 @@ class OperatorCommands:
             number = len(model.queue) + sum(map(in_flight, (*model.replicas, *model.retired)))
             return f"{name} is in use ({number} requests, {len(model.leases)} leases)" if number or model.leases else ""
         return f"{name} is {r.state.value}" if r and not model and (r.loaded or r.demand) else ""
-
-    def _retune(self, settings: Settings) -> None:
-        """3.7: another policy or budget decides from now on; what was begun goes on."""
-        core = self._core
-        if settings == core.settings:
-            return
-        if settings.policy != core.settings.policy:
-            core.policy = POLICIES[settings.policy]
-        core.settings = settings
-        core.engines.ledger.host_budget = settings.host_memory
-        for r in core.replicas.values():
-            core.mark_news(r)
 
     def configure(self, spec: ModelSpec, restart: frozenset[str] = frozenset()) -> None:
         """A model, new or known, is to be like this; each replica that stays keeps its engine.
@@ -298,15 +297,17 @@ class OperatorCommands:
             self._retire(r)
         model.nominee = None if spec.balancing else replicas[0]
         for r in replicas if self._adding else ():
-            asked = self._adding.pop((model.name, r.spec.devices[0]), None) if len(r.spec.devices) == 1 else None
-            if asked:
+            asks = self._adding.pop((model.name, r.spec.devices[0]), []) if len(r.spec.devices) == 1 else []
+            if asks:
                 self._load(r, beside=False)
-            for ask in asked or ():
+            for ask in asks:
                 core.engines.answer(ask, r.id)
 
     def _has_no_consequence(self, model: Model, spec: ModelSpec) -> bool:
-        """Take the specification of a model of which nothing runs and nobody waits, if it keeps its only replica: there
-        is no more to do then. Of ten thousand models nearly all are such. Whether it was taken."""
+        """Take the specification of a model that nothing runs of and nothing waits for, if it keeps its only replica.
+
+        There is no more to do then. Of ten thousand models nearly all are such. Returns whether it was taken.
+        """
         if model.spec is spec or model.spec == spec:
             return True
         is_one = len(model.replicas) == len(spec.replicas) == 1 and model.replicas[0].id == spec.replicas[0].id
@@ -317,23 +318,27 @@ class OperatorCommands:
         return True
 
     def _add(self, model: Model, spec: ReplicaSpec) -> Replica:
-        """A replica nobody knew before."""
+        """A replica that the configuration did not have before."""
         r = Replica(model, spec, self._core.costs, self._core.now)
         r.learnt = r.book.known(spec)
         r.pinned = spec.pinned
         self._core.replicas[r.id] = r
         self._core.mark_for_review(r)
         if spec.preload:
-            self.preload[r] = None
-            self.preloading = False
+            self._preload_later(r)
         return r
 
+    def _preload_later(self, r: Replica) -> None:
+        """Preload the replica with the next ``TimePassed``: engines that run already are adopted first."""
+        self.preload[r] = None
+        self.preloading = False
+
     def _respec(self, r: Replica, spec: ReplicaSpec, restart: bool) -> None:
+        """A replica that is known has this specification from now on; ``restart``: its engine cannot go on with it."""
         if r.pinned == r.spec.pinned:  # an operator's pin outlives a reload
             r.pinned = spec.pinned
         if spec.preload and not r.spec.preload and not r.loaded:
-            self.preload[r] = None
-            self.preloading = False
+            self._preload_later(r)
         r.take(spec)
         r.bound = r.bound if r.bound is not None and can_be_on(spec, r.bound) else None
         if r not in self._core.active and not r.model.rules:
@@ -359,12 +364,3 @@ class OperatorCommands:
 def can_be_on(spec: ReplicaSpec, device: int) -> bool:
     """Whether the engine can be put on that device alone."""
     return spec.device_count == 1 and (not spec.devices or device in spec.devices)
-
-
-def _bound_for(r: Replica, device: int) -> bool:
-    """Whether the replica is wanted, and can only come up there."""
-    return r.devices == (device,) and r.demand > 0
-
-
-def _serves(r: Replica) -> bool:
-    return r.state is State.READY and (r.health is None or r.health.status in (HealthStatus.SERVING, HealthStatus.SLOW))

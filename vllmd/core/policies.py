@@ -1,4 +1,13 @@
-"""The policies that ship: ``adaptive``, the default, and plain ``lru``. Pure functions of a PolicyInput."""
+"""The policies that ship: ``adaptive``, the default, and plain ``lru``. Pure functions of a PolicyInput.
+
+A policy is asked for one plan at a time: of those that wait, which is the first whose swap is due, and which replicas
+leave for it? It goes through the waiters in turn. For each one it asks, from the cheapest question to the dearest: does
+it fit as it is (``fit.py``); must it wait whatever a search would find; can it serve sooner elsewhere; which set of
+victims is the cheapest (``eviction.py``, ``pricing.py``), and is it time for that? The first plan ends the look. A
+waiter that is next on a device but has to wait yet may *hold* that device against those that come later in the turn.
+
+Why the rules are as they are, with the measurements: "The policy" in ``design.md``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +25,9 @@ from vllmd.core.fit import (
     if_all_slept,
     if_the_idle_slept,
     if_the_light_left,
+    may_fit,
+    room_for_these,
+    roomiest,
     spare,
     unclaimed,
 )
@@ -35,9 +47,9 @@ from vllmd.core.policy import (
 from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
 NUMBERS = dict[str, float | int | str]
-HEADSTART = 1.0  # seconds added to everybody's age, so that priority orders those who come together
+HEADSTART = 1.0  # seconds added to each waiter's age, so that priority orders those that come together
 AHEAD = 1.0  # seconds that a device may stand idle between a transfer's end and that of the victims' leaving
-LEAST_LOAD = 0.01  # seconds; whoever loads faster gains nothing by it
+LEAST_LOAD = 0.01  # seconds; to load faster earns no better turn
 
 
 def plain(s: PolicyInput) -> Plan | None:
@@ -93,26 +105,26 @@ def moved(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, devices: tup
 
     ``eviction``: who would have to leave for it to wake where it sleeps; None: that cannot be just now.
     """
-    if w.move is None or devices is None or w.move.there.load >= _until_it_wakes(s, w, eviction):
+    if w.move is None or devices is None:
+        return None
+    waited = s.now - w.oldest
+    members = eviction.members if eviction else ()
+    busy = [r for _, r, _ in members if r.running or r.queued]
+    # Expected seconds until it would serve where it sleeps. Where that cannot be said (a transfer is under way, another
+    # swap claims the device) it is expected to take as long again as it took so far.
+    if eviction is None:
+        wakes_in = waited + w.load
+    elif busy:
+        wakes_in = max(waited, *[_until_idle(s, r) for r in busy]) + takes(eviction) + w.load
+    else:
+        # One that is being used must come back: that is part of what the swap costs.
+        used = [(r, option) for _, r, option in members if not r.asleep and s.now - r.used < s.knobs.used]
+        wakes_in = takes(eviction) + w.load + max([option.back + w.sleep for _, option in used], default=0.0)
+    if w.move.there.load >= wakes_in:
         return None
     where = ", ".join(map(str, devices))
     why = f"it serves sooner on device {where}, which has room, than where it sleeps"
     return Plan(w.model, devices, (Victim(w.model, w.move.stop),), why=why, numbers=_waited(s, w))
-
-
-def _until_it_wakes(s: PolicyInput, w: Waiting, eviction: EvictionSet | None) -> float:
-    """Expected seconds until ``w`` would serve where it sleeps."""
-    waited = s.now - w.oldest
-    if eviction is None:
-        return waited + w.load
-    busy = [r for _, r, _ in eviction.members if r.running or r.queued]
-    if busy:
-        return max(waited, *[_until_idle(s, r) for r in busy]) + takes(eviction) + w.load
-    # One that is being used must come back: that is part of what the swap costs.
-    back = [
-        option.back + w.sleep for _, r, option in eviction.members if not r.asleep and s.now - r.used < s.knobs.used
-    ]
-    return takes(eviction) + w.load + max(back, default=0.0)
 
 
 def _until_idle(s: PolicyInput, r: Resident) -> float:
@@ -137,14 +149,8 @@ def tidy(s: PolicyInput) -> Plan | None:
     used = [r for r in s.residents if r.allowed and s.now - r.used < s.knobs.used]
     if not any(r.displaced for r in used):
         return None
-    sizes = {index: supply.free for index, supply in s.supplies.items()}
-    inside = {r.model for r in used}
-    for r in s.residents:  # those that are not used may leave for them
-        frees = r.options[-1].frees if r.model in inside else 0 if r.asleep else r.options[0].frees
-        for index in r.devices:
-            if index in sizes:
-                sizes[index] += frees
-    used.sort(key=lambda r: (r.asleep, r.model))  # whoever serves rather stays than who sleeps
+    sizes = room_for_these(s, {r.model for r in used})
+    used.sort(key=lambda r: (r.asleep, r.model))  # one that serves rather stays than one that sleeps
     items = [Item(r.model, r.need, r.allowed, len(r.devices), r.devices) for r in used]
     places = assign(tuple(items), tuple(sorted(sizes.items())))
     if places is None:
@@ -183,12 +189,12 @@ class Lru:
 
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """The least recently used: they are drained as soon as the device is at rest."""
-        w = _the(s, model)
+        w = _waiter(s, model)
         return w and outlook(s, w, oldest_first(s, w, s.on(w.devices)), 0.0, 0.0)
 
 
 def outlook(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, patience: float, spared: float) -> Outlook | None:
-    """What ``w`` waits for.
+    """What ``w`` waits for: its victims to be idle, or a swap with them.
 
     ``patience``: seconds after which busy victims are drained; ``spared``: for how long idle ones are.
     """
@@ -211,7 +217,7 @@ def outlook(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, patience: 
     return Outlook(left + swap, why)
 
 
-def _the(s: PolicyInput, model: str) -> Waiting | None:
+def _waiter(s: PolicyInput, model: str) -> Waiting | None:
     return next((w for w in s.waiting if w.model == model), None)
 
 
@@ -220,12 +226,6 @@ def in_turn(s: PolicyInput) -> Sequence[Waiting]:
     if all(w.priority == 1.0 for w in s.waiting):
         return s.waiting
     return sorted(s.waiting, key=lambda w: (-(s.now - w.oldest + HEADSTART) * w.priority, w.oldest, w.model))
-
-
-def _worth(w: Waiting, now: float) -> float:
-    """What a swap is worth: what was waited, times the age of the oldest, per second of load."""
-    waited = w.waiters * (now + HEADSTART) - w.arrived
-    return waited * (now - w.oldest + HEADSTART) * w.priority / max(w.load, LEAST_LOAD)
 
 
 class Offer(NamedTuple):
@@ -241,10 +241,10 @@ class Offer(NamedTuple):
 class Adaptive:
     """Draining, with patience for the busy and none for the idle (the default).
 
-    Those who wait are looked at in turn. First comes where the product of what
-    all its requests have waited and the age of the oldest, per second of its
-    load and times its priority, is largest: a swap goes where it ends most
-    waiting, and everybody's turn comes, because age adds up twice.
+    Those that wait are looked at in turn. First comes the one for which the
+    product of what all its requests have waited and the age of the oldest, per
+    second of its load and times its priority, is largest: a swap goes where it
+    ends most waiting, and each one's turn comes, because age adds up twice.
 
     1. What fits is loaded at once.
     2. Else the set of victims with the lowest price is sought (``pricing.py``).
@@ -289,7 +289,7 @@ class Adaptive:
 
     def outlook(self, s: PolicyInput, model: str) -> Outlook | None:
         """The cheapest victims, and how long patience with them lasts."""
-        w, turns = _the(s, model), _Turns(s)
+        w, turns = _waiter(s, model), _Turns(s)
         if w is None:
             return None
         eviction = cheapest(s, w, s.on(w.devices), partial(turns.prices.alone, w, False))
@@ -309,35 +309,38 @@ class _Turns:
         self.dear = swaps > s.knobs.dear
         self.prices = Prices(s)
         self.supplies = dict(s.supplies)
-        self.s = s._replace(supplies=self.supplies)  # without those that are held against whoever comes later
-        self.roomiest = max([supply.free for supply in self.supplies.values() if not supply.until], default=0)
+        self.s = s._replace(supplies=self.supplies)  # without those that are held against later ones
+        self.roomiest = roomiest(s)
         # Where a swap may begin.
         self.begin = {supply.device for supply in self.supplies.values() if not supply.claimed}
 
     def order(self) -> Sequence[Waiting]:
-        """First those who may not be kept waiting, then those past the deadline by age, then the others in turn."""
-        now, since = self.s.now, self.s.now - self.deadline
+        """First those that may not be kept waiting, then those past the deadline by age, then the others by worth."""
+        ahead, since = self.s.now + HEADSTART, self.s.now - self.deadline
 
         def turn(w: Waiting) -> tuple[int, float, float, str]:
             if not w.impatient and w.oldest < since:
                 return 1, 0.0, w.oldest, w.model
-            return 0 if w.impatient else 2, -_worth(w, now), w.oldest, w.model
+            # What a swap is worth: what all requests have waited, times the age of the oldest, per second of load.
+            waited, age = w.waiters * ahead - w.arrived, ahead - w.oldest
+            worth = waited * age * w.priority / max(w.load, LEAST_LOAD)
+            return 0 if w.impatient else 2, -worth, w.oldest, w.model
 
         return sorted(self.s.waiting, key=turn) if len(self.s.waiting) > 1 else self.s.waiting
 
     def closed(self, w: Waiting) -> bool:
-        """No room is large enough as it is, and none of its devices free to begin a swap on."""
-        return w.move is None and w.need > self.roomiest and w.span > 0 and self.begin.isdisjoint(w.devices)
+        """Whether a waiter has no plan for certain: it fits nowhere as it is, and no swap may begin on its devices."""
+        return w.move is None and not may_fit(w, self.roomiest) and self.begin.isdisjoint(w.devices)
 
     def next(self, w: Waiting) -> Plan | None:
         """The plan of a waiter, if its swap is due."""
         s = self.s
-        devices = fits(s, w) if w.need <= self.roomiest or not w.span else None
+        devices = fits(s, w) if may_fit(w, self.roomiest) else None
         if devices is not None:
             return Plan(w.model, devices, why="it fits", numbers=_waited(s, w))
         urgent = w.impatient or s.now - w.oldest > self.deadline
         there = w.move and w.move.there
-        place = elsewhere(s, w) if there and (there.needs or there.need <= self.roomiest) else None
+        place = elsewhere(s, w) if there and (there.needs or may_fit(there, self.roomiest)) else None
         if not urgent and place is None and self.must_wait(w):
             if self.dear and self.begin.issuperset(w.devices):
                 self._hold(w.devices)
@@ -354,10 +357,11 @@ class _Turns:
             if rested is None and (urgent or self.dear):
                 self._hold(due_there(s, w))
             return rested
-        offer = _offer(s, self.prices, w, eviction, urgent)
+        offer = self._offer(w, eviction, urgent)
         why = self._due(w, offer, urgent)
         if why and not too_early(s, eviction, offer.cost - w.load - takes(eviction)):
-            numbers = _numbers(w, offer, self.deadline)
+            figures = {"waited": offer.waited, "price": offer.price, "cost": offer.cost, "deadline": self.deadline}
+            numbers = {"waiting": w.waiters, **{name: round(figure, 3) for name, figure in figures.items()}}
             return Plan(w.model, eviction.devices, eviction.victims, offer.budget, why, numbers)
         rested = None if why else self._rested(w)
         if rested is None and (urgent or self.dear):
@@ -385,7 +389,7 @@ class _Turns:
         return Plan(w.model, eviction.devices, eviction.victims, why=why, numbers=_waited(s, w))
 
     def must_wait(self, w: Waiting) -> bool:
-        """Whether its device is another's, or cannot be had without draining somebody who need not drain yet.
+        """Whether its device is another waiter's, or cannot be had without draining a replica that need not drain yet.
 
         The case of most waiters on a crowded machine, told without a search: whatever set of victims the search would
         find, a busy one would be in it, or it would be too early for it. False: that needs a closer look, also because
@@ -408,6 +412,15 @@ class _Turns:
             return self.s.tenants.get(w.devices[0], NOBODY).awake
         return self.s.on(w.devices)
 
+    def _offer(self, w: Waiting, eviction: EvictionSet, urgent: bool) -> Offer:
+        """The swap with the drain budget that suits these victims best."""
+        waited = (w.waiters * self.s.now - w.arrived) * w.priority  # the rent paid
+        offers = []
+        for budget in budgets(self.s.knobs, eviction.members, urgent):
+            price, cost = self.prices.together(w, eviction.members, budget)
+            offers.append(Offer(eviction, budget, price, cost, waited))
+        return min(offers, key=lambda offer: offer.price + w.waiters * w.priority * offer.cost)
+
     def _due(self, w: Waiting, offer: Offer, urgent: bool) -> str:
         """Why the swap begins now; empty: not yet."""
         candidates, waited = offer.eviction.members, self.s.now - w.oldest
@@ -421,7 +434,7 @@ class _Turns:
         if urgent:
             return "the others there are idle"
         if not busy:
-            # 3: spared is who is expected back before the swap would be over, for as long as it is known to take.
+            # 3: one that is expected back before the swap is over is spared, for as long as swaps are known to take.
             spared = any(rate_of(r, self.s.now) * offer.cost >= 1.0 for _, r, _ in candidates)
             return "" if spared and waited < _known(w, candidates) else "the others there are idle"
         if offer.budget < INFINITY and offer.waited >= self.s.knobs.kappa * offer.price:
@@ -444,26 +457,6 @@ def _known(w: Waiting, candidates: Iterable[Candidate]) -> float:
 
 def _waited(s: PolicyInput, w: Waiting) -> NUMBERS:
     return {"waiting": w.waiters, "waited": round(s.now - w.oldest, 3)}
-
-
-def _numbers(w: Waiting, offer: Offer, deadline: float) -> NUMBERS:
-    return {
-        "waiting": w.waiters,
-        "waited": round(offer.waited, 3),
-        "price": round(offer.price, 3),
-        "cost": round(offer.cost, 3),
-        "deadline": round(deadline, 3),
-    }
-
-
-def _offer(s: PolicyInput, prices: Prices, w: Waiting, eviction: EvictionSet, urgent: bool) -> Offer:
-    """With the drain budget that suits these victims best."""
-    waited = (w.waiters * s.now - w.arrived) * w.priority  # the rent paid
-    offers = []
-    for budget in budgets(s.knobs, eviction.members, urgent):
-        price, cost = prices.together(w, eviction.members, budget)
-        offers.append(Offer(eviction, budget, price, cost, waited))
-    return min(offers, key=lambda offer: offer.price + w.waiters * w.priority * offer.cost)
 
 
 def _may_leave(s: PolicyInput, w: Waiting, residents: Iterable[Resident]) -> list[Resident]:

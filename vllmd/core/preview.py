@@ -49,37 +49,32 @@ class Loading:
 
 def load(core: Core, planner: Planner, name: str) -> Loading:
     """What ``LoadAsked`` would do with the replica that is to come up whatever it takes (3.1)."""
-    replicas = [r for r in core.named(name) if not r.off]
+    replicas = [r for r in core.named(name) if not r.disabled_because]
     if not replicas:
         r = core.named(name)[0]
-        return Loading(r.id, r.state, never=f"it is disabled: {r.off}")
+        return Loading(r.id, r.state, never=f"it is disabled: {r.disabled_because}")
     r = next((r for r in replicas if r.state is State.READY or r.state in COMING), replicas[0])
-    if r.state is State.READY:
-        return Loading(r.id, r.state, r.placement.devices)
-    if r.state in COMING:
-        return Loading(r.id, r.state, r.placement.devices, remaining(r, core.now))
+    if r.state is State.READY or r.state in COMING:
+        seconds = remaining(r, core.now) if r.state in COMING else None
+        return Loading(r.id, r.state, r.placement.devices, seconds)
     why = core.fit.unknown(r) or core.fit.never(r)
     if why:
         return Loading(r.id, r.state, never=why)
     if why := core.fit.pinned_out(r):
         return Loading(r.id, r.state, waits=f"room: {why}")
-    return _placed(core, planner, r)
-
-
-def _placed(core: Core, planner: Planner, r: Replica) -> Loading:
-    """Where the policy would put it, and after whom."""
+    # Where the policy would put it, and after whom.
     seconds = r.load_time
     seen = planner.builder.see_newcomer(r, since=-INFINITY)
     if seen.held_back:
         return Loading(r.id, r.state, seconds=seconds, waits="others to leave a device free")
     wanted = seen._replace(waiters=max(1, seen.waiters), oldest=min(seen.oldest, core.now), impatient=True, urged=True)
-    view = planner.sight()._replace(waiting=[wanted])
+    view = planner.preview()._replace(waiting=[wanted])
     plan = core.policy.choose(view)
     if plan is None:
-        told = core.policy.outlook(view, r.id)
-        return Loading(r.id, r.state, seconds=seconds, waits=told.why if told else "room")
+        outlook = core.policy.outlook(view, r.id)
+        return Loading(r.id, r.state, seconds=seconds, waits=outlook.why if outlook else "room")
     victims = [leaving(core, planner, core.replicas[v.model], v.option.level) for v in plan.victims if v.model != r.id]
-    if any(v.model == r.id for v in plan.victims):  # it is moved, and so started
+    if len(victims) < len(plan.victims):  # it is moved, and so stopped and started
         seconds = r.costs.sleep(0) + r.costs.wake(0)
     return Loading(r.id, r.state, plan.devices, seconds, tuple(victims))
 

@@ -1,4 +1,10 @@
-"""How many of a model's replicas are to serve, and which of them are brought up (8.4, 8.5 in ``design.md``)."""
+"""How many of a model's replicas are to serve, and which of them are brought up (8.4, 8.5 in ``design.md``).
+
+Two thresholds with a time each, as autoscalers have them, so that the number does not swing: one more after
+``busy_for`` seconds of more than ``busy`` requests per replica, one fewer only where half of what one fewer could take
+was enough for ``calm_for``. Nobody leaves for a second replica: it is a matter of comfort, and the eviction of another
+model is not worth that. All of this is for models with ``replicas:`` only.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +18,11 @@ from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import RECENT, Planner
 from vllmd.core.types import ReplicaRules, State
 
-AGAIN = 5.0  # seconds between two looks for room for another replica
+ROOM_INTERVAL = 5.0  # seconds between two looks for room for another replica
 
 
 class Scaling:
-    """Of models that have ``balancing``; nothing here applies to the others."""
+    """How many replicas of each model are wanted, and bringing up those that are missing."""
 
     def __init__(self, core: Core, planner: Planner, health: HealthChecks) -> None:
         self._core = core
@@ -25,13 +31,14 @@ class Scaling:
 
     @property
     def due(self) -> float:
-        """When time alone changes something for one of them."""
+        """When time alone changes something for a model with several replicas."""
         return min([model.scale.due for model in self._core.balanced], default=INFINITY)
 
     def upkeep(self) -> Iterator[None]:
-        """Probe who has to show himself, bring up as many as are wanted.
+        """Probe replicas that have to show that they serve, and bring up as many as are wanted.
 
-        What a step has set in motion is carried out before the next one.
+        It is for each model that was reviewed, or whose time has come. What a step has set in motion is settled before
+        the next one, and may have models reviewed again.
         """
         core = self._core
         while models := {**core.for_upkeep, **{model: None for model in core.balanced if model.scale.due <= core.now}}:
@@ -64,7 +71,7 @@ class Scaling:
         if r.health:
             r.health.halted = False
 
-    def wish(self, r: Replica) -> None:
+    def bring_up_soon(self, r: Replica) -> None:
         """Have the replica come up where it fits beside what is there: nobody leaves for a second one."""
         r.model.used, r.model.scale.tried = self._core.now, -INFINITY
 
@@ -82,29 +89,26 @@ class Scaling:
         scale, now, load = model.scale, self._core.now, _load(model)
         least, most = max(1, rules.least), len([r for r in model.replicas if r.spec.device_count])
         scale.wanted = max(least, min(scale.wanted, most))
-        scale.crowded = self._since(scale.crowded, load > rules.busy * scale.wanted and scale.wanted < most)
-        fewer = scale.wanted > least and load * 2 <= rules.busy * (scale.wanted - 1)
-        scale.calm = self._since(scale.calm, fewer)
+        crowded = load > rules.busy * scale.wanted and scale.wanted < most
+        calm = scale.wanted > least and load * 2 <= rules.busy * (scale.wanted - 1)
+        scale.crowded = min(scale.crowded, now) if crowded else INFINITY
+        scale.calm = min(scale.calm, now) if calm else INFINITY
         if scale.crowded + rules.busy_for <= now:
             scale.wanted, scale.crowded, scale.tried = scale.wanted + 1, INFINITY, -INFINITY
-            self._record("grow", model, load, f"more than {scale.wanted - 1}")
+            what, why = "grow", f"{load} requests are more than {scale.wanted - 1} of its replicas"
         elif scale.calm + rules.calm_for <= now:
             scale.wanted, scale.calm = scale.wanted - 1, INFINITY
-            self._record("shrink", model, load, f"few enough for {scale.wanted}")
-
-    def _since(self, before: float, holds: bool) -> float:
-        return min(before, self._core.now) if holds else INFINITY
-
-    def _record(self, what: str, model: Model, load: int, are: str) -> None:
-        numbers = {"requests": load, "wanted": model.scale.wanted}
-        self._core.engines.record(what, model, f"{load} requests are {are} of its replicas", numbers)
+            what, why = "shrink", f"{load} requests are few enough for {scale.wanted} of its replicas"
+        else:
+            return
+        self._core.engines.record(what, model, why, {"requests": load, "wanted": scale.wanted})
 
     # -- which (8.5)
 
     def _bring_up(self, model: Model, rules: ReplicaRules) -> Iterator[None]:
         """Bring up the missing replicas where they fit beside what is there; nobody leaves for them."""
         core, scale = self._core, model.scale
-        if not self._in_use(model, rules) or core.now < scale.tried + AGAIN:
+        if not self._in_use(model, rules) or core.now < scale.tried + ROOM_INTERVAL:
             return
         missing = list(self._missing(model, rules))
         if not missing:
@@ -115,7 +119,10 @@ class Scaling:
             if r.state is State.FAILED:
                 core.engines.forgive(r)
             why = f"{model.name} is to have {number} replicas here" if r.spec.device_count else f"{model.name} is used"
-            if self._planner.bring(r, Reason.REPLICA, why, core.now - RECENT, _taken(r)):
+            # On a device of another replica it would not help, unless it is to use certain devices, or sleeps there.
+            fixed = r.devices or r.state is State.SLEEPING
+            taken = [index for other in model.replicas if other is not r for index in other.placement.devices]
+            if self._planner.start_beside(r, Reason.REPLICA, why, core.now - RECENT, frozenset(() if fixed else taken)):
                 yield
 
     def _missing(self, model: Model, rules: ReplicaRules) -> Iterator[Replica]:
@@ -123,7 +130,8 @@ class Scaling:
         up = [r for r in model.replicas if r.state in AWAKE or r.state in (State.STARTING, State.WAKING)]
         short = max(model.scale.wanted, rules.least) - len([r for r in up if r.spec.device_count])
         off = [r for r in model.replicas if r.state in OFF and not (r.demand or r.leaving)]
-        able = [r for r in off if r.retry_at <= self._core.now and not r.off and not (r.health and r.health.halted)]
+        may = [r for r in off if not r.disabled_because and not (r.health and r.health.halted)]
+        able = [r for r in may if r.retry_at <= self._core.now]
         for r in sorted(able, key=load_time):
             if not r.spec.device_count:
                 yield r
@@ -132,12 +140,14 @@ class Scaling:
                 yield r
 
     def _in_use(self, model: Model, rules: ReplicaRules) -> bool:
+        """Whether missing replicas are brought up: clients use the model, or somebody asked for it."""
         recently = self._core.now < model.used + rules.calm_for
-        return recently or _load(model) > 0 or any(r.start_asked is not None for r in model.replicas)
+        return recently or _load(model) > 0 or any(r.wanted_since is not None for r in model.replicas)
 
     # -- time
 
     def _due(self, model: Model, rules: ReplicaRules) -> float:
+        """When time alone changes something for the model's replicas."""
         scale, now = model.scale, self._core.now
         due = min(scale.crowded + rules.busy_for, scale.calm + rules.calm_for)
         due = min([due, *(self._health.due(r) for r in model.replicas)])
@@ -145,17 +155,10 @@ class Scaling:
             retries = [r.retry_at for r in model.replicas if r.state is State.FAILED and r.retry_at > now]
             due = min([due, *retries])
             if any(True for _ in self._missing(model, rules)):
-                due = min(due, scale.tried + AGAIN)
+                due = min(due, scale.tried + ROOM_INTERVAL)
         return due
 
 
 def _load(model: Model) -> int:
     """Clients' requests that run or wait."""
     return sum(map(in_flight, model.replicas)) + len(model.queue)
-
-
-def _taken(r: Replica) -> frozenset[int]:
-    """Devices on which it would not help: those of the others, unless it is to use certain ones."""
-    if r.devices or r.state is State.SLEEPING:
-        return frozenset()
-    return frozenset(index for other in r.model.replicas if other is not r for index in other.placement.devices)

@@ -1,13 +1,31 @@
-"""handle(event, now) -> commands: the front of the core.
+"""The front of the core: ``handle(event, now)`` takes one event and returns the commands that follow from it.
 
-``design.md`` has the decision tree as numbered prose; the same numbers stand
-in the comments of the files: 1 ``admission``, 2 ``engine_events``, 3 ``operator_commands``,
-4 and 5 here, 6 ``unloading``, 7 ``planner``, 8 ``balancing``, ``health``, ``scaling``.
+Theory of operation. An event changes state in the one file that owns it (``_handlers_by_event`` says which). What
+*follows* from the change is found here, in three rounds that are the same for every event:
+
+1. *Review* (5): the handler has marked the models whose state, queue or rules changed. Each of them is looked at once:
+   open gates admit what waits, a replica that is wanted and not on joins those who wait for the policy, a job that can
+   go on does. A review may change other models (a failed nominee passes its queue on), so it runs until none is marked.
+   It ends because each mark stands for a step of a life or a request that left a queue, and neither can be undone by a
+   review; where two rules could undo each other (a nominee that is called back and sent away again), the rule that
+   nominates says why it does not.
+2. *Leaving and swaps* (6): engines whose last request has ended go, and a swap whose victims are gone starts its
+   target. Both mark models again, so the first round comes again. Together the two are :meth:`_settle`.
+3. *The policy* (7, 8): only once everything has settled, because it must not see a queue that is about to be served or
+   memory that is about to be free. It is asked one plan at a time, and what a plan sets in motion settles before it is
+   asked again: the next plan sees the last one's claims.
+
+A request to a ready model, nine tenths of all events, must cost microseconds: it marks nothing (``Core.mark_request``),
+so all three rounds are skipped, and timers are looked at only where the first one is due.
+
+``design.md`` has the decision tree as numbered prose; the same numbers stand in the comments of the files:
+1 ``admission``, 2 ``engine_events``, 3 ``operator_commands``, 4 and 5 here, 6 ``unloading``, 7 ``planner``,
+8 ``balancing``, ``health``, ``scaling``, 9 ``devices``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllmd.core import events as ev
@@ -37,7 +55,11 @@ DEFAULTS = Settings()
 
 
 class Scheduler:
-    """Decides everything about models and memory. Not thread-safe: one loop owns it."""
+    """Decides everything about models and memory. Not thread-safe: one loop owns it.
+
+    ``core`` and ``planner`` are its state. A program posts events and reads snapshots; only what checks
+    the invariants (``tests/core/world.py``) looks there.
+    """
 
     def __init__(
         self,
@@ -48,16 +70,16 @@ class Scheduler:
         policy: Policy | None = None,
     ) -> None:
         self.costs = costs or CostBook()
-        core = self._core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
-        self._planner = Planner(core)
+        core = self.core = Core(devices, settings, self.costs, policy or POLICIES[settings.policy])
+        self.planner = Planner(core)
         self._health = HealthChecks(core)
-        self._scaling = Scaling(core, self._planner, self._health)
-        self._admission = Admission(core, self._planner, Balancer(core.engines, core.swaps, core.fit), self._health)
+        self._scaling = Scaling(core, self.planner, self._health)
+        self._admission = Admission(core, self.planner, Balancer(core.engines, core.swaps, core.fit), self._health)
         self._engine_events = EngineEvents(core, self._admission)
         self._devices = Devices(core, self._admission)
         self._operator = OperatorCommands(core, self._admission, self._scaling, self._devices)
-        self._unloading = Unloading(core, self._planner)
-        self._handlers = self._handlers_by_event()
+        self._unloading = Unloading(core, self.planner)
+        self.handlers = self._handlers_by_event()
         for spec in models:
             self._operator.configure(spec)
         core.regroup()
@@ -66,46 +88,44 @@ class Scheduler:
 
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """The commands that follow from ``event``. Raises LifecycleError, nothing changed, if it cannot be."""
-        core, engines = self._core, self._core.engines
+        core, engines = self.core, self.core.engines
         if now > engines.now:
             engines.now = now
-        self._handlers[type(event)](event)
+        self.handlers[type(event)](event)
         if core.timers.none_before <= engines.now:
             self._expire()
         if core.for_review:
             self._settle()
         # Where no model waits, none has several replicas, none is to be preloaded or moved, there is nothing to begin.
-        someone = core.waiting or core.balanced or self._operator.preload or self._planner.held_back
-        if someone or (engines.displaced and (core.news_for_all or core.news)):
-            for _ in self._steps():
+        anything_to_begin = core.waiting or core.balanced or self._operator.preload or self.planner.held_back
+        if anything_to_begin or (engines.displaced and (core.news_for_all or core.news)):
+            for _ in self.planner.plan():  # 7
+                self._settle()
+            if self._operator.preload and self._operator.preloading:
+                for _ in self.planner.preload(self._operator.preload):  # 7.2
+                    self._settle()
+            for _ in self._scaling.upkeep():  # 8.3 to 8.5
                 self._settle()
         core.news_for_all = False
         core.news.clear()
         engines.stirred.clear()
         return engines.collect()
 
-    def _steps(self) -> Iterator[None]:
-        """Begin swaps, preloads and replicas (7, 8), one by one; what each leads to is settled before the next."""
-        yield from self._planner.plan()
-        if self._operator.preload and self._operator.preloading:
-            yield from self._planner.preload(self._operator.preload)
-        yield from self._scaling.upkeep()
-
     def next_timer(self) -> float | None:
         """The moment at which the daemon is to post ``TimePassed`` if nothing else happens before; None: never."""
         if self._operator.preload and not self._operator.preloading:
-            return self._core.now
-        core = self._core
+            return self.core.now
+        core = self.core
         due = core.timers.due
         if core.waiting:
-            due = min(due, self._planner.due)
+            due = min(due, self.planner.due)
         if core.balanced:
             due = min(due, self._scaling.due)
         return None if due == INFINITY else due
 
     def wants_time_before(self, moment: float) -> bool:
         """Whether ``next_timer`` may be earlier than that; cheap where only requests come and go."""
-        core = self._core
+        core = self.core
         if not (core.waiting or core.balanced or self._operator.preload):
             return core.timers.none_before < moment
         due = self.next_timer()
@@ -114,18 +134,18 @@ class Scheduler:
     @property
     def specs(self) -> dict[str, ModelSpec]:
         """The models as they are configured, by name."""
-        return {name: model.spec for name, model in self._core.models.items()}
+        return {name: model.spec for name, model in self.core.models.items()}
 
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""
-        core = self._core
-        return snapshot(core, self._planner, max(now, core.now), core.models.values())
+        core = self.core
+        return snapshot(core, self.planner, max(now, core.now), core.models.values())
 
     def activity(self, now: float) -> Snapshot:
         """The same of those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
-        core = self._core
+        core = self.core
         models = dict.fromkeys(r.model for r in core.active)
-        return snapshot(core, self._planner, max(now, core.now), models)
+        return snapshot(core, self.planner, max(now, core.now), models)
 
     def replicas_of(self, name: str, now: float) -> list[ReplicaView]:
         """How each engine of the model stands, or the one of that id; none if nothing is called so."""
@@ -133,28 +153,28 @@ class Scheduler:
 
     def snapshot_of(self, name: str, now: float) -> Snapshot:
         """The snapshot of one model alone, by its name or a replica's id; of none if nothing is called so."""
-        core, r = self._core, self._core.replicas.get(name)
+        core, r = self.core, self.core.replicas.get(name)
         model = core.models.get(name) or (r.model if r else None)
-        return snapshot(core, self._planner, max(now, core.now), [model] if model else [])
+        return snapshot(core, self.planner, max(now, core.now), [model] if model else [])
 
     def would_load(self, name: str) -> preview.Loading:
         """What a load of the model, or of the replica of that id, would do as things stand. Raises LifecycleError."""
-        return preview.load(self._core, self._planner, name)
+        return preview.load(self.core, self.planner, name)
 
     def would_leave(self, name: str, level: int) -> tuple[preview.Leaving, ...]:
         """What putting it to sleep at ``level``, or stopping it (0), would do. Raises LifecycleError."""
-        return preview.leave(self._core, self._planner, name, level)
+        return preview.leave(self.core, self.planner, name, level)
 
     def would_drain(self, device: int) -> tuple[preview.Leaving, ...]:
         """What draining the device would do."""
-        return preview.drained(self._core, self._planner, device)
+        return preview.drained(self.core, self.planner, device)
 
     def foremost(self, model: str) -> tuple[str, State]:
         """The replica of the model that is nearest to serving, and its state: what a client waits for.
 
         Cheap, unlike ``snapshot``: it may be asked for every waiting client. ``("", STOPPED)`` for no such model.
         """
-        known = self._core.models.get(model)
+        known = self.core.models.get(model)
         if not known or not known.replicas:
             return "", State.STOPPED
         r = best(known.replicas)
@@ -211,22 +231,22 @@ class Scheduler:
 
     def _expire(self) -> None:
         """Act on each replica whose timer is due."""
-        now = self._core.now
-        for r in self._core.timers.expired(now):
+        engines, now = self.core.engines, self.core.now
+        for r in self.core.timers.expired(now):
             model = r.model
-            self._core.mark_for_review(r)
+            self.core.mark_for_review(r)
             self._admission.expire(model)  # 4.1
             for lease in [name for name, lease in model.leases.items() if lease.deadline <= now]:
                 self._operator.end_lease(model, lease, stop=True)  # 4.2
             if r.state is State.FAILED and r.retry_at <= now and r.demand:  # 4.3
-                self._core.engines.forgive(r)
-                self._core.engines.record("restart", r, f"{r.demand} wait, and the back-off is over")
+                engines.forgive(r)
+                engines.record("restart", r, f"{r.demand} wait, and the back-off is over")
             self._scaling.share_age(r)
             self._unloading.age(r)  # 4.4
 
-    def _due_of(self, r: Replica) -> float:
+    def due_of(self, r: Replica) -> float:
         """The next moment at which time alone changes something for ``r``, whatever other replicas do."""
-        due, model = idle_due(r), r.model
+        due, model, now = idle_due(r), r.model, self.core.now
         if model.leases:
             due = min([due, *(lease.deadline for lease in model.leases.values())])
         oldest = model.queue.oldest
@@ -234,21 +254,19 @@ class Scheduler:
             timeout = model.spec.queue_timeout
             due = min(due, oldest + (INFINITY if timeout is None else timeout))
             due = min(due, r.retry_at) if r.state is State.FAILED and model.nominee is r else due
-        if r.job and r.running and r.state is State.DRAINING:
-            due = min(due, self._press_due(r, r.job))
-        deepens = r.job and r.job.kind is Kind.SLEEP and r.state is State.SLEEPING
-        return min(due, self._core.now + DEEPEN_RETRY) if deepens else due
-
-    def _press_due(self, r: Replica, job: Job) -> float:
-        """The next moment at which requests in an engine that drains are frozen or cut."""
-        limits = (job.cut_at, job.freeze_at if r.freezable else INFINITY)
-        return min((limit for limit in limits if limit > self._core.now), default=INFINITY)
+        job = r.job
+        if job and r.running and r.state is State.DRAINING:  # what runs is frozen or cut then; a moment that has
+            limits = (job.cut_at, job.freeze_at if r.freezable else INFINITY)  # passed was acted on, or cannot be
+            due = min([due, *(limit for limit in limits if limit > now)])
+        # Room in which to sleep deeper may come with any other engine's leaving, which marks no review of this one.
+        deepens = job and job.kind is Kind.SLEEP and r.state is State.SLEEPING
+        return min(due, now + DEEPEN_RETRY) if deepens else due
 
     # -- after every event (5)
 
     def _settle(self) -> None:
         """Review the models marked for it, let engines leave, and go on with swaps, until nothing is left to do."""
-        core = self._core
+        core = self.core
         while core.for_review:
             while core.for_review:
                 model, _ = core.for_review.popitem()
@@ -267,18 +285,19 @@ class Scheduler:
         """5: serve the model's queue, and see to each of its replicas. One without replicas is forgotten."""
         model.unused_view = None
         if model.queue:
-            self._admission.serve(model)
+            self._admission.serve(model)  # 5.1
         if model.rules:
-            self._core.for_upkeep[model] = None  # 5.5
+            self.core.for_upkeep[model] = None  # 5.5
         for r in (*model.replicas, *model.retired) if model.retired else model.replicas:
             self._review_replica(r)
         if not model.replicas and not model.retired:
-            del self._core.models[model.name]
+            del self.core.models[model.name]
 
     def _review_replica(self, r: Replica) -> None:
         """Have it do what its state and its job allow, and note anew whether it waits, is active, and its timer."""
+        core = self.core
         if r.state is State.READY:
-            self._do_for_itself(r)
+            self._review_ready(r)
         elif r.state is State.SLEEPING:
             self._review_sleeper(r)
         if not r.loaded and r.removed:
@@ -286,35 +305,33 @@ class Scheduler:
             return
         waits = r.demand and r.state in (State.STOPPED, State.SLEEPING) and not r.leaving
         if not waits:
-            self._core.waiting.pop(r, None)
-        elif r not in self._core.waiting:
+            core.waiting.pop(r, None)
+        elif r not in core.waiting:
             self._wait(r)
         if r.state is not State.STOPPED or r.demand:
-            self._core.active[r] = None
+            core.active[r] = None
         else:
-            self._core.active.pop(r, None)
-        self._core.changed[r] = None
-        self._core.timers.set(r, self._due_of(r))
+            core.active.pop(r, None)
+        core.changed[r] = None
+        core.timers.set(r, self.due_of(r))
 
-    def _do_for_itself(self, r: Replica) -> None:
+    def _review_ready(self, r: Replica) -> None:
         """A replica that serves, and has let in what waits, drains for its job, or proves freezing."""
-        engines, job = self._core.engines, r.job
-        if job and job.yields and r.running:
-            engines.call_off(r)
-        elif job:
-            engines.drain(r)
-        elif self._proof_is_due(r):
-            engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self._core.now))
-
-    def _proof_is_due(self, r: Replica) -> bool:
-        """5.4: whether its engine can sleep, nobody uses or wants it, and no other is being moved on its devices."""
+        engines, job = self.core.engines, r.job
+        if job:
+            if job.yields and r.running:
+                engines.call_off(r)
+            else:
+                engines.drain(r)
+            return
         if not r.spec.preempt or r.freezes is not None or r.running or r.demand or not sleep_levels(r):
-            return False
-        return self._core.engines.free_to_move(r)
+            return
+        if engines.free_to_move(r):  # 5.4
+            engines.ask(r, Job(Kind.PROVE, Reason.PROOF, "freezing is to be proved", self.core.now))
 
     def _review_sleeper(self, r: Replica) -> None:
         """5.3: requests call off a sleeper's job; one that is to sleep deeper wakes for that once there is room."""
-        engines = self._core.engines
+        engines = self.core.engines
         engines.thaw(r)
         if r.demand and r.job and (r.job.yields or r.job.kind is Kind.SLEEP):
             engines.call_off(r)
@@ -323,7 +340,7 @@ class Scheduler:
 
     def _wait(self, r: Replica) -> None:
         """5.2: it waits for the policy from now on. If it can never fit, everybody who waits for it is told so."""
-        core, unknown = self._core, self._core.fit.unknown(r)
+        core, unknown = self.core, self.core.fit.unknown(r)
         if unknown:  # 9.1
             if not core.engines.ledger.asking:
                 self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, unknown, 5.0)
@@ -338,7 +355,7 @@ class Scheduler:
 
     def _forget(self, r: Replica) -> None:
         """The configuration has the replica no more, and its engine is gone: nothing is left of it."""
-        core = self._core
+        core = self.core
         r.model.retired = tuple([each for each in r.model.retired if each is not r])
         r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it
         core.replicas.pop(r.id, None)

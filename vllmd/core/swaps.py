@@ -1,4 +1,10 @@
-"""Swaps: victims drain and leave, then the target starts or wakes. One at a time per device."""
+"""Swaps: victims drain and leave, then the target starts or wakes. One at a time per device.
+
+A swap is a plan of the policy under way. It holds no engine and gives no command to one but through its victims' jobs,
+so it can be called off at any moment: what has not left stays. While it lasts it *claims* its devices and those of its
+victims. The policy sees a claimed device with what the swap will leave of it, and begins no other swap there; and what
+comes free is not given to anybody else, because until the target's command is out the ledger has nothing booked for it.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +72,15 @@ class Swaps:
         self._by_target[target] = Swap(target, plan.devices, victims, now + plan.drain, now, plan.why, plan.unasked)
         if target in victims:
             target.moved = now
-        if (victims or self.engines.holder(plan.devices)) and (target.state is not State.SLEEPING or target.level == 2):
+        reads_files = target.state is not State.SLEEPING or target.level == 2
+        if reads_files and (victims or self.engines.holder(plan.devices)):  # the disk is idle until then
             sleepers = [r for r, option in victims.items() if option.level == 1 and r.level != 1]
             self.engines.hint(ReadAhead(target.id, sum([r.footprint.host for r in sleepers])))
         for r, option in victims.items():
-            self.engines.ask(r, _job(r, target, option, plan, now))
+            goal = "to start on another device" if r is target else f"to make room for {plan.target}"
+            kind, freeze_at = (Kind.SLEEP, now + plan.drain) if option.level else (Kind.STOP, INFINITY)
+            why, cut_at = f"{goal}: {plan.why}", now + r.drain_limit
+            self.engines.ask(r, Job(kind, Reason.SWAP, why, now, option.level, freeze_at, cut_at, target=target))
 
     def left(self, r: Replica) -> None:
         """A victim gave up its memory (or died of it)."""
@@ -103,13 +113,13 @@ class Swaps:
             del self._by_target[r]
             moved.append(r)
             if self._fit.has_room_on(r, swap.devices):
-                self.bring(r, swap.devices)
+                self._launch(r, swap.devices)
             else:
                 self.engines.record("replan", r, f"after the swap {self._fit.shortage(r, swap.devices)}")
                 self.engines.hint(StopReadAhead(r.id))
         return moved
 
-    def bring(self, r: Replica, devices: tuple[int, ...]) -> None:
+    def _launch(self, r: Replica, devices: tuple[int, ...]) -> None:
         """Wake it where it sleeps, or start it on ``devices``."""
         if r.state is State.SLEEPING:
             self.engines.wake(r)
@@ -127,16 +137,14 @@ class Swaps:
             leaving = list(swap.victims)
             drain = max([self.drain_left(swap, r) for r in leaving if r.state in AWAKE], default=0.0)
             for index in {*swap.devices, *[index for r in leaving for index in r.placement.devices]}:
-                if index not in claims:
-                    claims[index] = self._claim(swap, leaving, index, drain)
+                if index in claims:
+                    continue
+                need, target = 0, swap.target
+                if index in swap.devices:  # a target that is moved holds memory now, and will need that of a start
+                    need = (target.booking if target in swap.victims else self._fit.need_on(target, index)) or 0
+                coming = sum([swap.victims[r].frees for r in leaving if index in r.placement.devices])
+                claims[index] = Claim(need, coming, drain)
         return claims
-
-    def _claim(self, swap: Swap, leaving: list[Replica], index: int, drain: float) -> Claim:
-        need = 0
-        if index in swap.devices:
-            need = (swap.target.booking if swap.target in swap.victims else self._fit.need_on(swap.target, index)) or 0
-        coming = sum([swap.victims[r].frees for r in leaving if index in r.placement.devices])
-        return Claim(need, coming, drain)
 
     def until_served(self, swap: Swap) -> float:
         """Expected seconds until the target serves."""
@@ -159,15 +167,8 @@ class Swaps:
         return min(expected, max(0.0, swap.deadline - self.engines.now)) if r.freezable else expected
 
 
-def _job(r: Replica, target: Replica, option: OffloadOption, plan: Plan, now: float) -> Job:
-    freeze_at = now + plan.drain if option.level else INFINITY
-    goal = "to start on another device" if r.id == plan.target else f"to make room for {plan.target}"
-    kind, why = Kind.SLEEP if option.level else Kind.STOP, f"{goal}: {plan.why}"
-    return Job(kind, Reason.SWAP, why, now, option.level, freeze_at, now + r.drain_limit, target=target)
-
-
 def _wanted(r: Replica, swap: Swap) -> bool:
-    """Somebody waits for it, or it is on its way to another device; and it can start, or will be able to."""
+    """Whether a swap still has a purpose: its target is waited for, or is moved, and can start or will be able to."""
     on_its_way = swap.unasked or r in swap.victims
     able = r.state in (State.STOPPED, State.SLEEPING) or (on_its_way and r.state in (State.READY, State.DRAINING))
     return (r.demand > 0 or swap.unasked) and (able or (on_its_way and r.state is State.STOPPING))

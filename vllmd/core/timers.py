@@ -30,6 +30,10 @@ class Timers:
             r.timer = due
             heapq.heappush(self._heap, (due, next(self._serial), r))
 
+    def __len__(self) -> int:
+        """How many entries there are, stale ones included."""
+        return len(self._heap)
+
     @property
     def none_before(self) -> float:
         """A moment before which nothing is due, known without a look at what is stale; infinite if nothing ever is."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllmd.frozen import frozen
-from vllmd.sizes import GiB as GiB
 
 CPU = "cpu"  # as a device's runtime
 
@@ -30,7 +29,7 @@ class State(enum.Enum):
 
 
 class Source(enum.IntEnum):
-    """How a figure was come by; a higher one wins."""
+    """Where a figure comes from; a higher one wins."""
 
     ESTIMATED = 0
     CONFIGURED = 1
@@ -52,11 +51,11 @@ class Footprint:
 class Device:
     """A GPU. ``index`` is the number users write; ``id`` is NVML's UUID, or ``str(index)`` where declared.
 
-    ``runtime``: whose variable makes it visible to an engine: ``cuda``, ``hip``, ``xpu``; "" for one that is declared,
-    CPU for the CPU where there is no other.
+    ``runtime``: the one whose variable makes the device visible to an engine (``cuda``, ``hip``, ``xpu``); "" for a
+    declared device, CPU for the CPU where there is no GPU.
     ``number``: what that runtime calls it, counting in the order of the PCI bus; None where that is not certain.
-    ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None where not told.
-    ``switch``: those with the same one talk through a PCIe switch of their own; "" where not told. ``cpus``: those of
+    ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None if unknown.
+    ``switch``: devices with the same one talk through a PCIe switch of their own; "" if unknown. ``cpus``: those of
     its node, where the machine has more than one. ``shared``: its memory is the host's, so that what sleeps in host
     memory frees none of it.
     """
@@ -179,7 +178,7 @@ class ReplicaSpec:
 class ModelSpec:
     """What clients ask for: a name, one engine or several (``replicas``), and the rules of its queue.
 
-    ``balancing``: how its replicas share the requests; ``None``: it has one engine, which nobody compares or probes.
+    ``balancing``: how its replicas share the requests; ``None``: it has one engine, which is never probed or compared.
     ``queue_timeout``: longest wait, ``None`` without end.
     """
 
@@ -238,7 +237,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A snapshot for ``ps``, metrics and the admin API: what is told of a replica, and of a model, alike."""
+    """A snapshot for ``ps``, metrics and the admin API: the fields that a replica and a model both have."""
 
     name: str  # of a replica: its id
     state: State
@@ -252,7 +251,7 @@ class View:
     since: float | None  # seconds in this state; None: it has been in no other one since the core knows it
     pinned: bool
     leases: tuple[str, ...]
-    waiting_for: str  # why those who want it wait, readable; "" if nobody does
+    waiting_for: str  # why requests for it wait, readable; "" if none does
     failure: str  # the last failure's reason; "" if none
     health: str = ""  # of one of several whose engine is up: new, serving, resting, slow, ejected
     latency: float | None = None  # of one of several: seconds to the first byte, the last answers weighing most

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable
 from vllmd.core.balancing import best, in_flight, level, resting, serves
 from vllmd.core.common import Core
 from vllmd.core.idle import idle_due
-from vllmd.core.ledger import Account, gib
 from vllmd.core.model import INFINITY, HealthStatus, Model, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy import PolicyInput
 from vllmd.core.policy_input import waited_since
 from vllmd.core.types import DeviceView, ModelView, ReplicaView, Snapshot, State
+from vllmd.sizes import in_words
 
 UNWELL = frozenset({"slow", "ejected"})
 
-Ask = Callable[[Replica], str]  # what a replica waits for, by the plan; "" if that cannot be said
+Outlooks = Callable[[Replica], str]  # what a replica waits for, by the plan; "" if that cannot be said
 
 
 def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) -> Snapshot:
@@ -25,19 +25,24 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
     The view of a model that nobody has used since the daemon began says the same at any time, so it is kept: of ten
     thousand models nearly all are such.
     """
-    sight: list[PolicyInput] = []  # drawn when the first one waits for the policy
+    drawn: list[PolicyInput] = []  # when the first one waits for the policy
 
     def outlook(r: Replica) -> str:
-        if not sight:
-            sight.append(planner.sight())
-        told = planner.outlook(r, sight[0])
-        return told.why if told else ""
+        if not drawn:
+            drawn.append(planner.preview())
+        expected = planner.outlook(r, drawn[0])
+        return expected.why if expected else ""
 
     engines = core.engines
     return Snapshot(
         at=now,
         models=tuple([each.unused_view or _unused(core, each) or _model(core, each, now, outlook) for each in models]),
-        devices=tuple(_device(account) for account in engines.ledger.accounts.values()),
+        devices=tuple(
+            DeviceView(
+                a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, bool(a.drained)
+            )
+            for a in engines.ledger.accounts.values()
+        ),
         host_memory=engines.ledger.host_budget,
         host_promised=engines.ledger.host_promised,
         decisions=tuple(engines.decisions),
@@ -45,13 +50,7 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
     )
 
 
-def _device(a: Account) -> DeviceView:
-    return DeviceView(
-        a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, bool(a.drained)
-    )
-
-
-def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
+def _model(core: Core, model: Model, now: float, outlook: Outlooks) -> ModelView:
     """The replicas as one: in the state of the best of them, with all their requests and memory."""
     replicas = (*model.replicas, *model.retired)
     views = tuple(_replica(core, r, now, outlook) for r in replicas)
@@ -82,7 +81,7 @@ def _model(core: Core, model: Model, now: float, outlook: Ask) -> ModelView:
         balanced=model.rules is not None,
         serving=len(up),
         degraded=bool(model.rules) and any(view.state is State.FAILED or view.health in UNWELL for view in views),
-        disabled=model.off,
+        disabled=model.disabled_because,
         expected=0 if model.rules else first.expected,
         never=first.never if all(view.never for view in views) else "",
         rests_in=min([view.rests_in for view in views if view.rests_in is not None], default=None),
@@ -94,16 +93,16 @@ def _unused(core: Core, model: Model) -> ModelView | None:
     r = model.replicas[0] if len(model.replicas) == 1 else None
     if r is None or r in core.active or not r.untouched or model.retired or model.rules or model.leases or r.failure:
         return None
-    if model.off:
+    if model.disabled_because:
         return None
     bound, never = r.devices[0] if len(r.devices) == 1 else None, core.fit.never(r)
     at_rest = (State.STOPPED, 0, (), 0, 0, 0, None, None, None, r.pinned, (), "", "")
     model.unused_view = ModelView(
         model.name,
         *at_rest,
-        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never, expected=r.told),),
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never, expected=r.engine_memory),),
         never=never,
-        expected=r.told,
+        expected=r.engine_memory,
         balanced=False,
         serving=0,
         degraded=False,
@@ -111,41 +110,38 @@ def _unused(core: Core, model: Model) -> ModelView | None:
     return model.unused_view
 
 
-def _replica(core: Core, r: Replica, now: float, outlook: Ask) -> ReplicaView:
+def _replica(core: Core, r: Replica, now: float, outlook: Outlooks) -> ReplicaView:
     engines, oldest = core.engines, r.oldest
-    at_rest = (r.on or r.state is State.SLEEPING) and not in_flight(r)
+    unused = (r.is_on or r.state is State.SLEEPING) and not in_flight(r)
+    health = ""
+    if r.health and r.is_on:
+        health = "resting" if r in resting(r.model) else r.health.status.value
     return ReplicaView(
         name=r.id,
         state=r.state,
         level=level(r),
         devices=r.placement.devices,
-        memory=engines.ledger.most(r),
+        memory=engines.ledger.largest_share(r),
         in_flight=in_flight(r),
         queued=r.queued,
         oldest_wait=None if oldest is None else now - oldest,
-        idle=now - r.idle_since if at_rest else None,
+        idle=now - r.idle_since if unused else None,
         since=None if r.untouched else now - r.changed,
         pinned=r.pinned,
         leases=tuple(r.leases),
         waiting_for=_waiting_for(core, r, now, outlook) if r.demand else "",
         failure=r.failure or (r.health.why if r.health else ""),
-        health=_health(r),
+        health=health,
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
-        disabled=r.off,
-        expected=r.told,
+        disabled=r.disabled_because,
+        expected=r.engine_memory,
         never="" if r.loaded else core.fit.never(r),
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
 
 
-def _health(r: Replica) -> str:
-    if r.health is None or not r.on:
-        return ""
-    return "resting" if r in resting(r.model) else r.health.status.value
-
-
-def _waiting_for(core: Core, r: Replica, now: float, outlook: Ask) -> str:
+def _waiting_for(core: Core, r: Replica, now: float, outlook: Outlooks) -> str:
     """Why queued requests wait, in a few words."""
     if r.state is State.STARTING:
         usual = r.costs.wake(0) if r.start.ends is None else r.start.ends - r.changed
@@ -170,21 +166,26 @@ def _so_far(passed: float, usual: float) -> str:
     return f"{passed:.{digits}f}{about} s" + (f", {usual:.{digits}f} s usually" if 0.05 <= usual <= passed else "")
 
 
-def _waiting_for_room(core: Core, r: Replica, now: float, outlook: Ask) -> str:
+def _waiting_for_room(core: Core, r: Replica, now: float, outlook: Outlooks) -> str:
+    """Why a replica that is wanted and not on waits: the nearest cause first, at last what devices lack."""
     engines, swap = core.engines, core.swaps.get(r)
     if swap and swap.victims:
         return outlook(r)
-    others = core.fit.held_back(r, waited_since(r, now))
-    if others:
-        return others.why
+    held_back = core.fit.held_back(r, waited_since(r, now))
+    if held_back:
+        return held_back.why
     holder = engines.holder(swap.devices if swap else r.placement.devices or tuple(engines.ledger.accounts))
     if holder:
         return f"{holder.id}, which is {holder.state.value.replace('_', ' ')}"
-    if told := outlook(r):
-        return told
+    if expected := outlook(r):
+        return expected
     accounts = engines.ledger.accounts.values()
     wedged = [f"device {a.device.index} is avoided: {a.wedged}" for a in accounts if a.avoided]
-    taken = [f"strangers hold {gib(a.external)} on device {a.device.index}" for a in accounts if a.external > a.missing]
+    taken = [
+        f"other programs hold {in_words(a.external)} on device {a.device.index}"
+        for a in accounts
+        if a.external > a.missing
+    ]
     kept = [other for other in core.replicas.values() if other.kept and other.loaded and other is not r]
     beside = [f"{other.id} ({'pinned' if other.pinned else 'leased'})" for other in kept]
     room = f"room beside {', '.join(beside)}" if beside else "room"

@@ -5,8 +5,8 @@
     ROOT/KIND/VERSION/          a whole environment; it is never changed once it is here
     ROOT/KIND/current           a link to the one in use
     ROOT/KIND/previous          a link to the one before that
-    ROOT/KIND/.making-XXXX/     one that is being made; whoever holds the lock removes what an interrupted run left
-    ROOT/KIND/.lock             held by whoever changes anything here
+    ROOT/KIND/.making-XXXX/     one that is being made; the next holder of the lock removes what is left of it
+    ROOT/KIND/.lock             held by a process that changes anything here
 
 A link is replaced by one rename, and an environment comes to its place by one rename: at every moment there is a whole
 one in use, or none as before.
@@ -36,7 +36,7 @@ VERSION = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is written down in an environment. ``size``: bytes; ``at``: Unix time."""
+    """The note in an environment: its build, its size in bytes, and when it was made (``at``, Unix time)."""
 
     build: str = ""
     size: int = 0
@@ -44,36 +44,36 @@ class Note:
 
 
 def noted(environment: Environment) -> Note:
-    """The note of an environment; an empty one for what an administrator made."""
+    """The note of an environment; an empty one for an environment that an administrator made."""
     try:
-        told = json.loads((environment.path / NOTE).read_text())
-        return Note(str(told["build"]), int(told["size"]), float(told["at"]))
+        data = json.loads((environment.path / NOTE).read_text())
+        return Note(str(data["build"]), int(data["size"]), float(data["at"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Note()
 
 
 def note(path: Path, build: str) -> None:
-    """Write it down, with the size that it has now."""
+    """Write the note of an environment, with its present size."""
     size = sum(size_of(entry) for entry in path.rglob("*"))
     (path / NOTE).write_text(json.dumps(asdict(Note(build, size, time.time()))))
 
 
 def size_of(path: Path) -> int:
-    """Bytes on disk; 0 for what has gone meanwhile."""
+    """Bytes on disk; 0 for a file that has gone meanwhile."""
     with contextlib.suppress(OSError):
         return path.lstat().st_blocks * 512
     return 0
 
 
 def known_kind(kind: str) -> str:
-    """The kind. Raises BadRequest for one that is not installed by us."""
+    """``kind``, if vllmd installs that engine. Raises BadRequest."""
     if kind not in KINDS:
         raise BadRequest(f"vllmd installs no engine {kind!r}; it installs {', '.join(KINDS)}")
     return kind
 
 
 def known_version(version: str) -> str:
-    """The version, as the name of a folder and a word for pip. Raises BadRequest for anything else."""
+    """``version``, if it may be the name of a folder and a word for pip. Raises BadRequest."""
     if not VERSION.fullmatch(version):
         raise BadRequest(f"{version!r} is no version; one is 0.33.0")
     return version
@@ -81,13 +81,13 @@ def known_version(version: str) -> str:
 
 @contextlib.contextmanager
 def changing(root: Path, kind: str) -> Iterator[Path]:
-    """The folder of a kind while nobody else changes it, tidied. Raises Conflict where somebody does, Forbidden."""
+    """Lock the folder of a kind, and tidy it. Raises Conflict where another process has the lock, Forbidden."""
     folder = root / known_kind(kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        advice = f"; it must belong to who installs: sudo chown -R vllmd-installer: {folder}"
+        advice = f"; it must belong to the installer's user: sudo chown -R vllmd-installer: {folder}"
         raise Forbidden(
             f"{folder} cannot be written: {error.strerror}" + advice * (root == environments.SYSTEM)
         ) from None
@@ -107,12 +107,12 @@ def here(root: Path, kind: str) -> list[Environment]:
 
 
 def in_use(root: Path, kind: str) -> Environment | None:
-    """The one of this root that engines are started in."""
+    """The environment of this root in which engines are started."""
     return environments.in_use(kind, variables={"VLLMD_ENGINES": str(root)})
 
 
 def use(folder: Path, version: str) -> str:
-    """Let engines be started in this version from now on; returns the one before. Needs the lock. Raises NotFound."""
+    """Start engines in this version from now on. Returns the version before. Needs the lock. Raises NotFound."""
     root, kind = folder.parent, folder.name
     if version not in [one.version for one in here(root, kind)]:
         found = ", ".join(one.version for one in here(root, kind)) or "none"
@@ -125,7 +125,7 @@ def use(folder: Path, version: str) -> str:
 
 
 def rollback(folder: Path) -> tuple[str, str]:
-    """Use the version that was in use before; returns it and the one that it replaces. Raises NotFound."""
+    """Use the version that was in use before. Returns it and the one that it replaces. Raises NotFound."""
     previous = folder / PREVIOUS
     if not previous.is_symlink() or not (previous / "bin/python").exists():
         raise NotFound(f"no version of {folder.name} was in use before this one, or it has been removed; "
@@ -135,7 +135,7 @@ def rollback(folder: Path) -> tuple[str, str]:
 
 
 def remove(folder: Path, version: str) -> str:
-    """Remove a version that nothing runs from; returns the one in use then. Raises NotFound, Conflict."""
+    """Remove a version from which nothing runs. Returns the one in use then. Raises NotFound, Conflict."""
     root, kind = folder.parent, folder.name
     path = folder / version
     if version not in [one.version for one in here(root, kind)]:

@@ -1,8 +1,8 @@
 """An environment is made beside the others, proved, and put in its place by one rename.
 
-pip installs into a folder that nobody looks into. When the engine has shown that it starts, the folder's own name is
-replaced wherever scripts have it, and it is renamed. What stops this before then, be it Ctrl-C, a full disk or a power
-cut, leaves a folder that the next installation removes, and every version as it was.
+pip installs into a folder from which nothing is started. When the engine has shown that it starts, the folder's name is
+replaced in its scripts, and the folder is renamed. Whatever stops this before then, such as Ctrl-C, a full disk or a
+power cut, leaves a folder that the next installation removes, and every installed version as it was.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ LIBRARIES = {
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be installed. ``version`` "": the newest. ``build`` "auto": what the machine is for.
+    """An engine to be installed. ``version`` "": the newest. ``build`` "auto": the one for this machine.
 
-    ``index_url``, ``offline``: where packages come from instead: another index, a folder of wheels. ``python``: for
-    which interpreter; "": our own. ``env``: variables for pip, such as those that name a proxy.
+    ``index_url``, ``offline``: where packages come from instead: another index, a folder of wheels. ``python``: the
+    interpreter; "": our own. ``env``: variables for pip, such as those that name a proxy.
     """
 
     kind: str
@@ -59,9 +59,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """What was installed, and which version was in use before.
+    """An installed engine, and the version that was in use before.
 
-    ``fresh``: it was not there before. ``lacks``: a package that was not to be had, and that it can do without.
+    ``fresh``: it was not installed before. ``lacks``: an optional package that could not be installed.
     """
 
     kind: str
@@ -86,32 +86,28 @@ def install(wanted: Wanted, root: Path, say: Say) -> Installed:
     recipe = recipes.recipe(wanted.kind, build)
     with folders.changing(root, wanted.kind) as folder:
         if wanted.version in [one.version for one in folders.here(root, wanted.kind)]:
-            return _used(folder, wanted.version, wanted, fresh=False)
-        _room(folder, recipe, wanted.kind)
+            return _use(folder, wanted.version, wanted, fresh=False)
+        free = shutil.disk_usage(folder).free
+        if free < recipe.space:
+            raise InstallFailed(f"{wanted.kind} takes about {in_words(recipe.space)}, and {folder} has "
+                                f"{in_words(free)} free: free some, or give it a larger disk")  # fmt: skip
         making = Path(tempfile.mkdtemp(prefix=folders.MAKING, dir=folder))
         try:
-            return _Making(wanted, recipe, build, folder, making, say).made()
+            return _Installation(wanted, recipe, build, folder, making, say).run()
         finally:
             shutil.rmtree(making, ignore_errors=True)
 
 
-def _used(folder: Path, version: str, wanted: Wanted, *, fresh: bool) -> Installed:
-    """Say what came of it, and use it where that is wanted."""
+def _use(folder: Path, version: str, wanted: Wanted, *, fresh: bool) -> Installed:
+    """Use an installed version where that is wanted. Returns the answer to the request."""
     path = folder / version
     build = folders.noted(Environment(wanted.kind, version, path)).build
     before = folders.use(folder, version) if wanted.use else ""
     return Installed(wanted.kind, version, build, str(path), before, fresh, wanted.use)
 
 
-def _room(folder: Path, recipe: Recipe, kind: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < recipe.space:
-        raise InstallFailed(f"{kind} takes about {in_words(recipe.space)}, and {folder} has {in_words(free)} free: "
-                            "free some, or give it a larger disk")  # fmt: skip
-
-
-class _Making:
-    """One installation under way, until it is put in place or has failed."""
+class _Installation:
+    """One installation, until it is put in place or has failed."""
 
     def __init__(self, wanted: Wanted, recipe: Recipe, build: str, folder: Path, making: Path, say: Say) -> None:
         self._wanted, self._recipe, self._build, self._say = wanted, recipe, build, say
@@ -123,23 +119,38 @@ class _Making:
         self._variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(temporary), "LANG": "C.UTF-8",
                            **kept, "TMPDIR": str(temporary)}  # fmt: skip
 
-    def made(self) -> Installed:
-        """The whole procedure; see ``install``."""
-        self._make_environment()
-        here = [one.version for one in folders.here(self._folder.parent, self._wanted.kind)]
-        if here and not self._wanted.version and (newest := self._newest()) in here:
-            return _used(self._folder, newest, self._wanted, fresh=False)
-        self._install()
-        lacks = "" if self._add(self._recipe.useful) else self._recipe.useful
-        version = self._version()
-        if version in here:  # a --offline folder may have another than was asked for
-            return _used(self._folder, version, self._wanted, fresh=False)
-        self._name(version)
-        self._prove()
-        self._put_in_place(version)
-        return replace(_used(self._folder, version, self._wanted, fresh=True), lacks=lacks)
+    def run(self) -> Installed:
+        """The whole procedure, see ``install``."""
+        wanted, recipe = self._wanted, self._recipe
+        # 1. An empty environment.
+        self.make_environment()
+        # 2. Nothing more, if the newest version is wanted and is here.
+        here = [one.version for one in folders.here(self._folder.parent, wanted.kind)]
+        if here and not wanted.version and (newest := self.newest_version()) in here:
+            return _use(self._folder, newest, wanted, fresh=False)
+        # 3. The engine's packages, and one that it can do without.
+        status, lines = self._pip("install", "--no-compile", *self._requirements())
+        if status:
+            raise InstallFailed(f"{wanted.kind} was not installed: {self._why(lines)}")
+        sources = self._sources() if wanted.offline or wanted.index_url else []
+        failed = recipe.useful and self._pip("install", "--no-compile", recipe.useful, sources=sources)[0]
+        version = self.installed_version()
+        if version in here:  # a --offline folder may have another version than the one wanted
+            return _use(self._folder, version, wanted, fresh=False)
+        # 4. The name by which the engine's program looks for itself, where the distribution has another one.
+        if recipe.named:
+            build = "" if "+" in version else f"+{self._build}"
+            info = self._site() / f"{recipe.named}-{version}{build}.dist-info"
+            info.mkdir(exist_ok=True)
+            metadata = f"Metadata-Version: 2.1\nName: {recipe.named}\nVersion: {version}{build}\n"
+            (info / "METADATA").write_text(metadata)
+        # 5. Proved, put in its place, and used.
+        self.prove()
+        self.put_in_place(version)
+        return replace(_use(self._folder, version, wanted, fresh=True), lacks=recipe.useful if failed else "")
 
-    def _make_environment(self) -> None:
+    def make_environment(self) -> None:
+        """Make an empty environment. Raises InstallFailed."""
         self._say(Progress("making an environment"))
         python = self._wanted.python or sys.executable
         try:
@@ -147,22 +158,10 @@ class _Making:
         except OSError as error:
             raise InstallFailed(f"{python} cannot be run: {error.strerror}; --python names a Python") from None
         if status:
-            said = "\n".join(lines)
-            if "ensurepip" in said or "No module named venv" in said:
+            output = "\n".join(lines)
+            if "ensurepip" in output or "No module named venv" in output:
                 raise InstallFailed(NO_VENV.format(python=python))
             raise InstallFailed(self._why(lines))
-
-    def _install(self) -> None:
-        status, lines = self._pip("install", "--no-compile", *self._requirements())
-        if status:
-            raise InstallFailed(f"{self._wanted.kind} was not installed: {self._why(lines)}")
-
-    def _add(self, package: str) -> bool:
-        """Install a package that is useful, from wherever everything else is; whether that was possible."""
-        if not package:
-            return True
-        sources = self._sources() if self._wanted.offline or self._wanted.index_url else []
-        return self._pip("install", "--no-compile", package, sources=sources)[0] == 0
 
     def _pip(self, verb: str, *words: str, sources: list[str] | None = None) -> tuple[int, list[str]]:
         options = ("--disable-pip-version-check", "--no-input", "--prefer-binary", "--progress-bar=off", "--retries=3")
@@ -195,28 +194,25 @@ class _Making:
         return [f"{first}=={self._wanted.version}" if self._wanted.version else first, *others]
 
     def _why(self, lines: list[str]) -> str:
-        """The cause in a sentence; all that pip said is in the service's log."""
+        """The cause of pip's failure in a sentence; the whole output goes into the service's log."""
         log.warning("%s", "\n".join(lines))
-        return pip.why(lines, **self._words())
+        python = ""
+        if os.path.exists(self._python):
+            done = subprocess.run([self._python, "-IV"], capture_output=True, text=True, check=False)
+            python = done.stdout.removeprefix("Python ").strip()
+        return pip.why(
+            lines,
+            kind=self._wanted.kind,
+            name=self._recipe.packages[0],
+            wanted=self._requirements()[0],
+            version=self._wanted.version,
+            machine=recipes.machine(python),
+            where=self._wanted.offline or self._wanted.index_url or "the package index",
+            root=str(self._folder),
+            free=in_words(shutil.disk_usage(self._folder).free),
+        )
 
-    def _words(self) -> dict[str, str]:
-        """What the sentence about a failure is made of."""
-        where = self._wanted.offline or self._wanted.index_url or "the package index"
-        told = subprocess.run([self._python, "-IV"], capture_output=True, text=True, check=False) if os.path.exists(
-            self._python) else None  # fmt: skip
-        python = told.stdout.removeprefix("Python ").strip() if told else ""
-        return {
-            "kind": self._wanted.kind,
-            "name": self._recipe.packages[0],
-            "wanted": self._requirements()[0],
-            "version": self._wanted.version,
-            "machine": recipes.machine(python),
-            "where": where,
-            "root": str(self._folder),
-            "free": in_words(shutil.disk_usage(self._folder).free),
-        }
-
-    def _newest(self) -> str:
+    def newest_version(self) -> str:
         """The version that pip would install; "" if it does not say."""
         report = self._folder / self._variables["TMPDIR"] / "report.json"
         status, _ = self._pip("install", "--dry-run", "--ignore-installed", "--no-deps", f"--report={report}",
@@ -226,30 +222,20 @@ class _Making:
                 return str(json.loads(report.read_text())["install"][0]["metadata"]["version"])
         return ""
 
-    def _version(self) -> str:
-        """The version of what was installed."""
+    def installed_version(self) -> str:
+        """The version that pip has installed. Raises InstallFailed."""
         name = self._recipe.packages[0].partition("[")[0].replace("-", "_")
         for path in self._site().glob("*.dist-info/METADATA"):
-            told = email.message_from_string(path.read_text("utf-8", "replace"))
-            if str(told["Name"]).replace("-", "_").lower() == name:
-                return folders.known_version(str(told["Version"]))
+            metadata = email.message_from_string(path.read_text("utf-8", "replace"))
+            if str(metadata["Name"]).replace("-", "_").lower() == name:
+                return folders.known_version(str(metadata["Version"]))
         raise InstallFailed(f"pip installed no {self._recipe.packages[0]}, without saying why")
 
     def _site(self) -> Path:
         return next(iter(self._env.glob("lib/python3*/site-packages")))
 
-    def _name(self, version: str) -> None:
-        """Give it the name that its own program asks for, where the distribution is called something else."""
-        if not self._recipe.named:
-            return
-        build = "" if "+" in version else f"+{self._build}"
-        info = self._site() / f"{self._recipe.named}-{version}{build}.dist-info"
-        info.mkdir(exist_ok=True)
-        told = f"Metadata-Version: 2.1\nName: {self._recipe.named}\nVersion: {version}{build}\n"
-        (info / "METADATA").write_text(told)
-
-    def _prove(self) -> None:
-        """Start it as far as it tells its version: what it lacks of the system shows."""
+    def prove(self) -> None:
+        """Have the engine print its version or help, which shows missing system libraries. Raises InstallFailed."""
         places = {"python": self._python, "bin": str(self._env / "bin")}
         argv = [word.format(**places) for word in self._recipe.proof]
         began = Progress("looking whether it starts", self._wanted.kind)
@@ -257,22 +243,23 @@ class _Making:
         if status == 0:
             return
         log.warning("%s", "\n".join(lines))
-        said = [line.strip() for line in lines if line.strip()] or [f"exit status {status}"]
+        output = [line.strip() for line in lines if line.strip()] or [f"exit status {status}"]
         for library, package in LIBRARIES.items():
-            if any(f"{library}: cannot open shared object" in line for line in said):
+            if any(f"{library}: cannot open shared object" in line for line in output):
                 raise InstallFailed(f"{self._wanted.kind} does not start: it needs {library}: apt install {package}, "
                                     "then try again")  # fmt: skip
-        raise InstallFailed(f"{self._wanted.kind} does not start, and was not kept: {said[-1]}")
+        raise InstallFailed(f"{self._wanted.kind} does not start, and was not kept: {output[-1]}")
 
-    def _put_in_place(self, version: str) -> None:
-        """Scripts learn their new place, modules are compiled for it, and the folder goes there."""
+    def put_in_place(self, version: str) -> None:
+        """Write the new place into scripts, compile modules for it, and rename the folder."""
         old, new = os.fsencode(self._env), os.fsencode(self._folder / version)
         for script in [*(self._env / "bin").iterdir(), self._env / "pyvenv.cfg"]:
             if script.is_file() and not script.is_symlink() and old in (text := script.read_bytes()):
                 script.write_bytes(text.replace(old, new))
         site = str(self._site())
         argv = [self._python, "-I", "-m", "compileall", "-qq", "-j0", "-s", os.fsdecode(old), "-p", os.fsdecode(new)]
-        self._run([*argv, site], Progress("byte-compiling", self._wanted.kind))  # what cannot be compiled is no program
+        # Its exit status does not count: a file that cannot be compiled is no part of the program.
+        self._run([*argv, site], Progress("byte-compiling", self._wanted.kind))
         folders.note(self._env, self._build)
         os.sync()
         self._env.rename(self._folder / version)

@@ -1,8 +1,8 @@
-"""pip at work: how far it is, and in one sentence why it failed.
+"""Running pip: its progress, and the cause of a failure in one sentence.
 
-pip tells little to whoever is no terminal. What it does is in its lines, of which the form has not changed for years
-(22 to 26 were looked at); how much of a download is there is seen from the file that it grows, in a folder for
-temporary files that is its alone.
+pip shows no progress where no terminal is. Its phase is read from its lines, whose form has not changed for years
+(22 to 26 were looked at); the progress of a download is the size of the file that it grows, in a folder for temporary
+files that no other process uses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNITS = {"B": 1, "kB": 1000, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an installation is: what is being done to what; of a file that comes, its bytes; and all bytes so far."""
+    """The progress of an installation: phase and object; of a download its bytes; and the bytes of all before it."""
 
     phase: str
     what: str = ""
@@ -44,7 +44,7 @@ _INSTALLING = re.compile(r"Installing collected packages: (.*)")
 
 
 def read(line: str, before: Progress) -> Progress:
-    """What a line of pip's output makes of the progress so far."""
+    """The progress after a line of pip's output."""
     fetched = before.fetched + (before.total if before.phase == "downloading" else 0)
     if found := _DOWNLOADING.match(line):
         total = int(float(found[2]) * UNITS[found[3]]) if found[2] else 0
@@ -61,10 +61,10 @@ def read(line: str, before: Progress) -> Progress:
 def run(
     argv: Sequence[str], env: Mapping[str, str], say: Say, began: Progress, limit: float | None = None
 ) -> tuple[int, list[str]]:
-    """Run a program to its end: its exit status and its last lines. What ``say`` raises ends it, with its children.
+    """Run a program to its end. Returns its exit status and its last lines.
 
-    ``say`` is called at least every half second. ``env`` has TMPDIR. ``limit``: seconds after which it is ended, with
-    status 124.
+    ``say`` gets the progress at least every half second; an exception that it raises ends the program with its
+    children. ``env`` has TMPDIR. ``limit``: seconds after which the program is ended, with status 124.
     """
     process = subprocess.Popen(
         argv,
@@ -90,7 +90,11 @@ def run(
                     for line in (each.decode(errors="replace") for each in whole):
                         progress = read(line, progress)
                         lines = [*lines[1 - KEPT :], line]
-                say(_grown(progress, Path(env["TMPDIR"])))
+                with contextlib.suppress(OSError):
+                    if progress.phase == "downloading":
+                        sizes = [path.stat().st_size for path in Path(env["TMPDIR"]).glob(f"*/{progress.what}")]
+                        progress = replace(progress, done=max(sizes, default=0))
+                say(progress)
                 if end and time.monotonic() > end:
                     return 124, lines
         return process.wait(), [*lines, rest.decode(errors="replace")]
@@ -100,19 +104,9 @@ def run(
         process.wait()
 
 
-def _grown(progress: Progress, folder: Path) -> Progress:
-    """With how much of the file that comes is there."""
-    if progress.phase != "downloading":
-        return progress
-    with contextlib.suppress(OSError):
-        there = [path.stat().st_size for path in folder.glob(f"*/{progress.what}")]
-        return replace(progress, done=max(there, default=0))
-    return progress
-
-
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A reason for which pip fails, by its own words; what it means and what would help."""
+    """A cause of pip's failures, by a pattern of its output; ``what``: the cause in words, and what would help."""
 
     pattern: re.Pattern[str]
     what: str
@@ -122,7 +116,7 @@ def _row(pattern: str, what: str) -> Cause:
     return Cause(re.compile(pattern, re.I), what)
 
 
-# The first that matches any line is it: a full disk and a missing network make pip complain of other things, too.
+# The first that matches any line counts: a full disk and a missing network make pip complain of other things, too.
 CAUSES = (
     _row(
         r"No space left on device|Disk quota exceeded",
@@ -174,31 +168,24 @@ CAUSES = (
     _row(r"is not a supported wheel on this platform", "a wheel is for another machine than this one ({machine})"),
     _row(r"MemoryError|Cannot allocate memory", "there was not enough memory to install it"),
 )
-_NONE = re.compile(r"Could not find a version that satisfies the requirement \S+ \(from versions: (.*)\)")
+_VERSIONS = re.compile(r"Could not find a version that satisfies the requirement \S+ \(from versions: (.*)\)")
 _IGNORED = re.compile(r"Ignored the following versions that require a different python version: (.*)", re.I)
-OTHERS = 4  # versions that are named where the one that was asked for is not there
+OTHERS = 4  # versions that are named where the one that is wanted does not exist
 
 
 def why(lines: Iterable[str], **words: str) -> str:
     """One sentence with the cause, and what would help. ``words`` fill the places in CAUSES."""
-    said = _other_python([line.strip() for line in lines if line.strip()], words.get("version", ""))
+    output, version = [line.strip() for line in lines if line.strip()], words.get("version", "")
+    ignored = next((match[1] for line in output if (match := _IGNORED.search(line))), "")
+    offered = next((match[1] for line in output if (match := _VERSIONS.search(line))), "")
+    # pip lists versions for other Pythons whatever it lacks: they are the cause only if the one wanted is among them.
+    is_ignored = re.search(rf"(?:^|[ ;]){re.escape(version)}\b", ignored) if version else ignored and offered == "none"
+    if is_ignored:
+        output = ["requires a different Python", *output]
+    newest = ", ".join(offered.split(", ")[-OTHERS:])
+    instead = f"; there are {newest}" if offered not in ("none", "") else ""
     for cause in CAUSES:
-        if any(cause.pattern.search(line) for line in said):
-            return cause.what.format(**words) + _instead(said)
-    errors = [line for line in said if re.match(r"(?:ERROR|error|fatal)\b", line)]
-    return f"pip failed: {(errors or said or ['it said nothing'])[-1].removeprefix('ERROR: ')}"
-
-
-def _other_python(said: list[str], version: str) -> list[str]:
-    """pip names what is for another Python whatever is missing; it is the cause only where that was wanted."""
-    ignored = next((found[1] for line in said if (found := _IGNORED.search(line))), "")
-    offered = next((found[1] for line in said if (found := _NONE.search(line))), "")
-    wanted = re.search(rf"(?:^|[ ;]){re.escape(version)}\b", ignored) if version else ignored and offered == "none"
-    return ["requires a different Python", *said] if wanted else said
-
-
-def _instead(said: list[str]) -> str:
-    """The newest versions that there are, where the one that was asked for is not."""
-    offered = next((found[1] for line in said if (found := _NONE.search(line))), "none")
-    newest = offered.split(", ")[-OTHERS:]
-    return "" if offered in ("none", "") else f"; there are {', '.join(newest)}"
+        if any(cause.pattern.search(line) for line in output):
+            return cause.what.format(**words) + instead
+    errors = [line for line in output if re.match(r"(?:ERROR|error|fatal)\b", line)]
+    return f"pip failed: {(errors or output or ['it said nothing'])[-1].removeprefix('ERROR: ')}"

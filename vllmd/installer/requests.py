@@ -1,11 +1,11 @@
-"""Who may ask the installer for what, and the lines that go back.
+"""The requests to the installer: which users may send which, and the lines of the answer.
 
 A request is one line of JSON: ``{"verb": "install", "kind": "vllm", "version": "0.33.0"}``. The answer is lines of
 JSON: any number of ``{"progress": {...}}``, then ``{"done": {...}}`` or ``{"failed": "...", "status": 409}``, with the
 status that the error has over HTTP.
 
-Members of the group vllmd-admin may install what the recipes name, choose, go back and remove. Where packages come
-from, and for which Python, only root may say: whoever chooses that chooses what engines run.
+Members of the group vllmd-admin may install what the recipes name, choose a version, go back and remove. Only root may
+say where packages come from, and for which Python: that decides which code engines run.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ CERTIFICATES = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 
 def read(line: bytes) -> dict[str, Any]:
-    """The request. Raises BadRequest for what is none."""
+    """Parse a request. Raises BadRequest."""
     try:
-        found = json.loads(line)
+        request = json.loads(line)
     except ValueError:
         raise BadRequest("the request is no line of JSON") from None
-    if not isinstance(found, dict) or not all(isinstance(found.get(name, ""), str) for name in TEXTS):
+    if not isinstance(request, dict) or not all(isinstance(request.get(name, ""), str) for name in TEXTS):
         raise BadRequest("the request is no object of texts")
-    env = found.get("env", {})
+    env = request.get("env", {})
     if not isinstance(env, dict) or not all(isinstance(value, str) for pair in env.items() for value in pair):
         raise BadRequest("env is no object of texts")
-    return found
+    return request
 
 
-def allowed(request: Mapping[str, Any], *, trusted: bool) -> None:
-    """Raises Forbidden for what is root's to say."""
-    if said := [name.replace("_", "-") for name in ROOTS_OWN if not trusted and request.get(name)]:
-        raise Forbidden(f"{' and '.join(said)}: where packages come from, and for which Python, only root may say "
+def check_allowed(request: Mapping[str, Any], *, trusted: bool) -> None:
+    """Raise Forbidden where a request that is not ``trusted`` (root's) has fields that only root may set."""
+    if fields := [name.replace("_", "-") for name in ROOTS_OWN if not trusted and request.get(name)]:
+        raise Forbidden(f"{' and '.join(fields)}: where packages come from, and for which Python, only root may say "
                         "(with sudo; or for everybody in a drop-in of vllmd-installer@.service, as PIP_INDEX_URL and "
                         "HTTPS_PROXY)")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Which version is in use from now on, and which was before; "" for none."""
+    """The version in use from now on, and the one before; "" for none."""
 
     kind: str
     version: str
@@ -64,7 +64,7 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """Which version was removed, and which is in use now; "" for none."""
+    """The version that was removed, and the one in use now; "" for none."""
 
     kind: str
     version: str
@@ -72,13 +72,13 @@ class Removed:
 
 
 def perform(request: Mapping[str, Any], root: Path, say: Say, env: Mapping[str, str]) -> Installed | Chosen | Removed:
-    """Do it; ``env``: our own variables, for pip. Raises VllmdError."""
+    """Do a request; ``env``: our own variables, for pip. Raises VllmdError."""
     kind, version = str(request.get("kind", "")), str(request.get("version", ""))
     match request.get("verb"):
         case "install":
-            told = {name: request[name] for name in ("build", "index_url", "offline", "python") if request.get(name)}
+            options = {name: request[name] for name in ("build", "index_url", "offline", "python") if request.get(name)}
             use = request.get("use", True) is True
-            return install(Wanted(kind, version, env={**env, **request.get("env", {})}, use=use, **told), root, say)
+            return install(Wanted(kind, version, env={**env, **request.get("env", {})}, use=use, **options), root, say)
         case "use":
             with folders.changing(root, kind) as folder:
                 before = folders.use(folder, folders.known_version(version))

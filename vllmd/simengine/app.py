@@ -87,7 +87,11 @@ class App:
             self._routes |= dict(DEVELOPMENT)
 
     async def __call__(self, request: Request, out: Connection) -> None:
-        out.extra_headers = self._echoed_id(request)
+        name = request.get("x-request-id")
+        if name and self._context.options.enable_request_id_headers:
+            out.extra_headers = (("x-request-id", name),)
+        else:
+            out.extra_headers = ()
         try:
             await self._dispatch(request, out)
         except Unrouted as unrouted:
@@ -95,18 +99,19 @@ class App:
         except Refused as refused:
             await out.send_json(refused.status, refused.content)
         except CallFailed as failed:
-            await self._failed(out, failed)
+            if out.streaming:
+                await generate.stream_failed(out, failed)
+            else:
+                await out.send_json(500, error_content(str(failed), "InternalServerError", 500))
         finally:
             if not self._context.options.quiet:
                 plain(f'INFO:      - "{request.method} {request.target} HTTP/1.1" {out.status_line}')
 
-    def _echoed_id(self, request: Request) -> tuple[tuple[str, str], ...]:
-        name = request.get("x-request-id")
-        return (("x-request-id", name),) if name and self._context.options.enable_request_id_headers else ()
-
     async def _dispatch(self, request: Request, out: Connection) -> None:
-        if echo := request.get("x-sim-echo"):
-            return await _echo(echo, request, out)
+        if echo := request.get("x-sim-echo"):  # "body" or "head": the very bytes that came, to compare them
+            if echo == "body":
+                return await out.send(200, request.body, request.get("content-type"))
+            return await out.send(200, request.head, "application/octet-stream")
         path = pooling.body_shape(request) if request.path == "/invocations" else request.path
         route = self._routes.get((request.method, _pattern(path)))
         if route is None:
@@ -117,33 +122,22 @@ class App:
 
     async def _serve(self, route: Route, request: Request, out: Connection) -> None:
         """A request to the model: counted, and subject to the failures."""
-        await self._fail_before()
-        self._context.in_flight += 1
-        try:
-            await route(self._context, request, out)
-        finally:
-            self._context.in_flight -= 1
-        self._fail_after()
-
-    async def _fail_before(self) -> None:
-        failures = self._context.state.failures
+        context, failures = self._context, self._context.state.failures
         if "hang" in failures:
             await asyncio.Event().wait()
         if "dead" in failures:
             raise CallFailed("EngineCore encountered an issue. See stack trace (above) for the root cause.")
         if (seconds := failures.get("slow-headers")) is not None:
             await asyncio.sleep(seconds)
-
-    def _fail_after(self) -> None:
-        self._context.answered += 1
-        limit = self._context.state.failures.get("crash-after")
-        if limit is not None and self._context.answered >= limit:
+        context.in_flight += 1
+        try:
+            await route(context, request, out)
+        finally:
+            context.in_flight -= 1
+        context.answered += 1
+        limit = failures.get("crash-after")
+        if limit is not None and context.answered >= limit:  # not before this answer has left
             asyncio.get_running_loop().call_soon(die, 1, "told to crash after so many requests")
-
-    async def _failed(self, out: Connection, failed: CallFailed) -> None:
-        if out.streaming:
-            return await generate.stream_failed(out, failed)
-        return await out.send_json(500, error_content(str(failed), "InternalServerError", 500))
 
 
 def _pattern(path: str) -> str:
@@ -152,9 +146,3 @@ def _pattern(path: str) -> str:
     if parts[:3] == ["", "v1", "responses"] and len(parts) > 3:
         parts[3] = "*"
     return "/".join(parts)
-
-
-async def _echo(what: str, request: Request, out: Connection) -> None:
-    """``X-Sim-Echo: body`` or ``head``: the very bytes that came, to compare them."""
-    data = request.body if what == "body" else request.head
-    await out.send(200, data, request.get("content-type") if what == "body" else "application/octet-stream")

@@ -92,7 +92,7 @@ async def chat(context: Context, request: Request, out: Connection) -> None:
     text = content_text(messages[-1].get("content"))
     job = _job(context, body, text, _count(messages), _limit(body, "max_completion_tokens", "max_tokens"))
     if tool:
-        job.answer, job.finish = _arguments(text), "stop"
+        job.answer, job.finish = tokens(dump({"text": text}).decode()), "stop"  # the function's arguments
     started = _Chat(context.request_id(request, "chatcmpl"), context.created, context.name(body), job, tool)
     if body.get("stream"):
         return await _stream(out, _chat_chunks(context, started, _stream_options(body)))
@@ -119,10 +119,6 @@ def _tool(body: dict[str, Any], messages: list[dict[str, Any]]) -> str:
     return str(named or tools[0].get("function", {}).get("name", ""))
 
 
-def _arguments(text: str) -> list[str]:
-    return tokens(dump({"text": text}).decode())
-
-
 def _stream_options(body: dict[str, Any]) -> dict[str, Any]:
     options = body.get("stream_options") or {}
     return options if isinstance(options, dict) else {}
@@ -144,10 +140,14 @@ async def _chat_chunks(context: Context, chat: _Chat, options: dict[str, Any]) -
     async with aclosing(context.state.run(chat.job)) as words:
         async for token in words:
             if first:
-                yield chat.chunk({"role": "assistant", "content": "", **_first_call(chat)})
+                call = {"tool_calls": [{"index": 0, **chat.call("")}]} if chat.tool else {}
+                yield chat.chunk({"role": "assistant", "content": "", **call})
                 first = False
             finish = chat.finish if chat.job.cut else None
-            yield chat.chunk(_delta(chat, token), finish, counted=bool(options.get("continuous_usage_stats")))
+            delta: dict[str, Any] = {"content": token}
+            if chat.tool:
+                delta = {"tool_calls": [{"index": 0, "function": {"arguments": token}}]}
+            yield chat.chunk(delta, finish, counted=bool(options.get("continuous_usage_stats")))
     if first:
         yield chat.chunk({"role": "assistant", "content": ""})
     if not chat.job.cut:
@@ -155,16 +155,6 @@ async def _chat_chunks(context: Context, chat: _Chat, options: dict[str, Any]) -
     if options.get("include_usage"):
         yield chat.usage()
     yield _DONE
-
-
-def _first_call(chat: _Chat) -> dict[str, Any]:
-    return {"tool_calls": [{"index": 0, **chat.call("")}]} if chat.tool else {}
-
-
-def _delta(chat: _Chat, token: str) -> dict[str, Any]:
-    if chat.tool:
-        return {"tool_calls": [{"index": 0, "function": {"arguments": token}}]}
-    return {"content": token}
 
 
 async def _stream(out: Connection, chunks: AsyncGenerator[bytes, None]) -> None:
@@ -245,7 +235,11 @@ async def responses(context: Context, request: Request, out: Connection) -> None
     job = _job(context, body, text, count, _limit(body, "max_output_tokens"))
     response = _new_response(context, context.request_id(request, "resp", "_"), body)
     if body.get("store", True):
-        _keep(context, response)
+        context.responses[response["id"]] = response
+        while len(context.responses) > _KEPT_RESPONSES:
+            oldest = next(iter(context.responses))
+            del context.responses[oldest]
+            context.background.pop(oldest, None)
     if body.get("stream"):
         return await _stream(out, _response_events(context, job, response))
     if body.get("background"):
@@ -273,14 +267,6 @@ def _new_response(context: Context, name: str, body: dict[str, Any]) -> dict[str
     state: dict[str, Any] = {"status": "in_progress", "output": [], "usage": None}
     state |= {"incomplete_details": None}
     return head | asked | {"parallel_tool_calls": True, "background": bool(body.get("background"))} | state
-
-
-def _keep(context: Context, response: dict[str, Any]) -> None:
-    context.responses[response["id"]] = response
-    while len(context.responses) > _KEPT_RESPONSES:
-        oldest = next(iter(context.responses))
-        del context.responses[oldest]
-        context.background.pop(oldest, None)
 
 
 def _in_background(context: Context, job: Job, response: dict[str, Any]) -> None:

@@ -150,11 +150,11 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _wait_for_next(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._keep_alive, self._expire)
+        def expire() -> None:
+            if self._task is None and not self._buffer and self._request is None:
+                self._transport.close()
 
-    def _expire(self) -> None:
-        if self._task is None and not self._buffer and self._request is None:
-            self._transport.close()
+        self._timer = asyncio.get_running_loop().call_later(self._keep_alive, expire)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -170,42 +170,37 @@ class Connection(asyncio.Protocol):
     # Reading
 
     def _parse(self) -> Request | None:
-        if self._request is None and not self._parse_head():
-            return None
-        assert self._request is not None
-        body = self._body(self._request)
+        """The next request once it is complete; None before that. Raises Malformed."""
+        if self._request is None:
+            end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+            self._scanned = len(self._buffer) if end < 0 else 0
+            if end < 0:
+                if len(self._buffer) > _HEAD_LIMIT:
+                    raise Malformed("the head is too long")
+                return None
+            self._request = parse_head(bytes(self._buffer[: end + 4]))
+            self._chunks = Chunks() if self._request.get("transfer-encoding").lower() == "chunked" else None
+            del self._buffer[: end + 4]
+        request = self._request
+        body = self._chunks.feed(self._buffer) if self._chunks else self._counted_body(request)
         if body is None:
-            self._send_continue(self._request)
+            if not self._continued and request.get("expect").lower() == "100-continue":
+                self._continued = True
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             return None
-        request, self._request, self._continued = self._request, None, False
+        self._request, self._continued = None, False
         return replace(request, body=body)
 
-    def _parse_head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
-        self._scanned = len(self._buffer) if end < 0 else 0
-        if end < 0:
-            if len(self._buffer) > _HEAD_LIMIT:
-                raise Malformed("the head is too long")
-            return False
-        self._request = parse_head(bytes(self._buffer[: end + 4]))
-        self._chunks = Chunks() if self._request.get("transfer-encoding").lower() == "chunked" else None
-        del self._buffer[: end + 4]
-        return True
-
-    def _body(self, request: Request) -> bytes | None:
-        if self._chunks is not None:
-            return self._chunks.feed(self._buffer)
-        length = _length(request)
-        if len(self._buffer) < length:
+    def _counted_body(self, request: Request) -> bytes | None:
+        """A body of the length that the head tells, once all of it has come. Raises Malformed."""
+        text = request.get("content-length", "0")
+        if not (text.isascii() and text.isdigit()):
+            raise Malformed(f"content-length {text!r} is no number")
+        if len(self._buffer) < int(text):
             return None
-        body = bytes(self._buffer[:length])
-        del self._buffer[:length]
+        body = bytes(self._buffer[: int(text)])
+        del self._buffer[: int(text)]
         return body
-
-    def _send_continue(self, request: Request) -> None:
-        if not self._continued and request.get("expect").lower() == "100-continue":
-            self._continued = True
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # Writing
 
@@ -271,22 +266,13 @@ def parse_head(head: bytes) -> Request:
     parts = lines[0].split(" ")
     if len(parts) != 3 or parts[2] not in ("HTTP/1.1", "HTTP/1.0"):
         raise Malformed(f"request line {lines[0]!r}")
-    headers = tuple(_header(line) for line in lines[1:])
-    return Request(parts[0], parts[1], headers, head, version=parts[2])
-
-
-def _header(line: str) -> tuple[str, str]:
-    name, colon, value = line.partition(":")
-    if not colon or not name or name != name.strip():
-        raise Malformed(f"header line {line!r}")
-    return name.lower(), value.strip()
-
-
-def _length(request: Request) -> int:
-    text = request.get("content-length", "0")
-    if not (text.isascii() and text.isdigit()):
-        raise Malformed(f"content-length {text!r} is no number")
-    return int(text)
+    headers = []
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip():
+            raise Malformed(f"header line {line!r}")
+        headers.append((name.lower(), value.strip()))
+    return Request(parts[0], parts[1], tuple(headers), head, version=parts[2])
 
 
 class Chunks:
@@ -300,47 +286,42 @@ class Chunks:
     def feed(self, buffer: bytearray) -> bytes | None:
         """Take from the buffer; the body once it is complete, else None. Raises Malformed."""
         while not self._last:
-            if not (self._next_size(buffer) if self._left == 0 else self._take(buffer)):
+            if self._left == 0:
+                if not self._next_size(buffer):
+                    return None
+                continue
+            piece = buffer[: self._left]
+            del buffer[: len(piece)]
+            self._data += piece
+            self._left -= len(piece)
+            if self._left:
                 return None
-        return bytes(self._data) if _drop_trailers(buffer) else None
-
-    def _take(self, buffer: bytearray) -> bool:
-        piece = buffer[: self._left]
-        del buffer[: len(piece)]
-        self._data += piece
-        self._left -= len(piece)
-        if self._left == 0:
-            del self._data[-2:]
-        return self._left == 0
+            del self._data[-2:]  # the chunk's CRLF
+        # Behind the last chunk come trailers, which are dropped, and an empty line.
+        end = 2 if buffer[:2] == b"\r\n" else buffer.find(b"\r\n\r\n") + 4
+        if len(buffer) < 2 or end == 3:
+            if len(buffer) > _TRAILER_LIMIT:
+                raise Malformed("the trailers are too long")
+            return None
+        del buffer[:end]
+        return bytes(self._data)
 
     def _next_size(self, buffer: bytearray) -> bool:
+        """Read a chunk's size line; False: it has not come in full. Raises Malformed."""
         end = buffer.find(b"\r\n", 0, _LINE_LIMIT)
         if end < 0:
             if len(buffer) >= _LINE_LIMIT:
                 raise Malformed("a chunk's size line is too long")
             return False
-        size = _chunk_size(bytes(buffer[:end]))
+        line = bytes(buffer[:end])
+        try:
+            size = int(line.split(b";")[0], 16)
+        except ValueError:
+            raise Malformed(f"chunk size {line[:20]!r}") from None
         del buffer[: end + 2]
         self._last = size == 0
         self._left = size + 2 if size else 0
         return True
-
-
-def _chunk_size(line: bytes) -> int:
-    try:
-        return int(line.split(b";")[0], 16)
-    except ValueError:
-        raise Malformed(f"chunk size {line[:20]!r}") from None
-
-
-def _drop_trailers(buffer: bytearray) -> bool:
-    end = 2 if buffer[:2] == b"\r\n" else buffer.find(b"\r\n\r\n") + 4
-    if len(buffer) < 2 or end == 3:
-        if len(buffer) > _TRAILER_LIMIT:
-            raise Malformed("the trailers are too long")
-        return False
-    del buffer[:end]
-    return True
 
 
 def dump(content: Any) -> bytes:

@@ -131,12 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for group in (_add_serving, _add_times, _add_memory, _add_behaviour):
-        group(parser)
-    return parser
-
-
-def _add_serving(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="what it pretends to load")
     add("--served-model-name", nargs="+", help="the names it answers to")
@@ -153,9 +147,6 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     add("--enable-request-id-headers", action="store_true", help="echo X-Request-Id")
     add("--quiet", action="store_true", help="no access log")
 
-
-def _add_times(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add("--load-time", type=duration, help="from the start until it listens")
     add("--read-weights", action="store_true", help="read the model's files, which --load-time comes on top of")
     add("--sleep-time", type=by_level, help="to fall asleep: one time, or LEVEL1,LEVEL2")
@@ -164,9 +155,6 @@ def _add_times(parser: argparse.ArgumentParser) -> None:
     add("--prompt-overhead", type=duration, help="from admission to the first token")
     add("--prompt-tokens-per-second", type=float, help="added to the overhead by the prompt's length")
 
-
-def _add_memory(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add("--memory", type=size, help="bytes per device held when awake (20GiB)")
     add("--memory-starting", type=size, help="bytes held while loading; default: as awake")
     add("--memory-asleep", type=size, help="bytes held while asleep")
@@ -176,28 +164,21 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add("--cuda", type=int, nargs="*", help="hold real memory on these CUDA devices (default 0) through torch")
     add("--gpu-memory-utilization", type=float, help="--memory as a fraction of the device")
 
-
-def _add_behaviour(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add("--dimensions", type=int, help="length of embeddings")
     add("--created", type=int, help="a fixed value for every 'created', to compare bytes")
     add("--fail", type=_failure, action="append", metavar="NAME[=VALUE]", help="see below; repeatable")
     add("--fail-file", help="a file whose lines are failures, read anew each time they matter")
+    return parser
 
 
 def _parse_as_vllm(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     parser = _parser()
     parser.add_argument("--enable-sleep-mode", action="store_true", default=False)
-    given, _passed_over = parser.parse_known_args([*_tagged(argv), *shlex.split(env.get("VLLMD_SIM_ARGS", ""))])
+    if argv and not argv[0].startswith("-"):  # the model's tag, vLLM's one positional argument
+        argv = ["--model", *argv]
+    given, _passed_over = parser.parse_known_args([*argv, *shlex.split(env.get("VLLMD_SIM_ARGS", ""))])
     given.dev_mode = env.get("VLLM_SERVER_DEV_MODE") == "1"
     return _options(given, env)
-
-
-def _tagged(argv: Sequence[str]) -> list[str]:
-    """The model's tag, vLLM's one positional argument, moved behind ``--model``."""
-    if argv and not argv[0].startswith("-"):
-        return ["--model", argv[0], *argv[1:]]
-    return list(argv)
 
 
 def _options(given: argparse.Namespace, env: Mapping[str, str]) -> Options:

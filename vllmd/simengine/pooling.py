@@ -38,7 +38,10 @@ async def classify(context: Context, request: Request, out: Connection) -> None:
     body = context.body(request)
     texts = _texts(body.get("input"), "input")
     count = await _pool(context, texts)
-    data = [_class(i, len(text) % 2) for i, text in enumerate(texts)]
+    data = [
+        {"index": i, "label": f"LABEL_{chosen}", "probs": [1.0 - chosen, float(chosen)], "num_classes": 2}
+        for i, chosen in enumerate(len(text) % 2 for text in texts)
+    ]
     await out.send_json(200, _list(context, request, body, "classify", data, count))
 
 
@@ -93,10 +96,6 @@ async def _pool(context: Context, texts: list[str]) -> int:
 
 def _item(index: int, kind: str, **more: Any) -> dict[str, Any]:
     return {"index": index, "object": kind} | more
-
-
-def _class(index: int, chosen: int) -> dict[str, Any]:
-    return {"index": index, "label": f"LABEL_{chosen}", "probs": [1.0 - chosen, float(chosen)], "num_classes": 2}
 
 
 def _base64(values: list[float]) -> str:

@@ -95,14 +95,11 @@ class _Socket:
             if opcode == _PING:
                 self._frame(_PONG, data)
             if opcode == _TEXT:
-                return self._parse(data)
-
-    def _parse(self, data: bytes) -> dict[str, Any]:
-        try:
-            event = json.loads(data)
-        except ValueError:
-            event = None
-        return event if isinstance(event, dict) else {"type": "invalid JSON"}
+                try:
+                    event = json.loads(data)
+                except ValueError:
+                    event = None
+                return event if isinstance(event, dict) else {"type": "invalid JSON"}
 
     async def _next(self) -> tuple[int, bytes]:
         first, second = await self._take(2)

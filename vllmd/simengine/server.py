@@ -47,13 +47,20 @@ def run(options: Options) -> int:
 
 
 async def _main(options: Options) -> int:
-    stop = _stop_event(options)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    if "ignore-sigterm" in options.failures:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
     log(f"vLLM API server version {VERSION} (stand-in)", source="api_utils.py:347")
     log(f"non-default args: {{'model': {options.model!r}}}", source="api_utils.py:286")
     listener = _bind(options)
     _fork_grandchildren(options)
     devices = _devices(options)
-    options = _share(options, devices)
+    if not options.memory and options.gpu_memory_utilization is not None and devices:
+        smallest = min(device.memory for device in devices)
+        options = replace(options, memory=int(smallest * options.gpu_memory_utilization))
     state = EngineState(options, devices)
     loading = asyncio.ensure_future(_load(options, state))
     stopping = asyncio.ensure_future(stop.wait())
@@ -65,16 +72,6 @@ async def _main(options: Options) -> int:
         return status
     await _serve(options, state, listener, stopping)
     return 0
-
-
-def _stop_event(options: Options) -> asyncio.Event:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, stop.set)
-    if "ignore-sigterm" in options.failures:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    else:
-        loop.add_signal_handler(signal.SIGTERM, stop.set)
-    return stop
 
 
 def _bind(options: Options) -> socket.socket:
@@ -99,13 +96,6 @@ def _devices(options: Options) -> Sequence[FakeGpu | CudaMemory]:
         return [*map(FakeGpu, options.device_file), *map(CudaMemory, options.cuda)]
     except (NoCuda, OSError) as error:
         raise StartFailed(f"RuntimeError: {error}") from error
-
-
-def _share(options: Options, devices: Sequence[FakeGpu | CudaMemory]) -> Options:
-    """``--gpu-memory-utilization`` as bytes of the smallest device, unless the memory is said outright."""
-    if options.memory or options.gpu_memory_utilization is None or not devices:
-        return options
-    return replace(options, memory=int(min(device.memory for device in devices) * options.gpu_memory_utilization))
 
 
 # The load
@@ -217,7 +207,8 @@ async def _serve(
     def connection() -> Connection:
         return Connection(app, connections, options.keep_alive)
 
-    log(f"Starting vLLM server on {_address(options)}", source="entry.py:140")
+    address = f"unix:{options.uds}" if options.uds else f"http://{options.host}:{options.port}"
+    log(f"Starting vLLM server on {address}", source="entry.py:140")
     if options.uds:
         keep = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
         server = await loop.create_unix_server(connection, sock=listener, backlog=_BACKLOG, **keep)  # type: ignore[arg-type]
@@ -243,10 +234,6 @@ async def _end(options: Options, state: EngineState, connections: set[Connection
     plain("INFO:     Application shutdown complete.")
 
 
-def _address(options: Options) -> str:
-    return f"unix:{options.uds}" if options.uds else f"http://{options.host}:{options.port}"
-
-
 # Grandchildren
 
 
@@ -259,13 +246,9 @@ def _fork_grandchildren(options: Options) -> None:
         os.setsid()
         if os.fork():
             os._exit(0)
-        _linger()
-
-
-def _linger() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with open("/proc/self/comm", "w") as comm:
-        comm.write("VLLM::EngineCor")
-    while True:
-        signal.pause()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with open("/proc/self/comm", "w") as comm:
+            comm.write("VLLM::EngineCor")
+        while True:
+            signal.pause()

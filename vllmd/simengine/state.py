@@ -130,33 +130,22 @@ class EngineState:
     async def _tokens(self, job: Job) -> AsyncGenerator[str, None]:
         clock = asyncio.get_running_loop().time
         self.prompted += job.prompt_tokens
-        due = clock() + self._prefill(job)
+        rate, pace = self.options.prompt_tokens_per_second, self.options.tokens_per_second
+        interval = 1 / pace if pace else 0.0
+        due = clock() + self.options.prompt_overhead + (job.prompt_tokens / rate if rate else 0.0)
         for token in job.answer:
             await self._until(job, due)
             if job.aborted:
                 break
             await self._fail_between(job)
-            yield token if self._sane else GARBAGE
+            yield GARBAGE if self._discarded or "weights" in self.tags else token
             job.sent += 1
             self.generated += 1
-            due = max(due, clock() - 1) + self._interval
+            due = max(due, clock() - 1) + interval
         else:
             await self._until(job, due if not job.answer else 0)
         if job.aborted:
             job.finish = "abort"
-
-    def _prefill(self, job: Job) -> float:
-        rate = self.options.prompt_tokens_per_second
-        return self.options.prompt_overhead + (job.prompt_tokens / rate if rate else 0.0)
-
-    @property
-    def _interval(self) -> float:
-        rate = self.options.tokens_per_second
-        return 1 / rate if rate else 0.0
-
-    @property
-    def _sane(self) -> bool:
-        return not self._discarded and "weights" not in self.tags
 
     async def _until(self, job: Job, due: float) -> None:
         """Wait for the time, and on while frozen; an abort ends it."""
@@ -245,11 +234,12 @@ class EngineState:
             return
         began = time.perf_counter()
         await asyncio.sleep(self.options.sleep_time[level - 1])
-        self._fall_asleep(level)
-        self._log_core(f"It took {time.perf_counter() - began:.6f} seconds to fall asleep.", "abstract.py:390")
-
-    def _fall_asleep(self, level: int) -> None:
-        freed = self._release()
+        freed = 0
+        if self.options.enable_sleep_mode and "sleep-keeps-memory" not in self.failures:
+            asleep = min(self.options.memory_asleep, self.options.memory)
+            self.hold(asleep)
+            freed = self.options.memory - asleep
+        # Without sleep mode the pool is empty, and nothing comes free.
         if "sleep-500" in self.failures:
             self._discarded = True  # unmapped, but nothing remembers it
             raise CallFailed("Call to sleep method failed: Memory usage increased after sleeping.")
@@ -258,14 +248,7 @@ class EngineState:
         left = gib(self.options.memory - freed)
         message = f"Sleep mode freed {gib(freed)} GiB memory, {left} GiB memory is still in use."
         self._log_core(message, "gpu_worker.py:326")
-
-    def _release(self) -> int:
-        """Give memory back; bytes per device freed. Without sleep mode the pool is empty, and nothing is."""
-        if not self.options.enable_sleep_mode or "sleep-keeps-memory" in self.failures:
-            return 0
-        asleep = min(self.options.memory_asleep, self.options.memory)
-        self.hold(asleep)
-        return self.options.memory - asleep
+        self._log_core(f"It took {time.perf_counter() - began:.6f} seconds to fall asleep.", "abstract.py:390")
 
     async def wake_up(self, tags: list[str] | None) -> bool:
         """Wake these tags (None: all); true once all memory is back and requests run again. Raises CallFailed."""
@@ -315,7 +298,9 @@ class EngineState:
     async def reload_weights(self) -> None:
         """Bring the weights back from disk. Raises CallFailed while their memory is not mapped."""
         if "weights" in self.tags:
-            raise CallFailed(_rpc_failure("CUDA error: an illegal memory access was encountered"))
+            raise CallFailed(
+                "Call to collective_rpc method failed: CUDA error: an illegal memory access was encountered"
+            )
         async with self._executor:
             await asyncio.sleep(self.options.wake_time[1])
         self._discarded = False
@@ -347,7 +332,3 @@ def die(status: int, reason: str) -> None:
 
 def _wake_failure(reason: str) -> str:
     return f"Call to wake_up method failed: CUDA Error: {reason} at /workspace/csrc/cumem_allocator.cpp:163"
-
-
-def _rpc_failure(reason: str) -> str:
-    return f"Call to collective_rpc method failed: {reason}"

@@ -17,11 +17,8 @@ _LONGEST = 16  # characters; at most 64 bytes in UTF-8
 
 def tokens(text: str) -> list[str]:
     """Cut a text into tokens; joined they are the text again."""
-    return [piece for word in _WORD.findall(text) for piece in _cut(word)]
-
-
-def _cut(word: str) -> list[str]:
-    return [word[i : i + _LONGEST] for i in range(0, len(word), _LONGEST)]
+    words = _WORD.findall(text)
+    return [word[i : i + _LONGEST] for word in words for i in range(0, len(word), _LONGEST)]
 
 
 def token_id(token: str) -> int:

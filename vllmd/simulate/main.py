@@ -20,7 +20,7 @@ from vllmd.simulate.plot import plot
 from vllmd.simulate.report import Report
 from vllmd.simulate.show import as_json, text
 from vllmd.simulate.trace import TraceError, load_trace, of_these
-from vllmd.simulate.world import Machine, Warm, freezing, simulate
+from vllmd.simulate.world import Warm, freezing, simulate
 
 EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_CONFIG = 64, 65, 69, 78
 FREEZE = "+freeze"
@@ -66,7 +66,9 @@ def run_cli(
             plot(reports, options.plot)
     except VllmdError as error:
         print(f"vllmctl simulate: {error.message}", file=sys.stderr)
-        return _status(error)
+        if isinstance(error, ConfigError):
+            return EX_CONFIG
+        return EX_DATAERR if isinstance(error, TraceError) else EX_UNAVAILABLE
     return 0
 
 
@@ -76,12 +78,6 @@ def _columns() -> int | None:
         return os.get_terminal_size(sys.stdout.fileno()).columns or None if sys.stdout.isatty() else None
     except (OSError, ValueError):
         return None
-
-
-def _status(error: VllmdError) -> int:
-    if isinstance(error, ConfigError):
-        return EX_CONFIG
-    return EX_DATAERR if isinstance(error, TraceError) else EX_UNAVAILABLE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,13 +113,18 @@ def _run(options: argparse.Namespace, path: str) -> list[Report]:
     names = names_of(config)
     if options.recorded is None:
         trace = load_trace(path, names)
-    else:  # whoever was asked for then may be gone by now, or is not in this configuration yet
+    else:  # a model that was asked for then may be gone by now, or is not in this configuration yet
         trace, gone = of_these(load_trace(path), names)
         if gone:
             print(f"left out, for this configuration does not have them: {', '.join(gone)}", file=sys.stderr)
         if not trace:
             raise TraceError("nothing was recorded in that time of the models of this configuration")
-    return [simulate(_as(machine, name), trace, ALL[name.removesuffix(FREEZE)], name) for name in policies]
+    reports = []
+    for name in policies:
+        specs = freezing(machine.specs) if name.endswith(FREEZE) else machine.specs
+        machine = replace(machine, costs=CostBook())  # each policy learns for itself
+        reports.append(simulate(replace(machine, specs=specs), trace, ALL[name.removesuffix(FREEZE)], name))
+    return reports
 
 
 def _policies(names: str) -> list[str]:
@@ -134,9 +135,3 @@ def _policies(names: str) -> list[str]:
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ALL)}"
             raise ConfigError(f"--policy: there is no policy {name!r}; {hint}")
     return policies
-
-
-def _as(machine: Machine, policy: str) -> Machine:
-    """Each policy learns for itself."""
-    specs = freezing(machine.specs) if policy.endswith(FREEZE) else machine.specs
-    return replace(machine, specs=specs, costs=CostBook())

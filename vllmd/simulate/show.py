@@ -13,12 +13,9 @@ from vllmd.text import shortened
 Column = Callable[[Figures], str]
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.2f}"
-
-
 def _spread(name: str, part: str) -> Column:
-    return lambda f: _seconds(getattr(getattr(f, name), part))
+    """The column of one figure of a time's spread, in seconds."""
+    return lambda f: f"{getattr(getattr(f, name), part):.2f}"
 
 
 COLUMNS: dict[str, Column] = {
@@ -40,47 +37,25 @@ SHORTEST = 12  # columns that a name keeps
 
 def text(reports: Sequence[Report], models: bool = True, most: int | None = None) -> str:
     """The policies side by side, then each one's models, devices and errors. ``most``: columns of the terminal."""
-    lines = [line for group in _beside(reports, most) for line in _compared(group)]
-    for report in reports if models else ():
-        lines += ["", *_folded(f"{report.policy}: {_devices(report)}", most), *_failures(report), UNITS]
-        rows = [[name, *(COLUMNS[key](f) for key in PER_MODEL.values())] for name, f in report.models.items()]
-        lines += _table(["model", *map(str.strip, PER_MODEL)], rows, most)
-    return "\n".join(lines)
-
-
-def _beside(reports: Sequence[Report], most: int | None) -> Iterator[Sequence[Report]]:
-    """The policies in groups that fit beside each other, a column each."""
-    widest = max((len(cell) for report in reports for cell in (report.policy, *_figures(report))), default=0) + GAP
+    lines: list[str] = []
+    # The policies in groups that fit beside each other, a column each.
+    columns = [[report.policy, *(column(report.all) for column in COLUMNS.values())] for report in reports]
+    widest = max((len(cell) for column in columns for cell in column), default=0) + GAP
     many = len(reports) if most is None else max(1, (most - max(map(len, COLUMNS))) // widest)
     for start in range(0, len(reports), many or 1):
-        yield reports[start : start + many]
-
-
-def _figures(report: Report) -> list[str]:
-    return [column(report.all) for column in COLUMNS.values()]
-
-
-def _compared(reports: Sequence[Report]) -> Iterator[str]:
-    figures = [_figures(report) for report in reports]
-    rows = [[name, *(each[row] for each in figures)] for row, name in enumerate(COLUMNS)]
-    yield from _table(["policy", *(report.policy for report in reports)], rows)
-
-
-def _folded(line: str, most: int | None) -> list[str]:
-    return [line] if most is None else textwrap.wrap(line, most, subsequent_indent="  ", break_long_words=False)
-
-
-def _devices(report: Report) -> str:
-    shares = (
-        f"device {index} worked {busy:.0%} of the time, {report.memory[index]:.0%} of its memory promised"
-        for index, busy in report.busy.items()
-    )
-    return "; ".join(shares) or "no devices"
-
-
-def _failures(report: Report) -> Iterator[str]:
-    for error, number in report.errors.items():
-        yield f"  {number} requests failed: {error}"
+        head, *rows = zip(("policy", *COLUMNS), *columns[start : start + many], strict=True)
+        lines += _table(head, rows)
+    for report in reports if models else ():
+        shares = [
+            f"device {index} worked {busy:.0%} of the time, {report.memory[index]:.0%} of its memory promised"
+            for index, busy in report.busy.items()
+        ]
+        summary = f"{report.policy}: {'; '.join(shares) or 'no devices'}"
+        wrapped = textwrap.wrap(summary, most or len(summary), subsequent_indent="  ", break_long_words=False)
+        failures = [f"  {number} requests failed: {error}" for error, number in report.errors.items()]
+        model_rows = [[name, *(COLUMNS[key](f) for key in PER_MODEL.values())] for name, f in report.models.items()]
+        lines += ["", *wrapped, *failures, UNITS, *_table(["model", *map(str.strip, PER_MODEL)], model_rows, most)]
+    return "\n".join(lines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None) -> Iterator[str]:
@@ -100,7 +75,7 @@ def as_json(reports: Sequence[Report]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has only text for keys."""
+    """The value with text for keys, which is all that JSON has."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -107,22 +107,19 @@ def _named(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _row(where: str, record: Mapping[str, Any], names: Mapping[str, str] | None) -> Row:
+    """One request of the trace. Raises TraceError, which names the line and what would be right."""
     model, key = record.get("model"), record.get("key") or ""
     if not isinstance(model, str) or not model.strip():
         raise TraceError(f"{where}: 'model' must be the name of a model, not {model!r}")
-    time = _number(where, record, "time")
+    time, model = _number(where, record, "time"), model.strip()
     if not math.isfinite(time):
         raise TraceError(f"{where}: 'time' must be a finite number of seconds, not {record['time']!r}")
-    model = _known(where, model.strip(), names)
+    if names is not None and model not in names:
+        near = difflib.get_close_matches(model, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, names))}"
+        raise TraceError(f"{where}: no model is called {model!r}; {hint}")
+    model = names[model] if names else model
     return Row(time, model, _tokens(where, record, "prompt"), _tokens(where, record, "output"), str(key))
-
-
-def _known(where: str, model: str, names: Mapping[str, str] | None) -> str:
-    if names is None or model in names:
-        return names[model] if names else model
-    near = difflib.get_close_matches(model, names, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, names))}"
-    raise TraceError(f"{where}: no model is called {model!r}{hint}")
 
 
 def _tokens(where: str, record: Mapping[str, Any], name: str) -> int:

@@ -42,11 +42,14 @@ class Question:
 
 def answer(question: Question) -> dict[str, Any]:
     """``runs``, one for each case that can be; ``left_out``: models, and why they are in none. Raises ConfigError."""
-    asked = {row.model for row in question.rows}
-    cases, left_out = [(name, _concerned(config, asked)) for name, config in question.cases], dict[str, str]()
+    requested = {row.model for row in question.rows}
+    cases, left_out = [(name, _concerned(config, requested)) for name, config in question.cases], dict[str, str]()
     for _, config in cases:
         left_out |= misfits(config, question.cache)
-    cases = [(name, _without(config, left_out)) for name, config in cases]
+    cases = [
+        (case, replace(config, models={name: each for name, each in config.models.items() if name not in left_out}))
+        for case, config in cases
+    ]
     rows, gone = of_these(question.rows, names_of(cases[0][1]))
     left_out |= {name: "it is not configured any more" for name in gone if name not in left_out}
     runs = []
@@ -85,23 +88,22 @@ def told(report: Report) -> dict[str, Any]:
 
 
 def _figures(figures: Figures) -> dict[str, Any]:
-    told = asdict(figures)
-    return {name: told[name] for name in ("requests", "served", "failed", "swaps", "wait", "latency")}
+    plain = asdict(figures)
+    return {name: plain[name] for name in ("requests", "served", "failed", "swaps", "wait", "latency")}
 
 
-def _concerned(config: Config, asked: set[str]) -> Config:
-    """With the models that were asked for, and those that hold memory whoever asks."""
-    names = {name for called, name in names_of(config).items() if called in asked}
+def _concerned(config: Config, requested: set[str]) -> Config:
+    """The configuration with those models only that were requested, or that hold memory in any case."""
+    names = {name for called, name in names_of(config).items() if called in requested}
     kept = {n: model for n, model in config.models.items() if n in names or model.pin or model.preload}
     return replace(config, models=kept)
 
 
-def _without(config: Config, names: dict[str, str]) -> Config:
-    return replace(config, models={name: model for name, model in config.models.items() if name not in names})
-
-
 def rest_half_of_the_time() -> None:
-    """Sleep as long as was computed, again and again: half a core is left to whatever else there is to do."""
+    """Sleep as long as was computed, again and again: half a core is left to whatever else there is to do.
+
+    By a timer of CPU time, not by sleeps in the simulation, which has no loop of its own to put them into.
+    """
     signal.signal(signal.SIGPROF, lambda *_: time.sleep(SLICE))
     signal.setitimer(signal.ITIMER_PROF, SLICE, SLICE)
 

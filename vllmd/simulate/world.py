@@ -1,14 +1,22 @@
-"""The clock: hands events to the production Scheduler in order, and carries out its commands in virtual time."""
+"""The clock: hands events to the production Scheduler in order, and carries out its commands in virtual time.
+
+A discrete-event simulation with four sources of what happens next: the next arrival of the trace, the end of an
+engine's first request (which moves with its batch, so each engine is asked), the answer to a command of the scheduler
+(in a heap, as its duration is drawn when it is given), and the scheduler's own timer. The earliest of the four happens;
+of two at the same instant the arrival comes first, then an end, an answer, the timer: all policies meet the same order.
+
+A stop may overtake a command under way. Its answer stays in the heap and is void when it comes: each command that is
+given takes a new number for its engine (``_owed``), and an answer with another number is dropped.
+"""
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
-from typing import Any
 
 from vllmd.core import commands as cmd
 from vllmd.core import events as ev
@@ -23,7 +31,7 @@ from vllmd.simulate.report import Report, Sample, summary
 from vllmd.simulate.trace import Row
 
 SAMPLES = 240  # looks at the memory over the length of a trace
-PATIENCE = 4 * 3600.0  # seconds after the last arrival when a run is called off: somebody starves
+CALLED_OFF_AFTER = 4 * 3600.0  # seconds after the last arrival when a run is called off: some request is never served
 
 
 class Warm(enum.Enum):
@@ -53,14 +61,11 @@ def simulate(
     known = {spec.name for spec in machine.specs}
     for row in trace:
         if row.model not in known:
-            raise VllmdError(f"the trace asks for {row.model!r}, which is not one of the models: {_listed(known)}")
+            names = ", ".join(map(repr, sorted(known)))
+            raise VllmdError(f"the trace asks for {row.model!r}, which is not one of the models: {names}")
     world = World(machine, trace, policy, scheduler)
     world.run()
     return summary(name or policy.name, machine.devices, world.jobs, world.swaps, world.samples, world.busy)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in sorted(names))
 
 
 class World:
@@ -82,14 +87,17 @@ class World:
         self._runs_in: dict[str, Engine] = {}  # a request -> its engine
         self._counts: dict[tuple[str, str], int] = {}
         self._planned: list[tuple[float, int, str, ev.Event]] = []  # heap; the model whose command it answers
-        self._token = dict.fromkeys(self._engines, 0)  # which answer is owed: older ones are void
+        self._owed = dict.fromkeys(self._engines, 0)  # the number of the answer that is owed: others are void
         self._order = count()
         self._open = 0
         self.now = 0.0
 
     def run(self) -> None:
         """From the first arrival until nothing is left to do."""
-        self._adopt()
+        if self.machine.warm is Warm.ASLEEP:
+            for spec, placement, level in asleep(self.machine):
+                self._where[spec.id] = placement.devices
+                self._handle(ev.EngineAdopted(spec.id, placement, State.SLEEPING, level))
         arrivals = iter(zip(self.jobs, self._keys, strict=True))
         coming = next(arrivals, None)
         length = self.jobs[-1].arrived if self.jobs else 0.0
@@ -99,54 +107,43 @@ class World:
             while looked <= at and looked <= length and self.machine.samples:
                 self._sample(looked)
                 looked += every
-            if at > length + PATIENCE:
-                self._call_off()
+            if at > length + CALLED_OFF_AFTER:
+                for job in [job for job in self.jobs if job.ended < 0]:
+                    job.ended, job.error = self.now, job.error or "never served"
                 return
             self._pass(at)
-            if coming and happen is None:
-                self._arrive(*coming)
-                coming = next(arrivals, None)
-            elif happen is not None:
+            if happen is not None:
                 happen()
-
-    # -- what comes next
-
-    def _next(self, coming: tuple[Job, str] | None) -> tuple[float, Callable[[], None] | None]:
-        """The next instant and what happens then; None: the arrival does."""
-        at, happen = (coming[0].arrived, None) if coming else (math.inf, None)
-        best: Callable[[], None] | None = happen
-        for engine in self._engines.values():
-            end = engine.next_end()
-            if end < at:
-                at, best = end, lambda engine=engine: self._end(engine)
-        if self._planned and self._planned[0][0] < at:
-            at, best = self._planned[0][0], self._answer
-        timer = self._scheduler.next_timer()
-        if timer is not None and timer < at:
-            at, best = timer, self._tick
-        if at == math.inf:
-            raise VllmdError(f"the simulation is stuck at {self.now:.3f} s with {self._open} requests open")
-        return max(at, self.now), best
+            elif coming:
+                job, key = coming
+                self._open += 1
+                self._handle(ev.RequestArrived(job.id, job.model, key))
+                coming = next(arrivals, None)
 
     def _pass(self, at: float) -> None:
         """Let time pass, and note which devices worked meanwhile."""
         if at > self.now:
             working = [name for name, engine in self._engines.items() if engine.on and engine.batch]
-            for index in {index for name in working for index in self._at(name)}:
+            for index in {index for name in working for index in self._where.get(name, ())}:
                 self.busy[index] += at - self.now
         self.now = at
 
-    def _at(self, model: str) -> tuple[int, ...]:
-        return self._where.get(model, ())
-
-    # -- what happens
-
-    def _arrive(self, job: Job, key: str) -> None:
-        self._open += 1
-        self._handle(ev.RequestArrived(job.id, job.model, key))
-
-    def _end(self, engine: Engine) -> None:
-        self._finish(engine.end(self.now))
+    def _next(self, coming: tuple[Job, str] | None) -> tuple[float, Callable[[], None] | None]:
+        """The next instant and what happens then; None: the arrival does."""
+        at = coming[0].arrived if coming else math.inf
+        first: Callable[[], None] | None = None
+        for engine in self._engines.values():
+            end = engine.next_end()
+            if end < at:
+                at, first = end, lambda engine=engine: self._finish(engine.end(self.now))
+        if self._planned and self._planned[0][0] < at:
+            at, first = self._planned[0][0], self._answer
+        timer = self._scheduler.next_timer()
+        if timer is not None and timer < at:
+            at, first = timer, lambda: self._handle(ev.TimePassed())
+        if at == math.inf:
+            raise VllmdError(f"the simulation is stuck at {self.now:.3f} s with {self._open} requests open")
+        return max(at, self.now), first
 
     def _finish(self, job: Job) -> None:
         job.ended = self.now
@@ -154,82 +151,64 @@ class World:
         self._handle(ev.RequestFinished(job.id, job.output))
 
     def _answer(self) -> None:
-        _, token, model, event = heappop(self._planned)
-        if token != self._token[model]:
-            return  # a stop has overtaken the command that this answers
-        engine = self._engines[model]
+        """Post the answer that is due to a command, unless a stop has overtaken the command."""
+        _, number, model, event = heappop(self._planned)
+        if number != self._owed[model]:
+            return
         if isinstance(event, ev.EngineReady | ev.EngineAwake):
-            engine.resume(self.now)
+            self._engines[model].resume(self.now)
             self.swaps[model] += 1
         self._handle(event)
 
-    def _tick(self) -> None:
-        self._handle(ev.TimePassed())
-
     def _handle(self, event: ev.Event) -> None:
         for command in self._scheduler.handle(event, self.now):
-            _EXECUTE[type(command)](self, command)
+            if isinstance(command, cmd.Admit | cmd.Reject | cmd.CutRequest):
+                self._serve(command)
+            else:
+                self._move(command)
 
-    def _call_off(self) -> None:
-        for job in self.jobs:
-            if job.ended < 0:
-                job.ended, job.error = self.now, job.error or "never served"
-
-    # -- the commands
-
-    def _start(self, c: cmd.StartEngine) -> None:
-        self._where[c.replica] = c.placement.devices
-        self._later(c.replica, "start", ev.EngineReady(c.replica))
-
-    def _pass_over(self, c: cmd.Command) -> None:
-        """Nothing is simulated of it."""
-
-    def _wake(self, c: cmd.WakeEngine) -> None:
-        self._later(c.replica, f"wake{c.level}", ev.EngineAwake(c.replica))
-
-    def _sleep(self, c: cmd.SleepEngine) -> None:
-        self._engines[c.replica].freeze(self.now)
-        self._later(c.replica, f"sleep{c.level}", ev.EngineAsleep(c.replica, c.level))
-
-    def _prove(self, c: cmd.ProveFreeze) -> None:
-        self._later(c.replica, "proof", ev.FreezeProved(c.replica, survived=True))
-
-    def _stop(self, c: cmd.StopEngine) -> None:
-        self._engines[c.replica].freeze(self.now)
-        self._later(c.replica, "stop", ev.EngineStopped(c.replica))
-
-    def _later(self, model: str, kind: str, event: ev.Event) -> None:
-        number = self._counts[model, kind] = self._counts.get((model, kind), 0) + 1
-        token = self._token[model] = next(self._order)
-        took = self.machine.physics.transfer(self._engines[model].spec, kind, number)
-        heappush(self._planned, (self.now + took, token, model, event))
-
-    def _admit(self, c: cmd.Admit) -> None:
-        engine = self._runs_in[c.request] = self._engines[c.replica]
-        engine.admit(self._by_id[c.request], self.now)
-
-    def _reject(self, c: cmd.Reject) -> None:
+    def _serve(self, c: cmd.Admit | cmd.Reject | cmd.CutRequest) -> None:
+        """Carry out a command about a request."""
         job = self._by_id[c.request]
-        job.ended, job.error = self.now, c.error
-        self._open -= 1
+        match c:
+            case cmd.Admit():
+                engine = self._runs_in[c.request] = self._engines[c.replica]
+                engine.admit(job, self.now)
+            case cmd.Reject():
+                job.ended, job.error = self.now, c.error
+                self._open -= 1
+            case cmd.CutRequest():
+                self._runs_in[c.request].drop(job, self.now)
+                job.error = "cut"
+                self._finish(job)
 
-    def _cut(self, c: cmd.CutRequest) -> None:
-        job = self._by_id[c.request]
-        self._runs_in[c.request].drop(job, self.now)
-        job.error = "cut"
-        self._finish(job)
+    def _move(self, c: cmd.Command) -> None:
+        """Carry out a command to an engine, whose answer comes after a time; of the others nothing is simulated."""
+        match c:
+            case cmd.StartEngine():
+                self._where[c.replica] = c.placement.devices
+                self.answer_later(c.replica, "start", ev.EngineReady(c.replica))
+            case cmd.WakeEngine():
+                self.answer_later(c.replica, f"wake{c.level}", ev.EngineAwake(c.replica))
+            case cmd.SleepEngine():
+                self._engines[c.replica].freeze(self.now)
+                self.answer_later(c.replica, f"sleep{c.level}", ev.EngineAsleep(c.replica, c.level))
+            case cmd.ProveFreeze():
+                self.answer_later(c.replica, "proof", ev.FreezeProved(c.replica, survived=True))
+            case cmd.StopEngine():
+                self._engines[c.replica].freeze(self.now)
+                self.answer_later(c.replica, "stop", ev.EngineStopped(c.replica))
+            case cmd.Record() | cmd.ReadAhead() | cmd.StopReadAhead():
+                pass  # a decision is the journal's, and what reading ahead saves is in no trace
+            case _:
+                raise VllmdError(f"the simulation cannot carry out {c}")
 
-    def _record(self, c: cmd.Record) -> None:
-        """A decision is the journal's; nothing happens in the world."""
-
-    # -- around it
-
-    def _adopt(self) -> None:
-        if self.machine.warm is not Warm.ASLEEP:
-            return
-        for spec, placement, level in asleep(self.machine):
-            self._where[spec.id] = placement.devices
-            self._handle(ev.EngineAdopted(spec.id, placement, State.SLEEPING, level))
+    def answer_later(self, model: str, kind: str, event: ev.Event) -> None:
+        """Answer a command by ``event``, after as long as this engine's next ``kind`` takes."""
+        count = self._counts[model, kind] = self._counts.get((model, kind), 0) + 1
+        number = self._owed[model] = next(self._order)
+        seconds = self.machine.physics.transfer(self._engines[model].spec, kind, count)
+        heappush(self._planned, (self.now + seconds, number, model, event))
 
     def _sample(self, at: float) -> None:
         s = self._scheduler.snapshot(at)
@@ -264,18 +243,3 @@ def freezing(specs: Sequence[ModelSpec]) -> list[ModelSpec]:
         replace(model, replicas=tuple(replace(r, preempt=bool(r.sleep_levels)) for r in model.replicas))
         for model in specs
     ]
-
-
-_EXECUTE: dict[type, Callable[[World, Any], None]] = {
-    cmd.StartEngine: World._start,
-    cmd.ReadAhead: World._pass_over,  # what it saves is in no trace
-    cmd.StopReadAhead: World._pass_over,
-    cmd.WakeEngine: World._wake,
-    cmd.SleepEngine: World._sleep,
-    cmd.ProveFreeze: World._prove,
-    cmd.StopEngine: World._stop,
-    cmd.Admit: World._admit,
-    cmd.Reject: World._reject,
-    cmd.CutRequest: World._cut,
-    cmd.Record: World._record,
-}

@@ -1,5 +1,5 @@
-"""Models on this machine's disk as an operator has them: named, fetched, found in other programs' folders, removed.
+"""Models as files on this machine: named, fetched, found in other programs' folders, removed.
 
-What a name means is ``names``, which sources it has ``known``; ``fetch.py`` is the program that fetches and removes,
-which is run as the engines' user; ``elsewhere`` finds what Ollama and LM Studio have.
+``names`` says which sources a name means, ``known`` has the well-known ones; ``fetch.py`` is the program that fetches
+and removes, run as the engines' user; ``elsewhere`` finds the models of Ollama and LM Studio.
 """

@@ -38,10 +38,10 @@ class Elsewhere:
 
 
 def ollama_roots(environment: Mapping[str, str]) -> list[Path]:
-    """Where Ollama's models may be: as told, the user's, and its service's."""
+    """Where Ollama's models may be: as OLLAMA_MODELS says, the user's, and its service's."""
     home = environment.get("HOME") or "/"
-    told = environment.get("OLLAMA_MODELS")
-    places = [told, f"{home}/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama/models"]
+    named = environment.get("OLLAMA_MODELS")
+    places = [named, f"{home}/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama/models"]
     return [Path(place) for place in places if place]
 
 
@@ -52,7 +52,7 @@ def lmstudio_roots(environment: Mapping[str, str]) -> list[Path]:
 
 
 def everything(environment: Mapping[str, str] = os.environ) -> list[Elsewhere]:
-    """All of both programs, by name."""
+    """The models of both programs, by name."""
     found = [one for root in ollama_roots(environment) for one in ollama(root)]
     found += [one for root in lmstudio_roots(environment) for one in lmstudio(root)]
     return sorted(found[:MOST], key=lambda one: one.name)
@@ -64,7 +64,7 @@ def own_cache(environment: Mapping[str, str] = os.environ) -> list[tuple[str, in
 
 
 def own_path(repository: str, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Where that cache has a repository."""
+    """The path of a repository in the user's own cache; None if it is not there."""
     return locate(repository, cache_of(environment)).path if "/" in repository else None
 
 
@@ -99,7 +99,7 @@ def lmstudio(root: Path) -> Iterator[Elsewhere]:
 
 
 def _files(root: Path, depth: int) -> Iterator[Path]:
-    """The files that lie so deep in it, by name; nothing where it cannot be read."""
+    """The entries ``depth`` levels below ``root``, by name; none where it cannot be read."""
     level = [root]
     for _ in range(depth):
         inner: list[Path] = []

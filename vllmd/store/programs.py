@@ -1,7 +1,8 @@
-"""Which Python the program that fetches runs in: one that has huggingface_hub, which vllmd itself does not need."""
+"""The Python that runs ``fetch.py``: one that has huggingface_hub, which vllmd itself does not need."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -19,15 +20,17 @@ _PYTHON = re.compile(rb"#!\s*(/\S*/python[\d.]*)\b")
 
 
 def interpreter(variables: Mapping[str, str] = os.environ, *, system: bool) -> str:
-    """A Python for it: the first that has huggingface_hub, else any; the program then has pip fetch it.
+    """The first Python that has huggingface_hub, else any: ``fetch.py`` then has pip fetch the library.
 
-    ``system``: engines run as another user, who has not what we have in our own environment.
+    ``system``: engines run as another user, for whom our own environment does not count.
     """
-    candidates = list(_candidates(variables, system))
-    return str(next((python for python, has in candidates if has), candidates[0][0]))
+    interpreters = list(candidates(variables, system))
+    return str(next((python for python, has in interpreters if has), interpreters[0][0]))
 
 
-def _candidates(variables: Mapping[str, str], system: bool) -> Iterator[tuple[Path, bool]]:
+def candidates(variables: Mapping[str, str], system: bool) -> Iterator[tuple[Path, bool]]:
+    """Pythons in the order of preference, each with whether it has huggingface_hub: of environments, of programs in
+    PATH, the system's, our own."""
     for root in environments.roots(variables):
         kinds = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         for kind in kinds:
@@ -35,19 +38,14 @@ def _candidates(variables: Mapping[str, str], system: bool) -> Iterator[tuple[Pa
                 yield one.python, any(one.path.glob(f"lib/python3*/site-packages/{MODULE}/__init__.py"))
     path = environments.PATH if system else variables.get("PATH", environments.PATH)
     for program in ("vllm", "hf", "huggingface-cli", "sglang"):
-        found = shutil.which(program, path=path)
-        if found and (python := _of_script(Path(found))):
+        script = shutil.which(program, path=path)
+        match = None
+        if script:
+            with contextlib.suppress(OSError), open(script, "rb") as file:
+                match = _PYTHON.match(file.readline(300))
+        if match:
+            python = Path(os.fsdecode(match[1]))
             yield python, any(python.parents[1].glob(f"lib/python3*/site-packages/{MODULE}/__init__.py"))
     yield SYSTEM_PYTHON, Path(f"/usr/lib/python3/dist-packages/{MODULE}/__init__.py").exists()
     if not system and any(Path(entry, MODULE, "__init__.py").exists() for entry in sys.path if entry):
         yield Path(sys.executable), True
-
-
-def _of_script(path: Path) -> Path | None:
-    """The Python that a script's first line names."""
-    try:
-        with path.open("rb") as file:
-            found = _PYTHON.match(file.readline(300))
-    except OSError:
-        return None
-    return Path(os.fsdecode(found[1])) if found else None

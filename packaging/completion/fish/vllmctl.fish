@@ -41,7 +41,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l cold -d 'measure i
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -l prompt -r -d 'what is asked'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from bench' -F
-complete -c vllmctl -n __fish_use_subcommand -a cancel -d 'End requests that are under way, by their ids in vllmctl requests'
+complete -c vllmctl -n __fish_use_subcommand -a cancel -d 'Cancel requests that are under way, by their ids in vllmctl requests'
 complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from cancel' -l user -d 'the vllmd of systemctl --user'
@@ -79,7 +79,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from config' -l key -r -d 'API ke
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -a 'check show schema'
 complete -c vllmctl -n '__fish_seen_subcommand_from config' -F
-complete -c vllmctl -n __fish_use_subcommand -a disable -d 'Take models out of use: who asks for them gets your message'
+complete -c vllmctl -n __fish_use_subcommand -a disable -d 'Take models out of use; their clients get your message'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l user -d 'the vllmd of systemctl --user'
@@ -97,7 +97,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l url -r -d 'over H
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from doctor' -F
-complete -c vllmctl -n __fish_use_subcommand -a drain -d 'Take GPUs out of use for maintenance: what runs there ends with its requests, and nothing new comes'
+complete -c vllmctl -n __fish_use_subcommand -a drain -d 'Take GPUs out of use for maintenance: engines there end after their requests, and no new one starts'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from drain' -l user -d 'the vllmd of systemctl --user'
@@ -206,7 +206,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from key' -l share -r -d 'turns t
 complete -c vllmctl -n '__fish_seen_subcommand_from key' -a 'create list revoke limit'
 complete -c vllmctl -n '__fish_seen_subcommand_from key' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from key' -F
-complete -c vllmctl -n __fish_use_subcommand -a kill -d 'Kill the engine that has a process, as a whole: for one that nothing else ends'
+complete -c vllmctl -n __fish_use_subcommand -a kill -d 'Kill the whole engine that a process belongs to, where nothing else ends it'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from kill' -l user -d 'the vllmd of systemctl --user'
@@ -244,7 +244,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from ls' -l url -r -d 'over HTTP,
 complete -c vllmctl -n '__fish_seen_subcommand_from ls' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from ls' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from ls' -F
-complete -c vllmctl -n __fish_use_subcommand -a logs -d 'Show what a models engine wrote, of this run and of earlier ones'
+complete -c vllmctl -n __fish_use_subcommand -a logs -d 'Show the log of a models engine, of this run and of earlier ones'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -l user -d 'the vllmd of systemctl --user'
@@ -256,7 +256,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from logs' -s n -l lines -r -d 't
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -l since -r -d 'from then on, as journalctl understands it, such as -1h'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from logs' -F
-complete -c vllmctl -n __fish_use_subcommand -a log -d 'Show what a models engine wrote, of this run and of earlier ones'
+complete -c vllmctl -n __fish_use_subcommand -a log -d 'Show the log of a models engine, of this run and of earlier ones'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from log' -l user -d 'the vllmd of systemctl --user'
@@ -285,7 +285,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from pin' -l key -r -d 'API key f
 complete -c vllmctl -n '__fish_seen_subcommand_from pin' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from pin' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from pin' -F
-complete -c vllmctl -n __fish_use_subcommand -a probe -d 'Ask the engines of models how soon they answer, all at the same time; the fastest comes first'
+complete -c vllmctl -n __fish_use_subcommand -a probe -d 'Measure how soon the engines of models answer, all at the same time; the fastest comes first'
 complete -c vllmctl -n '__fish_seen_subcommand_from probe' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from probe' -l user -d 'the vllmd of systemctl --user'
@@ -318,7 +318,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from pull' -l no-wait -d 'begin i
 complete -c vllmctl -n '__fish_seen_subcommand_from pull' -l stop -d 'end a download that is under way'
 complete -c vllmctl -n '__fish_seen_subcommand_from pull' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from pull' -F
-complete -c vllmctl -n __fish_use_subcommand -a record -d 'Have bodies of requests and answers kept for a time, or see whose are'
+complete -c vllmctl -n __fish_use_subcommand -a record -d 'Record bodies of requests and answers for a time, or show the recordings'
 complete -c vllmctl -n '__fish_seen_subcommand_from record' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from record' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from record' -l user -d 'the vllmd of systemctl --user'
@@ -332,7 +332,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from record' -l most -r -d 'how m
 complete -c vllmctl -n '__fish_seen_subcommand_from record' -l stop -r -d 'end the recording N, or all'
 complete -c vllmctl -n '__fish_seen_subcommand_from record' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from record' -F
-complete -c vllmctl -n __fish_use_subcommand -a reload -d 'Take the configuration anew; models that did not change keep running'
+complete -c vllmctl -n __fish_use_subcommand -a reload -d 'Read the configuration again; models that did not change keep running'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from reload' -l user -d 'the vllmd of systemctl --user'
@@ -377,7 +377,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l url -r -d 'over H
 complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from resume' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from resume' -F
-complete -c vllmctl -n __fish_use_subcommand -a rm -d 'Serve models no more, and with --files remove what they were loaded from'
+complete -c vllmctl -n __fish_use_subcommand -a rm -d 'Remove added models, and with --files the files they were loaded from'
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -l user -d 'the vllmd of systemctl --user'
@@ -388,7 +388,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from rm' -s f -l files -d 'remove
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -s y -l yes -d 'do not ask before files are removed'
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from rm' -F
-complete -c vllmctl -n __fish_use_subcommand -a remove -d 'Serve models no more, and with --files remove what they were loaded from'
+complete -c vllmctl -n __fish_use_subcommand -a remove -d 'Remove added models, and with --files the files they were loaded from'
 complete -c vllmctl -n '__fish_seen_subcommand_from remove' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from remove' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from remove' -l user -d 'the vllmd of systemctl --user'
@@ -411,7 +411,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from run' -l max-tokens -r -d 'lo
 complete -c vllmctl -n '__fish_seen_subcommand_from run' -l temperature -r -d 'randomness'
 complete -c vllmctl -n '__fish_seen_subcommand_from run' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from run' -F
-complete -c vllmctl -n __fish_use_subcommand -a search -d 'Search the hub for models, the most fetched first. What it finds, pull and run take by its name'
+complete -c vllmctl -n __fish_use_subcommand -a search -d 'Search the hub for models, the most downloaded first. pull and run take the names that it shows'
 complete -c vllmctl -n '__fish_seen_subcommand_from search' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from search' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from search' -l user -d 'the vllmd of systemctl --user'
@@ -421,7 +421,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from search' -l json -d 'print JS
 complete -c vllmctl -n '__fish_seen_subcommand_from search' -l gguf -d 'only repositories with GGUF files, for llama.cpp'
 complete -c vllmctl -n '__fish_seen_subcommand_from search' -s n -l number -r -d 'at most so many (default: 20)'
 complete -c vllmctl -n '__fish_seen_subcommand_from search' -F
-complete -c vllmctl -n __fish_use_subcommand -a show -d 'Show what a model is: engine, source, files and their size, names, context, and what it can do'
+complete -c vllmctl -n __fish_use_subcommand -a show -d 'Show a model: engine, source, files and their size, names, context, capabilities'
 complete -c vllmctl -n '__fish_seen_subcommand_from show' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from show' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from show' -l user -d 'the vllmd of systemctl --user'
@@ -469,7 +469,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from load' -l json -d 'print JSON
 complete -c vllmctl -n '__fish_seen_subcommand_from load' -l no-wait -d 'ask for it and return'
 complete -c vllmctl -n '__fish_seen_subcommand_from load' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from load' -F
-complete -c vllmctl -n __fish_use_subcommand -a status -d 'Show how vllmd is doing: the daemon in a few lines, then the models; or how the models named stand'
+complete -c vllmctl -n __fish_use_subcommand -a status -d 'Show the daemon in a few lines, then the models; or the state of the models named'
 complete -c vllmctl -n '__fish_seen_subcommand_from status' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from status' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from status' -l user -d 'the vllmd of systemctl --user'
@@ -500,7 +500,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from unload' -s f -l force -d 'br
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -l no-wait -d 'ask for it and return'
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from unload' -F
-complete -c vllmctl -n __fish_use_subcommand -a suspend -d 'Have engines leave the GPUs, before the machine sleeps'
+complete -c vllmctl -n __fish_use_subcommand -a suspend -d 'Take the engines off the GPUs, before the machine sleeps'
 complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from suspend' -l user -d 'the vllmd of systemctl --user'
@@ -555,7 +555,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -l key -r -d 'API key
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -l json -d 'print JSON instead of a table'
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from unpin' -F
-complete -c vllmctl -n __fish_use_subcommand -a usage -d 'Show who used how much: requests, tokens, seconds of engines and devices'
+complete -c vllmctl -n __fish_use_subcommand -a usage -d 'Show the use by key or model: requests, tokens, seconds of engines and devices'
 complete -c vllmctl -n '__fish_seen_subcommand_from usage' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from usage' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from usage' -l user -d 'the vllmd of systemctl --user'
@@ -618,7 +618,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from wake' -l json -d 'print JSON
 complete -c vllmctl -n '__fish_seen_subcommand_from wake' -l no-wait -d 'ask for it and return'
 complete -c vllmctl -n '__fish_seen_subcommand_from wake' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from wake' -F
-complete -c vllmctl -n __fish_use_subcommand -a why -d 'Show the decisions about a model, with their numbers, and what it waits for'
+complete -c vllmctl -n __fish_use_subcommand -a why -d 'Show the decisions about a model, with their numbers, and the reason why it waits'
 complete -c vllmctl -n '__fish_seen_subcommand_from why' -s h -l help -d 'show this help message and exit'
 complete -c vllmctl -n '__fish_seen_subcommand_from why' -l socket -r -d 'admin socket (default: /run/vllmd/admin.sock)'
 complete -c vllmctl -n '__fish_seen_subcommand_from why' -l user -d 'the vllmd of systemctl --user'

@@ -37,11 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
         settings["engine"] = arguments.engine
     if arguments.alias:
         settings["aliases"] = arguments.alias
-    told = admin.put(f"/admin/store/models/{quote(name, safe='')}", settings)
+    answer = admin.put(f"/admin/store/models/{quote(name, safe='')}", settings)
     if arguments.json:
-        print(show.as_json(told))
+        print(show.as_json(answer))
         return 0
-    show.say(f"{name} is served from now on; vllmctl run {name} asks it. Its settings: {told['file']}")
+    show.say(f"{name} is served from now on; vllmctl run {name} asks it. Its settings: {answer['file']}")
     source = str(settings.get("model", ""))
     if source.startswith("/") and admin.status().backend == "systemd" and (advice := unreadable(Path(source))):
         show.say(advice)
@@ -72,7 +72,7 @@ def offer(arguments: argparse.Namespace) -> int:
 
 
 def name_and_settings(admin: Admin, arguments: argparse.Namespace) -> tuple[str, Settings]:
-    """What the model is to be called, and its settings. Raises Failure where there is no such thing."""
+    """The name of the model to be added, and its settings. Raises Failure where there are no such files."""
     from vllmd.store.elsewhere import own_path
 
     given = str(arguments.model)
@@ -129,17 +129,17 @@ def of_path(path: Path) -> tuple[str, Settings]:
 
 
 def unreadable(path: Path) -> str:
-    """What to do where the engines' user cannot read it; "" where everybody can."""
-    closed = [each for each in (path, *path.parents) if not _open_to_all(each)]
+    """What to do where the engines' user may not read ``path``; "" where every user may."""
+    closed = []
+    for each in (path, *path.parents):
+        try:
+            mode = each.stat().st_mode
+            needed = 0o001 if each.is_dir() else 0o004
+        except OSError:
+            mode, needed = 0, 0o004
+        if not mode & needed:
+            closed.append(each)
     if not closed:
         return ""
     places = " ".join(map(str, closed))
     return f"the engines' user may not read it yet: sudo setfacl -m u:vllmd-engine:rX {places}"
-
-
-def _open_to_all(path: Path) -> bool:
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    return bool(mode & (0o005 if path.is_dir() else 0o004)) and (not path.is_dir() or bool(mode & 0o001))

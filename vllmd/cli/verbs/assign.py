@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from vllmd.api.answers import NO_ENGINE
 from vllmd.api.verbs import verb
@@ -28,19 +27,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = wanted(arguments.devices, arguments.gpu_memory)
     path, name = write(arguments.model, settings, arguments.config)
-    said: dict[str, object] = {"model": name, "file": str(path), **settings}
+    result: dict[str, object] = {"model": name, "file": str(path), **settings}
     if arguments.restart:
-        said["restarted"] = restart(Admin(arguments), name)
+        result["restarted"] = restart(Admin(arguments), name)
     if arguments.json:
-        print(show.as_json(said))
+        print(show.as_json(result))
     else:
         show.say(f"{name}: {', '.join(f'{key}: {value}' for key, value in settings.items())} written to {path}")
-        show.say(in_force(name, said.get("restarted")))
+        show.say(in_force(name, result.get("restarted")))
     return 0
 
 
 def in_force(name: str, restarted: object) -> str:
-    """``restarted``: whether it was loaded and is anew; None where nothing was asked of the daemon."""
+    """When the new settings take effect. ``restarted``: whether the model was loaded; None without --restart."""
     if restarted is None:
         return "vllmctl reload puts it into force"
     return "it runs with that" if restarted else f"it is in force; {name} is not loaded, its next start goes by it"
@@ -48,34 +47,30 @@ def in_force(name: str, restarted: object) -> str:
 
 def wanted(devices: str | None, memory: str | None) -> dict[str, str]:
     """The settings as YAML. Raises Failure where a value is wrong, or none is given."""
+    from vllmd.cli.values import parse
     from vllmd.config import value_types
 
-    found = {}
+    settings = {}
+    for kind, flag, text in (
+        (value_types.DEVICES, "--devices", devices),
+        (value_types.SHARE, "--gpu-memory", memory),
+    ):
+        if text is not None:
+            try:
+                parse(kind, text)
+            except argparse.ArgumentTypeError as error:
+                raise Failure(f"{flag}: {error}", EX_USAGE) from None
     if devices is not None:
-        _check(value_types.DEVICES, "--devices", devices)
-        found["devices"] = devices if devices == "auto" else f"[{', '.join(devices.strip('[]').split(','))}]"
+        settings["devices"] = devices if devices == "auto" else f"[{', '.join(devices.strip('[]').split(','))}]"
     if memory is not None:
-        _check(value_types.SHARE, "--gpu-memory", memory)
-        found["gpu_memory"] = memory
-    if not found:
+        settings["gpu_memory"] = memory
+    if not settings:
         raise Failure("say what to assign: --devices or --gpu-memory", EX_USAGE)
-    return found
-
-
-def _check(kind: Any, flag: str, text: str) -> None:
-    from vllmd.cli.values import parse
-
-    try:
-        parse(kind, text)
-    except argparse.ArgumentTypeError as error:
-        raise Failure(f"{flag}: {error}", EX_USAGE) from None
+    return settings
 
 
 def write(model: str, settings: dict[str, str], config_file: Path | None) -> tuple[Path, str]:
-    """Change the file that configures the model (else the main one), if the whole is valid then, and the model fits.
-
-    Its path and name.
-    """
+    """Change the file that has the model (else the main one), if the result is valid. Returns file and model's name."""
     from vllmd.config import edit
     from vllmd.config.loader import default_file, read
     from vllmd.gpu.present import present, unfit
@@ -96,8 +91,8 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
         raise Failure(f"{path}: {error}", EX_DATAERR) from None
     reading = read(main, texts={path: new})
     if reading.problems:
-        told = "\n".join(map(str, reading.problems))
-        raise Failure(f"nothing was changed, for it would not be valid:\n{told}", EX_CONFIG)
+        problems = "\n".join(map(str, reading.problems))
+        raise Failure(f"nothing was changed, for it would not be valid:\n{problems}", EX_CONFIG)
     assigned = reading.config.models.get(name)
     why = unfit(assigned, present(reading.config)) if assigned else ""
     if why:
@@ -108,9 +103,9 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
 
 def resolve(model: str, known: dict[str, tuple[str, ...]]) -> str:
     """The model's configured name, or the name as given for a new one."""
-    found = [name for name, aliases in known.items() if model == name or model in aliases]
-    found = found or [name for name in known if name.endswith(f"/{model}")]
-    return found[0] if len(found) == 1 else model
+    names = [name for name, aliases in known.items() if model == name or model in aliases]
+    names = names or [name for name in known if name.endswith(f"/{model}")]
+    return names[0] if len(names) == 1 else model
 
 
 def place(name: str, read_files: tuple[Path, ...], main: Path) -> tuple[Path, bool]:

@@ -38,7 +38,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.cold:
-        return _cold(arguments)
+        from vllmd.cli import cold  # it needs the kinds of engines, which no other measurement does
+
+        with show.Working(f"loading {arguments.model}") as working:
+            starts = cold.measure(Admin(arguments), arguments.model, working.say)
+        data = {name: asdict(each) for name, each in starts.items()}
+        print(show.as_json(data) if arguments.json else cold.table(starts))
+        return 0
     if arguments.requests < 1 or arguments.clients < 1:
         raise Failure("--requests and --clients must be at least 1", EX_USAGE)
     http = openai.client(arguments)
@@ -65,22 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _cold(arguments: argparse.Namespace) -> int:
-    from vllmd.cli import cold  # it needs the kinds of engines, which no other measurement does
-
-    with show.Working(f"loading {arguments.model}") as working:
-        measured = cold.measure(Admin(arguments), arguments.model, working.say)
-    print(show.as_json({name: asdict(each) for name, each in measured.items()}) if arguments.json
-          else cold.table(measured))  # fmt: skip
-    return 0
-
-
 def measure_request(
-    http: Admin, request: ForeignJson, told: Callable[[str], None] = lambda comment: None
+    http: Admin, request: ForeignJson, on_comment: Callable[[str], None] = lambda comment: None
 ) -> Measurement:
-    """One request, timed; ``told`` gets what the server says of the wait."""
+    """Time one request. ``on_comment`` gets the comments by which vllmd reports the loading."""
     began, first, tokens, chunks = time.monotonic(), 0.0, 0, 0
-    for chunk in openai.stream(http, request, told):
+    for chunk in openai.stream(http, request, on_comment):
         if any(openai.delta(chunk)):
             first, chunks = first or time.monotonic() - began, chunks + 1
         tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)

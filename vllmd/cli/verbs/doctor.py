@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     from vllmd.cli.examine import examine
     from vllmd.cli.examined import Host
 
-    found = examine(Host(user=arguments.user))
-    findings = [*found, *daemon(arguments, said="\n".join(what for _, what, _ in found))]
+    of_machine = examine(Host(user=arguments.user))
+    findings = [*of_machine, *daemon(arguments, known="\n".join(what for _, what, _ in of_machine))]
     if arguments.json:
         keys = ("verdict", "what", "advice")
         print(show.as_json([dict(zip(keys, finding, strict=True)) for finding in findings]))
@@ -39,10 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     return EX_UNAVAILABLE if any(verdict == "bad" for verdict, _, _ in findings) else 0
 
 
-def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
-    """Whether the daemon answers, with what configuration it runs, and which devices and models are not well.
+def daemon(arguments: argparse.Namespace, known: str) -> list[Finding]:
+    """Whether the daemon answers, whether its configuration is valid, and which devices and models are not well.
 
-    ``said``: what was found already, and need not be said again.
+    ``known``: the text of the findings so far, which are not repeated.
     """
     try:
         status = Admin(arguments).status(broken=True)
@@ -50,31 +50,32 @@ def daemon(arguments: argparse.Namespace, said: str) -> list[Finding]:
         return [("bad", failure.message, "")]
     broken = status.configuration.error
     if broken:
-        told = "" if all(line in said for line in broken.splitlines()) else f": {broken}"
-        return [("bad", f"the daemon runs with an invalid configuration{told}", "repair it, then vllmctl reload")]
+        why = "" if all(line in known for line in broken.splitlines()) else f": {broken}"
+        return [("bad", f"the daemon runs with an invalid configuration{why}", "repair it, then vllmctl reload")]
     answers = f"the daemon answers; engines are run by {status.backend or '(still opening)'}"
     if status.event_loop:
         answers += f"; its event loop is {status.event_loop}"
-    return [("ok", answers, ""), *devices(status, said), *(each for each in models(status) if not known(each, said))]
+    failed = (each for each in models(status) if not is_known(each, known))
+    return [("ok", answers, ""), *devices(status, known), *failed]
 
 
-def devices(status: Status, said: str = "") -> Iterator[Finding]:
-    """Devices that do not answer, or are avoided for another reason than an operator's word."""
-    if status.trouble and status.trouble.partition(";")[0] not in said:
+def devices(status: Status, known: str = "") -> Iterator[Finding]:
+    """Devices that do not answer, or that are avoided and not drained by an operator."""
+    if status.trouble and status.trouble.partition(";")[0] not in known:
         yield "bad", f"the devices do not answer: {status.trouble}", ""
     for device in status.devices:
         if device.wedged and not device.drained:
             yield "bad", f"device {device.index} is avoided: {device.wedged}", "vllmctl gpus"
 
 
-def known(finding: Finding, said: str) -> bool:
-    """Whether it was found above already: that a program is missing, or that a model of the files can never fit."""
+def is_known(finding: Finding, known: str) -> bool:
+    """Whether another finding says it already: that a program is missing, or that a model can never fit."""
     _, what, _ = finding
     name, never, _ = what.partition(" can never be loaded: ")
     if never:
-        return f": models.{name}." in said
+        return f": models.{name}." in known
     name, failed, why = what.partition(" has failed: there is no command ")
-    return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in said
+    return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in known
 
 
 def models(status: Status) -> Iterator[Finding]:
@@ -102,6 +103,6 @@ def models(status: Status) -> Iterator[Finding]:
 
 
 def troubles(line: ModelLine) -> str:
-    """What is wrong with the replicas of a model."""
-    told = [f"{each.name}: {show.first_line(each.failure)}" for each in line.replicas if each.failure]
-    return f"{line.name} is degraded, {standing.replicas_of(line).partition(',')[0]}: {'; '.join(told)}"
+    """A sentence with what is wrong with the replicas of a model."""
+    failures = [f"{each.name}: {show.first_line(each.failure)}" for each in line.replicas if each.failure]
+    return f"{line.name} is degraded, {standing.replicas_of(line).partition(',')[0]}: {'; '.join(failures)}"

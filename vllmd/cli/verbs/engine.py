@@ -108,15 +108,22 @@ def install(arguments: argparse.Namespace, kind: str, version: str) -> int:
 
 
 def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
-    """Do ``use``, ``rollback`` or ``remove``, and say what came of it."""
+    """Do ``use``, ``rollback`` or ``remove``, and print the result."""
     from vllmd.cli import installing
     from vllmd.installer.requests import Chosen, Removed
 
-    there = _compiled_by(kind, version) if arguments.action == "remove" else []
     request = {"verb": arguments.action, "kind": kind, "version": version}
     if arguments.action == "remove":
+        from vllmd.engines import compile_caches, environments
+
+        # The homes in which the version may have left what it compiled, which no other version uses.
+        known = environments.in_use(kind, version)
+        homes = compile_caches.homes(known.path.parent.parent) if known else []
         removed = installing.perform(arguments, request, Removed)
-        _forget_compiled(there, kind, version)
+        for home in homes:
+            if why := compile_caches.remove(home, kind, version):
+                place = compile_caches.place(home, kind, version)
+                show.say(f"what it compiled is still there ({why}); as root: rm -r {place}", sys.stderr)
         now = f"; {removed.now} is in use" if removed.now else f"; no {kind} is installed any more"
         print(show.as_json(asdict(removed))) if arguments.json else show.say(f"{kind} {version} is removed{now}")
         return 0
@@ -130,7 +137,7 @@ def changed(arguments: argparse.Namespace, kind: str, version: str) -> int:
 
 
 def warm(arguments: argparse.Namespace, kind: str) -> int:
-    """Have each model that is not loaded compile for the version in use, unless it has been started in that."""
+    """Start and stop each model that has not run in the version in use, so that it compiles now."""
     from vllmd.api.verbs import verb
     from vllmd.cli import models
     from vllmd.cli.admin import Admin
@@ -161,24 +168,6 @@ def warm(arguments: argparse.Namespace, kind: str) -> int:
     return EX_UNAVAILABLE if failed else 0
 
 
-def _compiled_by(kind: str, version: str) -> list[Path]:
-    """The homes in which a version that is to be removed may have left what it compiled."""
-    from vllmd.engines import compile_caches, environments
-
-    found = environments.in_use(kind, version)
-    return compile_caches.homes(found.path.parent.parent) if found else []
-
-
-def _forget_compiled(homes: list[Path], kind: str, version: str) -> None:
-    """Remove what it compiled, which no other version uses."""
-    from vllmd.engines import compile_caches
-
-    for home in homes:
-        if why := compile_caches.remove(home, kind, version):
-            show.say(f"what it compiled is still there ({why}); as root: rm -r "
-                     f"{compile_caches.place(home, kind, version)}", sys.stderr)  # fmt: skip
-
-
 def _say_use(kind: str, version: str, before: str) -> None:
     if before in ("", version):
         show.say(f"{kind} {version} is in use")
@@ -189,7 +178,7 @@ def _say_use(kind: str, version: str, before: str) -> None:
 
 
 def _say_hidden(kind: str) -> None:
-    """That an installed program goes before the environments."""
+    """Say that a program in PATH is used instead of the environments, where there is one."""
     import shutil
 
     from vllmd.engines import environments

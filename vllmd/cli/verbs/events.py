@@ -25,25 +25,25 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 print(json.dumps(event, default=plain), flush=True)
             else:
-                show.say(told(event))
+                show.say(in_words(event))
     return 0
 
 
 def concerns(event: Decision, model: str) -> bool:
-    """Whether it is about the model, or about a replica of it."""
+    """Whether the decision is about the model, or about a replica of it."""
     name = event.model
     return name == model or name.startswith(f"{model}@")
 
 
-def told(decision: Decision) -> str:
-    """``19:31:02 evict qwen: because ...``; of a failure what led to it, not the log below it. Another day is named."""
+def in_words(decision: Decision) -> str:
+    """``19:31:02 evict qwen: because ...``; of a failure its sentence, without the engine's log below it."""
     at = moment(decision.at, time.time())
     what, why = show.paint(decision.what, "bold"), show.first_line(decision.why)
     return f"{show.paint(at, 'grey')} {what} {decision.model}: {why}"
 
 
 def moment(at: float, now: float) -> str:
-    """``19:31:02``; of another day than that of ``now``, which may be a later one, with its date. Both in Unix time."""
+    """A moment as ``19:31:02``, with the date if it is on another day than ``now``. Both in Unix time."""
     then = time.localtime(at)
     today = then[:3] == time.localtime(now)[:3]
     return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then)

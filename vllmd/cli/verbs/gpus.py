@@ -45,16 +45,12 @@ def row(device: DeviceNow, models: Sequence[ModelLine], all_devices: Sequence[De
     engines = [line for model in models for line in model.replicas or (model,)]
     held = [line.name for line in engines if device.index in line.devices]
     sizes = (device.memory, device.promised, max(0, free), device.reserve, device.external)
-    return (
-        str(device.index),
-        *map(show.size, sizes),
-        ", ".join(held) or show.EMPTY,
-        "; ".join(_notes(device, all_devices)),
-    )
+    note = "; ".join(notes(device, all_devices))
+    return str(device.index), *map(show.size, sizes), ", ".join(held) or show.EMPTY, note
 
 
-def _notes(device: DeviceNow, all_devices: Sequence[DeviceNow]) -> Iterator[str]:
-    """What it is, what it draws, whom it is near, what is wrong with it."""
+def notes(device: DeviceNow, all_devices: Sequence[DeviceNow]) -> Iterator[str]:
+    """What is wrong with a device, its name, its sensors, and its place in the machine."""
     if device.wedged:
         yield f"avoided: {device.wedged}"
     if device.throttled:
@@ -62,9 +58,8 @@ def _notes(device: DeviceNow, all_devices: Sequence[DeviceNow]) -> Iterator[str]
     if device.name:
         yield device.name
     figures = ((device.power, "W"), (device.temperature, "\N{DEGREE SIGN}C"))
-    told = " ".join(f"{value:.0f}{unit}" for value, unit in figures if value is not None)
-    if told:
-        yield told
+    if sensors := " ".join(f"{value:.0f}{unit}" for value, unit in figures if value is not None):
+        yield sensors
     if device.utilisation is not None:
         yield f"{device.utilisation:.0f}% busy"
     if device.links:

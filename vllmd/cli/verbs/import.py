@@ -27,10 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     from vllmd.config.conversion import convert
 
     try:
-        text, left = convert(arguments.system, files.existing(arguments.file), str(arguments.file))
+        text, dropped = convert(arguments.system, files.existing(arguments.file), str(arguments.file))
     except ValueError as error:
         raise Failure(f"{arguments.file}: {error}", EX_DATAERR) from None
-    for line in left:
+    for line in dropped:
         show.say(f"warning: {line}", sys.stderr)
     if arguments.output is None:
         print(text, end="")

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def facts(status: Status, where: str) -> dict[str, object]:
-    """What is shown, by name."""
+    """The daemon's state as names and values. ``where``: the address of its admin API."""
     host, config = status.host_memory, status.configuration
     promised = show.size(host.promised) if host.promised else 0
     states = Counter(line.state for line in status.models)

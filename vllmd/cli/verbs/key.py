@@ -35,7 +35,8 @@ FIRST = "this is the first key: from now on every request needs one, as 'Authori
 HEAD = ("NAME", "SCOPES", "MODELS", "LIMITS", "NOTE")
 
 
-def _count(text: str) -> int | None:
+def count_or_none(text: str) -> int | None:
+    """A limit on the command line: a whole number, or None for the words none and unlimited."""
     if text in ("none", "unlimited"):
         return None
     if not (text.isascii() and text.isdecimal()):
@@ -51,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--models", metavar="LIST", help="the only models that it may use, with commas between")
     for option, about in LIMITS.items():
-        parser.add_argument(f"--{option}", type=_count, default=argparse.SUPPRESS, metavar="N", help=about)
+        parser.add_argument(f"--{option}", type=count_or_none, default=argparse.SUPPRESS, metavar="N", help=about)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,52 +63,54 @@ def run(arguments: argparse.Namespace) -> int:
     if given and word not in ("create", "limit"):
         raise Failure(f"key {word} takes no limits", EX_USAGE)
     if word == "create":
-        made = admin.told(verb("create_key"), NewKey, {"name": name, "settings": given})
-        print(show.as_json(made) if arguments.json else made.key, flush=True)
-        _tell_of_the_first(admin)
-        return _tell_of_unknown(admin, given)
+        return create(admin, arguments, given)
     if word == "limit":
         if not given:
             raise Failure("say what to change, such as --tokens-per-day 1000000", EX_USAGE)
-        told = Keys((admin.told(verb("limit_key"), KeyLine, {"name": name, "settings": given}),))
-        _tell_of_unknown(admin, given)
+        answer = Keys((admin.told(verb("limit_key"), KeyLine, {"name": name, "settings": given}),))
+        warn_of_unknown_models(admin, given)
     elif word == "list":
-        told = admin.told(verb("keys"), Keys, {})
+        answer = admin.told(verb("keys"), Keys, {})
     else:
-        told = admin.told(verb("revoke_key"), Keys, {"name": name})
+        answer = admin.told(verb("revoke_key"), Keys, {"name": name})
     if arguments.json:
-        print(show.as_json(told))
+        print(show.as_json(answer))
     elif word == "revoke":
         show.say(f"{name} opens nothing any more")
-    elif told.keys:
-        print(
-            show.table(HEAD, [row(each) for each in told.keys], names=("NAME",), beneath=("MODELS", "LIMITS", "NOTE"))
-        )
+    elif answer.keys:
+        rows = [row(each) for each in answer.keys]
+        print(show.table(HEAD, rows, names=("NAME",), beneath=("MODELS", "LIMITS", "NOTE")))
     else:
-        show.say("there are no keys: whoever reaches vllmd may use the models; vllmctl key create NAME makes one")
+        show.say(
+            "there are no keys: every client that reaches vllmd may use the models; vllmctl key create NAME makes one"
+        )
     return 0
 
 
-def _tell_of_the_first(admin: Admin) -> None:
-    """Tell that the first key locks out every client without one, the administrator's own programs included."""
+def create(admin: Admin, arguments: argparse.Namespace, given: Mapping[str, object]) -> int:
+    """Make a key and print its text; warn where the key changes more than its owner may think."""
+    made = admin.told(verb("create_key"), NewKey, {"name": arguments.name, "settings": given})
+    print(show.as_json(made) if arguments.json else made.key, flush=True)
+    # The first key locks out every client without one, the administrator's own programs included.
     if len(admin.told(verb("keys"), Keys, {}).keys) == 1:
         show.say(FIRST, sys.stderr)
+    warn_of_unknown_models(admin, given)
+    return 0
 
 
-def _tell_of_unknown(admin: Admin, given: Mapping[str, object]) -> int:
-    """Warn of names that are no model's: a model may be yet to come, but more often its name is misspelt."""
+def warn_of_unknown_models(admin: Admin, given: Mapping[str, object]) -> None:
+    """Warn of names that no model has: such a model may be yet to come, but more often the name is misspelt."""
     names = given.get("models")
     if isinstance(names, list) and names:
-        with contextlib.suppress(Failure):  # the key is made, whatever becomes of this
+        with contextlib.suppress(Failure):  # the key is made all the same
             known = {str(each["id"]) for each in admin.get("/v1/models")["data"]}
             for name in names:
                 if name not in known:
                     show.say(f"there is no model {name!r} in the list of models (vllmctl models)", sys.stderr)
-    return 0
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """What was given of them, as the API takes it."""
+    """The key's settings on the command line, as the API takes them."""
     given: dict[str, object] = {}
     for name in ("scopes", "models"):
         text = getattr(arguments, name)
@@ -123,6 +126,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, object]:
 def row(key: KeyLine) -> tuple[str, ...]:
     """A key as a row of the table."""
     limits = {name: value for name, value in key.settings.items() if name not in ("scopes", "models")}
-    told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in limits.items())
+    texts = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in limits.items())
     models = ", ".join(key.models) or "all"
-    return key.name, ", ".join(key.scopes), models, told, "configured" if key.configured else ""
+    return key.name, ", ".join(key.scopes), models, texts, "configured" if key.configured else ""

@@ -1,7 +1,7 @@
 """Keep a model for a time, or until the lease is given back.
 
-A model with a lease is not evicted and does not sleep. When the deadline passes
-it goes by its idle rules again. The same name again replaces the lease.
+A model with a lease is not evicted and does not sleep. After the lease its idle
+rules apply again. A lease of the same name replaces the earlier one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
     admin, which = Admin(arguments), {"model": arguments.model, "lease": arguments.name}
     if arguments.release:
         line = admin.ask(verb("release"), {**which, "stop": arguments.stop})
-        said = f"{arguments.model}: lease {arguments.name} is given back"
+        text = f"{arguments.model}: lease {arguments.name} is given back"
     else:
         line = admin.ask(verb("lease"), {**which, "seconds": arguments.time})
         until = f"for {show.age(arguments.time)}" if arguments.time is not None else "until it is given back"
-        said = f"{arguments.model}: lease {arguments.name} holds {until}"
+        text = f"{arguments.model}: lease {arguments.name} holds {until}"
     if arguments.json:
         print(show.as_json(line))
     else:
-        show.say(said)
+        show.say(text)
     return 0

@@ -22,8 +22,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     status, cached = admin.status(), admin.told(verb("cached"), Cached, {}).cached
-    rows = [_row(line, cached, here=not admin.url) for line in status.models]
-    rows += [_cached(one) for one in cached if not one.models]
+    rows: list[tuple[str, ...]] = []
+    for line in status.models:
+        source = line.config.model or line.name
+        state = "disabled" if line.disabled else show.state(line.state)
+        size = size_of(line, cached) or (own_size(source) if not admin.url else 0)
+        shown = "(its name)" if source == line.name else source
+        rows.append((line.name, state, show.size(size), line.config.engine or show.EMPTY, shown))
+    for one in cached:
+        if not one.models:
+            advice = f"(vllmctl add {one.name} serves it)"
+            rows.append((one.name, "cached", show.size(one.size), one.engine or show.EMPTY, advice))
     if arguments.json:
         keys = [name.lower() for name in HEAD]
         print(show.as_json([dict(zip(keys, row, strict=True)) for row in rows]))
@@ -41,25 +50,8 @@ def size_of(line: ModelLine, cached: Sequence[CachedModel]) -> int:
 
 
 def own_size(source: str) -> int:
-    """Bytes of a file of this machine that is no cache's; 0 where it is none, or nobody may look."""
+    """Bytes of a model's file outside the caches; 0 where it is no file, or may not be read."""
     try:
         return Path(source).stat().st_size if source.startswith("/") and Path(source).is_file() else 0
     except OSError:
         return 0
-
-
-def _row(line: ModelLine, cached: Sequence[CachedModel], *, here: bool) -> tuple[str, ...]:
-    config = line.config
-    source = config.model or line.name
-    return (
-        line.name,
-        "disabled" if line.disabled else show.state(line.state),
-        show.size(size_of(line, cached) or (own_size(source) if here else 0)),
-        config.engine or show.EMPTY,
-        "(its name)" if source == line.name else source,
-    )
-
-
-def _cached(one: CachedModel) -> tuple[str, ...]:
-    engine = one.engine or show.EMPTY
-    return one.name, "cached", show.size(one.size), engine, f"(vllmctl add {one.name} serves it)"

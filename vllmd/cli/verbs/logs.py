@@ -1,18 +1,19 @@
-"""Show what a model's engine wrote, of this run and of earlier ones.
+"""Show the log of a model's engine, of this run and of earlier ones.
 
-The journal keeps it: this runs journalctl. Where no journal is, or none that you
-may read, or with --url, the daemon is asked for the last run's lines.
+It is in the journal, so this runs journalctl. Without a journal that you may
+read, or with --url, the daemon shows the last run's lines.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     user = backend == "systemd-user" or admin.path == user_socket()
     readable = shutil.which("journalctl") and (user or journal_is_readable())
     if admin.url or not backend.startswith("systemd") or not readable:
-        return _from_daemon(admin, line, arguments)
+        return print_from_daemon(admin, line, arguments)
     names = engines(status, line)
     command = journalctl(matches(status, names, user=user), arguments)
     if arguments.since and arguments.lines is not None and not arguments.follow:
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def last_lines(command: list[str], lines: int) -> int:
-    """The last of the lines that a command prints: journalctl of systemd 252 gives the first ones since a time."""
+    """Print the last of a command's lines: with --since journalctl of systemd 252 would print the first ones."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stdout
         for line in deque(process.stdout, lines):
@@ -59,19 +60,19 @@ def last_lines(command: list[str], lines: int) -> int:
 
 
 def journal_is_readable(folders: Sequence[str] = ("/var/log/journal", "/run/log/journal")) -> bool:
-    """Whether journalctl would show the system's journal to this user; if not, the daemon has the last lines."""
+    """Whether this user may read the system's journal."""
     return any(os.access(file, os.R_OK) for folder in folders for file in Path(folder).glob("*/system.journal"))
 
 
 def engines(status: Status, line: ModelLine) -> list[str]:
-    """Whose lines are meant. The first of several replicas may have been started when the model had one engine."""
+    """The engines whose lines are meant; a first replica may have been started when the model had one engine."""
     firsts = {model.replicas[0].name: model.name for model in status.models if model.replicas}
     names = [each.name for each in line.replicas or (line,)]
     return [*(firsts[name] for name in names if name in firsts), *names]
 
 
 def matches(status: Status, names: Sequence[str], user: bool) -> list[str]:
-    """What tells journalctl the engines' units: their names' pattern, or each unit where others have the same one."""
+    """journalctl's arguments for the engines' units: a pattern of names, or each unit where that matches too many."""
     from vllmd.config.names import unit_pattern
 
     others = {name for each, _ in models.every(status) for name in [each.name]} - {*names}
@@ -81,23 +82,20 @@ def matches(status: Status, names: Sequence[str], user: bool) -> list[str]:
 
 
 def known_units(names: Sequence[str]) -> list[str]:
-    """The units of the engines' runs, by what the daemon wrote into the journal when it started each."""
+    """The units of the engines' runs, from the records that the daemon wrote when it started each."""
     models_of = dict.fromkeys(name.rpartition("@")[0] or name for name in names)
     fields = [f"MODEL={name}" for name in {**models_of, **dict.fromkeys(names)}]
     shape = ["--output=json", "--output-fields=MODEL,VLLMD_REPLICA,VLLMD_UNIT", "--quiet", "--no-pager"]
     command = ["journalctl", *shape, "SYSLOG_IDENTIFIER=vllmd", *fields]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    return list(dict.fromkeys(_units(done.stdout.splitlines(), {*names})))
-
-
-def _units(records: Iterable[str], names: set[str]) -> Iterable[str]:
-    for record in records:
-        try:
-            told = json.loads(record)
-        except ValueError:
-            continue
-        if (told.get("VLLMD_REPLICA") or told.get("MODEL")) in names and isinstance(told.get("VLLMD_UNIT"), str):
-            yield told["VLLMD_UNIT"]
+    units = dict[str, None]()
+    for line in done.stdout.splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            unit, engine = record.get("VLLMD_UNIT"), record.get("VLLMD_REPLICA") or record.get("MODEL")
+            if engine in names and isinstance(unit, str):
+                units[unit] = None
+    return list(units)
 
 
 def journalctl(units: list[str], arguments: Any) -> list[str]:
@@ -112,7 +110,8 @@ def journalctl(units: list[str], arguments: Any) -> list[str]:
     return [*command, "--follow"] if arguments.follow else command
 
 
-def _from_daemon(admin: Admin, line: ModelLine, arguments: argparse.Namespace) -> int:
+def print_from_daemon(admin: Admin, line: ModelLine, arguments: argparse.Namespace) -> int:
+    """Print the lines that the daemon has, of each replica, or with --follow of the model."""
     from urllib.parse import quote
 
     lines = min(10_000, max(0, LINES if arguments.lines is None else arguments.lines))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from vllmd.api.answers import ModelLine
 from vllmd.api.codec import fields
 from vllmd.cli import nothing, show
 from vllmd.cli.admin import Admin
@@ -21,19 +20,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json([{"name": line.name, "state": line.state, **fields(line.config)} for line in models]))
     elif models:
-        print(show.table(HEAD, [_row(line) for line in models], names=("MODEL",), beneath=("SOURCE", "ALIASES")))
+        rows = []
+        for line in models:
+            engine, source = line.config.engine or show.EMPTY, line.config.model or line.name
+            aliases = ", ".join(line.config.aliases or ()) or show.EMPTY
+            shown = "(its name)" if source == line.name else source
+            rows.append((line.name, show.state(line.state), engine, shown, aliases))
+        print(show.table(HEAD, rows, names=("MODEL",), beneath=("SOURCE", "ALIASES")))
     else:
         print(nothing.FIRST_LINE)
     return 0
-
-
-def _row(line: ModelLine) -> tuple[str, ...]:
-    config = line.config
-    source = config.model or line.name
-    return (
-        line.name,
-        show.state(line.state),
-        config.engine or show.EMPTY,
-        "(its name)" if source == line.name else source,
-        ", ".join(config.aliases or ()) or show.EMPTY,
-    )

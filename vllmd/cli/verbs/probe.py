@@ -1,4 +1,4 @@
-"""Ask the engines of models how soon they answer, all at the same time; the fastest comes first.
+"""Measure how soon the engines of models answer, all at the same time; the fastest comes first.
 
 Without --all none is waited for once another engine of the model has answered.
 """
@@ -40,6 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def row(line: ProbedReplica) -> tuple[str, ...]:
-    """An engine, the time of its answer, and why it has none."""
+    """An engine, the time until its answer, and why there is none."""
     time = show.EMPTY if line.seconds is None else f"{line.seconds * 1000:.0f}ms"
     return line.name, time, line.message

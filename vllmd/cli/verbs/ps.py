@@ -54,84 +54,62 @@ def standbys(status: Status) -> list[str]:
 
 
 def table(models: Sequence[ModelLine], *, power: bool = False) -> str:
-    """A row for each model, and below it one for each of its replicas; ``power``: what they draw, not their queues."""
+    """A row for each model and each of its replicas; with ``power`` what they draw in place of their queues."""
     lines = [line for model in models for line in (model, *replicas(model))]
     if not power:
         return show.table(HEAD, [row(line) for line in lines], RIGHT, names=("MODEL",))
-    head = (*HEAD[:4], "IDLE", "POWER", "UNUSED", "NOTE")  # all of them do not fit on a terminal
-    rows = [
-        (*cells[:4], show.age(line.idle), _watts(line), _unused(line), cells[-1])
-        for line in lines
-        for cells in (row(line),)
-    ]
+    head = (*HEAD[:4], "IDLE", "POWER", "UNUSED", "NOTE")  # all columns together do not fit on a terminal
+    rows = []
+    for line in lines:
+        engines, cells = line.replicas or (line,), row(line)  # a model with replicas has the sum of theirs
+        watts = [each.power for each in engines if each.power is not None]
+        joules = [each.unused_energy for each in engines if each.unused_energy]
+        power_cell = f"{sum(watts):.0f}W" if watts else show.EMPTY
+        unused = f"{sum(joules) / 3600:.1f}Wh" if joules else show.EMPTY
+        rows.append((*cells[:4], show.age(line.idle), power_cell, unused, cells[-1]))
     return show.table(head, rows, ("MEMORY", "IDLE", "POWER", "UNUSED"), names=("MODEL",))
 
 
 def starts(models: Sequence[ModelLine]) -> str:
-    """A row for each engine: how long its last start took, and where its time goes or went."""
+    """A row for each engine: how long its last start took, and the phases of it or of the one under way."""
     lines = [line for model in models for line in (replicas(model) and (model, *replicas(model))) or (model,)]
     rows = [(line.name, show.state(line.state), show.age(line.last_start_seconds), show.phases(line) or show.EMPTY)
             for line in lines]  # fmt: skip
     return show.table(("MODEL", "STATE", "LAST START", "OF WHICH"), rows, ("LAST START",), names=("MODEL",))
 
 
-def _watts(line: ModelLine) -> str:
-    """Of a model with replicas their sum."""
-    told = [each.power for each in line.replicas or (line,) if each.power is not None]
-    return f"{sum(told):.0f}W" if told else show.EMPTY
-
-
-def _unused(line: ModelLine) -> str:
-    """Watt-hours that it has drawn since its last request; of a model with replicas their sum."""
-    told = [each.unused_energy for each in line.replicas or (line,) if each.unused_energy]
-    return f"{sum(told) / 3600:.1f}Wh" if told else show.EMPTY
-
-
 def replicas(model: ModelLine) -> list[ModelLine]:
-    """The lines of its replicas, called by what stands behind the model's name."""
+    """The lines of a model's replicas, each named by what stands behind the model's name."""
     return [replace(line, name=f"  {line.name.removeprefix(model.name)}") for line in model.replicas]
 
 
 def row(line: ModelLine) -> tuple[str, ...]:
     """A model, or a replica of one, as a row of the table."""
+    oldest = f" ({show.age(line.oldest_wait)})" if line.queued and line.oldest_wait is not None else ""
     return (
         line.name,
         show.state(line.state),
         show.numbers(line.devices),
         show.size(line.memory),
         str(line.in_flight),
-        _queue(line),
+        f"{line.queued}{oldest}",
         show.age(line.idle),
         note(line),
     )
 
 
-def _excess(line: ModelLine) -> str:
-    """That an engine, measured, takes more memory than its settings or its files made us expect."""
-    more = line.state == "running" and line.expected and line.memory > 1.01 * line.expected
-    return f"measured, more than the {show.size(line.expected)} expected" if more else ""
-
-
-def _pin(line: ModelLine) -> str:
-    """That it is pinned; of one that is down, as after a drain, what brings it back: no rule does."""
-    down = line.state == "stopped" and not (line.disabled or line.never or line.waiting_for)
-    back = ", and not loaded before its next request or vllmctl start" if down else ""
-    return f"pinned{back}" if line.pinned else ""
-
-
-def _queue(line: ModelLine) -> str:
-    oldest = line.oldest_wait
-    return f"{line.queued} ({show.age(oldest)})" if line.queued and oldest is not None else str(line.queued)
-
-
 def note(line: ModelLine) -> str:
-    """What is remarkable about it: phase of a start, pin, leases, why its requests wait, why it failed."""
+    """The phase of a start, replicas, pin, leases, why requests wait, why the model failed."""
     parts = [show.phase(line)]
     parts.append(standing.replicas_of(line))
     parts.append(standing.silence(line))
-    parts.append(_excess(line))
+    if line.state == "running" and line.expected and line.memory > 1.01 * line.expected:
+        parts.append(f"measured, more than the {show.size(line.expected)} expected")
     parts.append(f"disabled: {line.disabled}" if line.disabled else "")
-    parts.append(_pin(line))
+    # A pinned model that is down, as after a drain, is brought back by no rule.
+    is_down = line.state == "stopped" and not (line.disabled or line.never or line.waiting_for)
+    back = ", and not loaded before its next request or vllmctl start" if is_down else ""
+    parts.append(f"pinned{back}" if line.pinned else "")
     parts.append(f"leased to {', '.join(line.leases)}" if line.leases else "")
     parts.append(line.waiting_for)
     parts.append("" if line.replicas or not line.never else f"can never be loaded: {line.never}")

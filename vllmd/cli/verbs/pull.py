@@ -1,9 +1,9 @@
 """Fetch models into the engines' cache, without serving them yet.
 
 MODEL is a well-known name (smollm2, qwen3:0.6b), a repository of the hub
-(ORG/NAME), of one with GGUF files a quantisation (ORG/NAME:Q4_K_M) or a file
-(ORG/NAME/FILE.gguf). What was broken off goes on where it was; Ctrl-C breaks
-off, unless somebody else waits for the same model.
+(ORG/NAME), or of one with GGUF files a quantisation (ORG/NAME:Q4_K_M) or a file
+(ORG/NAME/FILE.gguf). Ctrl-C breaks a download off, unless another one waits for
+the same model; the next pull goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def run(arguments: argparse.Namespace) -> int:
     for model in arguments.models:
         if arguments.stop:
             answers.append(admin.told(verb("stop-download"), Download, {"model": model}))
-            said = f"{model}: ended; what has come is kept"
+            text = f"{model}: ended; what has come is kept"
         elif arguments.no_wait:
             answers.append(understood(Pulled, admin.post("/admin/store/pull", {"model": model, "detach": True})))
-            said = f"{model}: begun; vllmctl ps shows how far it is"
+            text = f"{model}: begun; vllmctl ps shows how far it is"
         else:
             last = downloads.follow(admin, model, add=False, quiet=arguments.json)
             answers.append(last)
             name = last.model
-            known = any(name == line.name for line in admin.status().models)
-            said = f"{name} is here after {show.age(last.seconds)}, {show.size(last.total)}"
-            said += "" if known else f"; vllmctl run {name} serves it"
+            is_served = any(name == line.name for line in admin.status().models)
+            text = f"{name} is here after {show.age(last.seconds)}, {show.size(last.total)}"
+            text += "" if is_served else f"; vllmctl run {name} serves it"
         if not arguments.json:
-            show.say(said)
+            show.say(text)
     if arguments.json:
         print(show.as_json(answers))
     return 0

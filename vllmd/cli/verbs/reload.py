@@ -1,8 +1,8 @@
-"""Take the configuration anew; models that did not change keep running.
+"""Read the configuration again; models that did not change keep running.
 
-Says what changed of the models, and which settings take effect only at the next
-start of vllmd (exit status 3). Where vllmd does not run the file is checked: its
-next start reads it.
+Prints which models changed, and which settings take effect only at the next
+start of vllmd (exit status 3). Where vllmd does not run, the file that its next
+start reads is checked.
 """
 
 from __future__ import annotations

@@ -41,16 +41,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     if arguments.words:
-        return _show(admin, arguments)
+        return show_one(admin, arguments)
     if arguments.curl:
         raise Failure("say which: vllmctl requests show ID --curl", EX_USAGE)
     query = {"model": arguments.model, "key": arguments.of_key, "status": arguments.status, "since": arguments.since,
              "failed": arguments.failed, "slower": arguments.slower}  # fmt: skip
-    told = admin.told(verb("requests"), Requests, {**query, "limit": max(0, arguments.lines)})
+    last = admin.told(verb("requests"), Requests, {**query, "limit": max(0, arguments.lines)})
     if arguments.json and not arguments.follow:
-        print(show.as_json(told))
+        print(show.as_json(last))
         return 0
-    entries = [*reversed(told.requests), *told.under_way]
+    entries = [*reversed(last.requests), *last.under_way]
     if entries and not arguments.json:
         print(table(entries))
     elif not arguments.json and not arguments.follow:
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(admin: Admin, arguments: argparse.Namespace) -> int:
+def show_one(admin: Admin, arguments: argparse.Namespace) -> int:
+    """``requests show ID``: one request with its head, or the command that sends it again."""
     if len(arguments.words) != 2 or arguments.words[0] != "show":
         raise Failure("vllmctl requests lists them, vllmctl requests show ID shows one", EX_USAGE)
     entry = admin.told(verb("request"), RequestInFull, {"request_id": arguments.words[1]})
@@ -111,13 +112,13 @@ def seconds(value: float | None) -> str:
     return f"{value:.3f}s" if value < 1 else f"{value:.1f}s" if value < 100 else show.age(value)
 
 
-def tokens(told: RequestTokens | None) -> str:
-    """``120+34``: in and out; ``~`` before what was reckoned."""
-    return f"{'~' * told.estimated}{told.prompt}+{told.answer}" if told else show.EMPTY
+def tokens(count: RequestTokens | None) -> str:
+    """Tokens in and out, ``120+34``, with ``~`` before estimated ones."""
+    return f"{'~' * count.estimated}{count.prompt}+{count.answer}" if count else show.EMPTY
 
 
 def closely(entry: RequestInFull) -> str:
-    """A request with everything that was recorded of it."""
+    """A request with everything in its record."""
     lines = [
         f"{entry.method} {entry.path}",
         f"id {entry.id}, {moment(entry.at, time.time())}, from {entry.client}"
@@ -135,7 +136,7 @@ def closely(entry: RequestInFull) -> str:
     if took:
         cached = f" ({took.cached} of them cached)" if took.cached else ""
         lines.append(f"tokens: {took.prompt} in{cached}, {took.answer} out"
-                     + (", reckoned from sizes" if took.estimated else ""))  # fmt: skip
+                     + (", estimated from sizes" if took.estimated else ""))  # fmt: skip
     lines += ["", *(f"{name}: {value}" for name, value in entry.headers)]
     if entry.recorded:
         kept = entry.recorded

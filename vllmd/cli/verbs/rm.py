@@ -1,8 +1,8 @@
-"""Serve models no more, and with --files remove what they were loaded from.
+"""Remove added models, and with --files the files they were loaded from.
 
-Files that another model needs stay, and so does what lies outside the engines'
-cache. A model that a file of the administrator's configures is taken out there.
-MODEL may also be a repository of the cache.
+Files that another model needs stay, and so do files outside the engines' cache.
+A model of the administrator's own configuration has to be removed there. MODEL
+may also be a repository of the cache.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import argparse
 import sys
 from urllib.parse import quote
 
+from vllmd.api.answers import Removed
 from vllmd.cli import show
-from vllmd.cli.admin import Admin
+from vllmd.cli.admin import Admin, understood
 from vllmd.cli.failures import EX_USAGE, Failure
 
 ALIASES = ("remove",)
@@ -30,32 +31,25 @@ def run(arguments: argparse.Namespace) -> int:
         path = f"/admin/store/models/{quote(model, safe='')}"
         if arguments.files and not arguments.yes:
             confirm(admin.delete(path, files=True, dry=True))
-        told = admin.delete(path, files=arguments.files)
-        answers.append(told)
+        answer = understood(Removed, admin.delete(path, files=arguments.files))
+        answers.append(answer)
         if not arguments.json:
-            show.say(f"{model}: " + "; ".join(filter(None, _said(told))))
+            served = "is not served any more" if answer.file else ""
+            freed = f"{show.size(answer.freed)} freed" if answer.freed else ""
+            show.say(f"{model}: " + "; ".join(filter(None, (served, freed, answer.kept))))
     if arguments.json:
         print(show.as_json(answers))
     return 0
 
 
-def _said(told: dict[str, object]) -> list[str]:
-    freed = told.get("freed")
-    return [
-        "is served no more" if told.get("file") else "",
-        f"{show.size(float(str(freed)))} freed" if freed else "",
-        str(told.get("kept") or ""),
-    ]
-
-
-def confirm(told: dict[str, object]) -> None:
-    """Ask whether what would go may go. Raises Failure if not."""
-    removed = told.get("removed")
+def confirm(planned: dict[str, object]) -> None:
+    """Ask whether the files of a dry run may be removed. Raises Failure if not."""
+    removed = planned.get("removed")
     if not isinstance(removed, list) or not removed:
         return
     if not sys.stdin.isatty():
         raise Failure("--files removes files; say --yes as well where nobody can be asked", EX_USAGE)
     for path in removed:
         show.say(str(path))
-    if input(f"Remove {show.size(float(str(told.get('bytes') or 0)))}? [y/N] ").strip().lower() not in ("y", "yes"):
+    if input(f"Remove {show.size(float(str(planned.get('bytes') or 0)))}? [y/N] ").strip().lower() not in ("y", "yes"):
         raise Failure("nothing was removed", EX_USAGE)

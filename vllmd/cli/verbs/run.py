@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     talk = chat.Conversation(admin, arguments)
     prompt = " ".join(arguments.message)
     if not sys.stdin.isatty():
-        prompt = "\n\n".join(filter(None, (prompt, sys.stdin.read().strip() if not prompt else _piped())))
+        prompt = "\n\n".join(filter(None, (prompt, sys.stdin.read().strip() if not prompt else piped())))
     if prompt:
         talk.ask(prompt)
     elif sys.stdin.isatty():
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def here(admin: Admin, arguments: argparse.Namespace) -> str:
-    """The configured name of the model, which is fetched and added if it has to be, and its engine installed."""
+    """The configured name of the model, after fetching and adding it, and installing its engine, if need be."""
     status = admin.status()
     line = _configured(status, arguments.model)
     if line is None:
@@ -65,8 +65,8 @@ def _configured(status: Status, name: str) -> ModelLine | None:
         return None
 
 
-def _piped() -> str:
-    """What a pipe or a file on the standard input has beside a prompt; nothing where nobody writes there."""
+def piped() -> str:
+    """The text of a pipe or a file on the standard input; "" at once where nothing writes there."""
     import select
     import stat
     from os import fstat

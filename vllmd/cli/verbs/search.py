@@ -1,4 +1,4 @@
-"""Search the hub for models, the most fetched first. What it finds, pull and run take by its name."""
+"""Search the hub for models, the most downloaded first. pull and run take the names that it shows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vllmd.cli.failures import EX_UNAVAILABLE, Failure
 
 HUB = "https://huggingface.co"
 HEAD = ("MODEL", "FETCHED", "LIKES", "FOR")
-LIMIT = 15.0  # seconds
-LARGEST = 4 << 20  # bytes of an answer
+LIMIT_SECONDS = 15.0
+LARGEST_ANSWER_BYTES = 4 << 20
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,19 +27,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    hub = os.environ.get("HF_ENDPOINT") or told(arguments) or HUB
-    found = ask(hub.rstrip("/"), " ".join(arguments.words), arguments.number, gguf=arguments.gguf)
+    hub = os.environ.get("HF_ENDPOINT") or configured_hub(arguments) or HUB
+    repositories = ask(hub.rstrip("/"), " ".join(arguments.words), arguments.number, gguf=arguments.gguf)
     if arguments.json:
-        print(show.as_json(found))
-    elif found:
-        print(show.table(HEAD, [row(one) for one in found], ("FETCHED", "LIKES"), names=("MODEL",), beneath=()))
+        print(show.as_json(repositories))
+    elif repositories:
+        rows = [row(one) for one in repositories]
+        print(show.table(HEAD, rows, ("FETCHED", "LIKES"), names=("MODEL",), beneath=()))
     else:
         show.say(f"{hub} has no model with {' '.join(arguments.words)!r} in its name")
     return 0
 
 
-def told(arguments: argparse.Namespace) -> str:
-    """The hub that the daemon is configured to use; "" where it cannot be asked."""
+def configured_hub(arguments: argparse.Namespace) -> str:
+    """The hub in the daemon's configuration; "" where there is none, or no daemon."""
     try:
         return str(Admin(arguments).get("/admin/store").get("hub") or "")
     except Failure:
@@ -47,12 +48,12 @@ def told(arguments: argparse.Namespace) -> str:
 
 
 def ask(hub: str, words: str, number: int, *, gguf: bool) -> list[ForeignJson]:
-    """What the hub finds. Raises Failure where it cannot be reached."""
+    """The hub's repositories with these words in their names. Raises Failure where it cannot be reached."""
     query = {"search": words, "sort": "downloads", "direction": -1, "limit": max(1, min(100, number))}
     target = f"{hub}/api/models?{urlencode({**query, **({'filter': 'gguf'} if gguf else {})})}"
     try:
-        with urllib.request.urlopen(target, timeout=LIMIT) as answer:
-            found = decoded(answer.read(LARGEST))
+        with urllib.request.urlopen(target, timeout=LIMIT_SECONDS) as answer:
+            found = decoded(answer.read(LARGEST_ANSWER_BYTES))
     except urllib.error.HTTPError as error:
         raise Failure(f"{hub} answered {error.code}; try again later", EX_UNAVAILABLE) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -62,7 +63,7 @@ def ask(hub: str, words: str, number: int, *, gguf: bool) -> list[ForeignJson]:
 
 
 def without_hub() -> str:
-    """What there is without one."""
+    """A sentence on models that can be had without a hub."""
     from vllmd.store.known import KNOWN
 
     names = ", ".join(name for name, known in KNOWN.items() if known.wheel)

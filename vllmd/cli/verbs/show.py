@@ -1,4 +1,4 @@
-"""Show what a model is: engine, source, files and their size, names, context, and what it can do."""
+"""Show a model: engine, source, files and their size, names, context, capabilities."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from vllmd.api.answers import Cached, CachedModel, ModelLine, Status
+from vllmd.api.answers import Cached, CachedModel, ModelLine
 from vllmd.api.json_types import ForeignJson
 from vllmd.api.verbs import verb
 from vllmd.cli import models, show
@@ -22,9 +22,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     status, cached = admin.status(), admin.told(verb("cached"), Cached, {}).cached
-    facts = of_cache(arguments.model, cached) if not _is_configured(status, arguments.model) else {}
-    if not facts:
-        line = models.find(status, arguments.model)
+    try:
+        line, facts = models.find(status, arguments.model), dict[str, object]()
+    except Failure:
+        facts = of_cache(arguments.model, cached)  # a name of the cache, which need not be a model's
+        if not facts:
+            raise
+    else:
         name = line.replica_of or line.name
         card = admin.get(f"/v1/models/{quote(name, safe='')}")
         facts = of_model(line, card, [one for one in cached if name in one.models])
@@ -35,27 +39,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _is_configured(status: Status, name: str) -> bool:
-    try:
-        return bool(models.find(status, name))
-    except Failure:
-        return False
-
-
 def of_cache(name: str, cached: Sequence[CachedModel]) -> dict[str, object]:
-    """What the cache has under that name; nothing if it has none."""
+    """The facts of a model in the cache; empty if it is not there."""
     found = next((one for one in cached if name in (one.name, one.path)), None)
     return {"model": name, "state": f"cached; vllmctl add {name} serves it", **_files([found])} if found else {}
 
 
 def of_model(line: ModelLine, card: ForeignJson, cached: Sequence[CachedModel]) -> dict[str, object]:
-    """What there is to say of a configured one."""
-    config = line.config
+    """The facts of a configured model, from its status line, its card and its entries in the cache."""
+    config, phases = line.config, show.phases(line)
+    start: dict[str, object] = {"start so far": phases}
+    if line.state != "starting":
+        last = f"{show.age(line.last_start_seconds)}{f': {phases}' if phases else ''}"
+        start = {"last start": last if line.last_start_seconds else ""}
     return {
         "model": line.name,
         "state": line.state,
         "note": ps.note(line),
-        **_start(line),
+        **start,
         "engine": f"{config.engine or ''} {line.version}".strip(),
         "source": config.model or line.name,
         **_files(cached),
@@ -65,15 +66,6 @@ def of_model(line: ModelLine, card: ForeignJson, cached: Sequence[CachedModel]) 
         "memory": show.size(line.memory) if line.memory else "",
         "description": card.get("description", ""),
     }
-
-
-def _start(line: ModelLine) -> dict[str, object]:
-    """How its start goes, or how its last one went."""
-    if line.state == "starting":
-        return {"start so far": show.phases(line)}
-    phases = show.phases(line)
-    return {"last start": f"{show.age(line.last_start_seconds)}{f': {phases}' if phases else ''}"
-            if line.last_start_seconds else ""}  # fmt: skip
 
 
 def _files(cached: Sequence[CachedModel]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Show how vllmd is doing: the daemon in a few lines, then the models; or how the models named stand.
+"""Show the daemon in a few lines, then the models; or the state of the models named.
 
 Exit status 69 where a model that is named has failed or the devices do not answer,
 78 where the daemon runs with an invalid configuration.

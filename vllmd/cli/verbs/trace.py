@@ -28,8 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
     query = {"since": arguments.since, "anonymised": arguments.anonymous}
     lines = Admin(arguments).lines("GET", "/admin/trace", "application/x-ndjson", **query)
     number, path = 0, arguments.output
+
+    def private(name: str, flags: int) -> int:  # for its owner alone: a trace tells which key used which model when
+        return os.open(name, flags, 0o600)
+
     try:
-        with nullcontext(sys.stdout) if not path else open(path, "w", opener=_private) as file:
+        with nullcontext(sys.stdout) if not path else open(path, "w", opener=private) as file:
             for line in lines:
                 file.write(line + "\n")
                 number += 1
@@ -38,8 +42,3 @@ def run(arguments: argparse.Namespace) -> int:
     if path or not number:
         show.say(f"{show.counted(number, 'arrival')} since {arguments.since}", sys.stderr)
     return 0
-
-
-def _private(path: str, flags: int) -> int:
-    """Create the file for its owner alone: a trace tells which key used which model when."""
-    return os.open(path, flags, 0o600)

@@ -1,9 +1,9 @@
-"""Show who used how much: requests, tokens, seconds of engines and devices.
+"""Show the use by key or model: requests, tokens, seconds of engines and devices.
 
 IN and OUT are tokens.
-Days and hours are in UTC, everywhere.
-DEVICE is the share of devices' memory that a model held, times seconds; an
-idle model's belongs to the key that used it last.
+Days and hours are in UTC, not in local time.
+DEVICE is the share of devices' memory that a model held, times seconds; while a
+model is idle it counts for the key that used it last.
 """
 
 from __future__ import annotations
@@ -35,42 +35,38 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     query = {"since": arguments.since, "until": arguments.until, "key": arguments.of_key, "model": arguments.model}
-    told = Admin(arguments).told(verb("usage"), Usage, {"by": arguments.by, **query})
+    usage = Admin(arguments).told(verb("usage"), Usage, {"by": arguments.by, **query})
     if arguments.json:
-        print(show.as_json(told))
+        print(show.as_json(usage))
         return 0
     if arguments.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        columns = [*told.by, *(name for name in fields_of(UsageRow) if name not in UsageRow.sparse)]
-        writer.writerows([columns, *([plain(row[name]) for name in columns] for row in told.rows)])
+        columns = [*usage.by, *(name for name in fields_of(UsageRow) if name not in UsageRow.sparse)]
+        writer.writerows([columns, *([plain(row[name]) for name in columns] for row in usage.rows)])
         return 0
-    if told.rows:
-        print(table(told.by, told.rows))
+    if usage.rows:
+        print(table(usage.by, usage.rows))
     else:
         show.say("nothing was used in that time")
-    if told.trouble:
-        show.say(told.trouble, sys.stderr)
+    if usage.trouble:
+        show.say(usage.trouble, sys.stderr)
     return 0
 
 
 def table(by: Sequence[str], rows: Sequence[UsageRow]) -> str:
-    """A row for each, those who used most first; times in their order."""
+    """The table of use, the largest first, or in the order of time."""
     if not set(by) & {"day", "hour", "month"}:
         rows = sorted(rows, key=lambda row: -(row.prompt + row.answer))
     names = tuple(name.upper() for name in by)
-    cells = [(*(str(row[name]) or show.EMPTY for name in by), *_numbers(row), _note(row)) for row in rows]
+    cells = []
+    for row in rows:
+        counts = [short(each) for each in (row.requests, row.prompt, row.cached, row.answer)]
+        errors = f"{short(row.errors)} error{'s' * (row.errors != 1)}" if row.errors else ""
+        estimated = f"{short(row.estimated)} tokens estimated from sizes" if row.estimated else ""
+        note = ", ".join(filter(None, (errors, estimated)))
+        seconds = (show.age(row.engine_seconds), show.age(row.device_seconds))
+        cells.append((*(str(row[name]) or show.EMPTY for name in by), *counts, *seconds, note))
     return show.table((*names, *HEADS, "NOTE"), cells, HEADS, names=names)
-
-
-def _numbers(row: UsageRow) -> list[str]:
-    counts = [short(each) for each in (row.requests, row.prompt, row.cached, row.answer)]
-    return [*counts, show.age(row.engine_seconds), show.age(row.device_seconds)]
-
-
-def _note(row: UsageRow) -> str:
-    errors = f"{short(row.errors)} error{'s' * (row.errors != 1)}" if row.errors else ""
-    reckoned = f"{short(row.estimated)} tokens reckoned from sizes" if row.estimated else ""
-    return ", ".join(part for part in (errors, reckoned) if part)
 
 
 def short(number: float) -> str:
@@ -83,7 +79,7 @@ def short(number: float) -> str:
 
 
 def plain(value: object) -> object:
-    """Whole numbers without a point, others with three digits; what a spreadsheet would take for a formula, as text."""
+    """A cell of CSV: whole numbers without a point, others with three digits; a text is no formula to a spreadsheet."""
     if isinstance(value, str) and value[:1] in "=+-@\t\r" and value:
         return f"'{value}"
     if isinstance(value, float):

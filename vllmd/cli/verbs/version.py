@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def daemon(arguments: argparse.Namespace) -> str:
-    """The daemon's, without starting one."""
+    """The daemon's version, without starting a daemon."""
     admin = Admin(arguments)
     try:
         running = bool(admin.url) or runs(admin.path)

@@ -1,14 +1,14 @@
-"""Show the decisions about a model, with their numbers, and what it waits for."""
+"""Show the decisions about a model, with their numbers, and the reason why it waits."""
 
 from __future__ import annotations
 
 import argparse
 
-from vllmd.api.answers import Decision, Decisions
+from vllmd.api.answers import Decisions
 from vllmd.api.verbs import verb
 from vllmd.cli import models, show, standing
 from vllmd.cli.admin import Admin
-from vllmd.cli.verbs.events import told
+from vllmd.cli.verbs.events import in_words
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(show.as_json({"model": line, "decisions": made}))
         return 0
     for decision in made:
-        show.say(told(decision) + (_numbers(decision) if arguments.numbers else ""))
+        items = decision.numbers.items() if arguments.numbers else ()
+        numbers = " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+                           for key, value in items)  # fmt: skip
+        show.say(in_words(decision) + (f" [{numbers}]" if numbers else ""))
     show.say(standing.now(line, bool(made)))
     return 0
-
-
-def _numbers(decision: Decision) -> str:
-    shown = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-             for key, value in decision.numbers.items())  # fmt: skip
-    text = " ".join(shown)
-    return f" [{text}]" if text else ""
