@@ -257,6 +257,19 @@ def test_docstrings_name_their_subject() -> None:
     assert riddles == []
 
 
+@pytest.mark.parametrize("room", ["daemon", "engines", "records", "systemd"])
+def test_docstrings_speak_of_processes_by_their_nouns(room: str) -> None:
+    """A caller, a client, a process, a user: "whoever" and "somebody" leave the reader to find out which is meant."""
+    vague = [
+        f"{path.relative_to(PACKAGE)} {node.name}"
+        for path in files_of(room)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if re.search(r"\b(whoever|whom|somebody|anybody)\b", ast.get_docstring(node) or "", re.IGNORECASE)
+    ]
+    assert vague == []
+
+
 # What tests still do that they should not, by kind; each number goes down, none goes up.
 PRIVATE_IN_TESTS, SLEEPS_IN_TESTS = 38, 22
 NOT_TESTS = ("bench", "check", "rehearsal", "fake", "soak", "clients")  # below tests/, but what tests are held against

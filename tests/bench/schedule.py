@@ -406,7 +406,7 @@ def admission() -> float:
     best = math.inf
     for attempt in range(5):
         arrivals = [RequestArrived(f"{attempt}-{n}", "m") for n in range(2000)]
-        ends = [RequestFinished(f"{attempt}-{n}", 1) for n in range(2000)]
+        ends = [RequestFinished(f"{attempt}-{n}") for n in range(2000)]
         begun = time.process_time()
         for event in arrivals:
             scheduler.handle(event, 2.0)

@@ -303,3 +303,19 @@ def test_what_takes_a_moment_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) ->
         now += 7
         working._line._draw()
     assert "asking, 7s" in shown.text()
+
+
+def test_a_description_is_filled_anew_where_its_lines_are_too_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not cut, which would leave a word alone in a line; where there is room its own lines stay."""
+    told = {}
+    for columns in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            main(["lease", "--help"])
+        told[columns] = capsys.readouterr().out
+    assert (
+        "\nA model with a lease is not evicted and does not sleep. When the deadline\npasses it goes by" in told["80"]
+    )
+    assert "When the deadline passes\nit goes by" in told["120"]

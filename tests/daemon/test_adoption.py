@@ -34,7 +34,7 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is waited for in vain is not waited for long."""
     monkeypatch.setattr(adoption, "RESOLVE_LIMIT", 1.0)
     monkeypatch.setattr(adoption, "RESOLVE_POLL", 0.02)
-    monkeypatch.setattr(adoption, "STRAY_LIMIT", 0.1)
+    monkeypatch.setattr(adoption, "UNMANAGED_LIMIT", 0.1)
     monkeypatch.setattr(engine_manager, "KILL_LIMIT", 0.1)
 
 

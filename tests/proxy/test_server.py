@@ -255,3 +255,24 @@ def test_a_client_without_a_key_is_refused_before_its_body_is_read() -> None:
             await server.close(1.0)
 
     asyncio.run(play())
+
+
+def test_a_connection_that_is_refused_is_told_of() -> None:
+    """No request is read, so none is noted: the daemon writes it to its log."""
+
+    async def play() -> None:
+        told: list[str] = []
+        limits = Limits(ServerConfig(max_connections=1))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server = Server(Router(), limits, [listener], on_refused=told.append)
+            server.start()
+            _, first = await asyncio.open_connection(*listener.getsockname())
+            await until(lambda: server.connections == 1)
+            second = Client(*await asyncio.open_connection(*listener.getsockname()))
+            assert (await soon(second.answer())).status == 503
+            assert told == ["too many connections; try again later (1 are open)"]
+            for writer in (first, second.writer):
+                writer.close()
+            await server.close()
+
+    asyncio.run(play())

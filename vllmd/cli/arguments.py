@@ -75,11 +75,20 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a description, but for those that the terminal is too narrow for."""
+    """Keeps the lines of a description, but fills a paragraph anew that the terminal is too narrow for."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines = super()._fill_text(text, width, indent).splitlines()
+        paragraphs = super()._fill_text(text, width, indent).split("\n\n")
+        return "\n\n".join(_filled(paragraph.splitlines(), width) for paragraph in paragraphs)
+
+
+def _filled(lines: list[str], width: int) -> str:
+    """Lines that are indented are no text that flows: each is only cut in two where it has to be."""
+    if all(len(line) <= width for line in lines):
+        return "\n".join(lines)
+    if any(line.startswith(" ") for line in lines):
         return "\n".join(part for line in lines for part in (textwrap.wrap(line, width) or [""]))
+    return "\n".join(textwrap.wrap(" ".join(lines), width))
 
 
 def verbs() -> list[str]:

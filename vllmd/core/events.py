@@ -59,7 +59,6 @@ class RequestFinished(Event):
     """An admitted request ended, however it did. ``failed``: why its engine gave no answer, "" if it did."""
 
     request: str
-    tokens: int | None = None
     failed: str = ""
 
 

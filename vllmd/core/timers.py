@@ -22,6 +22,8 @@ class Timers:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Replica]] = []
         self._serial = itertools.count()  # of two entries for one moment the earlier one comes first
+        # A moment before which nothing is due, known without a look at what is stale; infinite if nothing ever is.
+        self.none_before = INFINITY
 
     def set(self, r: Replica, due: float) -> None:
         """Time alone changes something for ``r`` at ``due``; infinite for never."""
@@ -29,15 +31,11 @@ class Timers:
         if due < r.timer:
             r.timer = due
             heapq.heappush(self._heap, (due, next(self._serial), r))
+            self.none_before = self._heap[0][0]
 
     def __len__(self) -> int:
         """How many entries there are, stale ones included."""
         return len(self._heap)
-
-    @property
-    def none_before(self) -> float:
-        """A moment before which nothing is due, known without a look at what is stale; infinite if nothing ever is."""
-        return self._heap[0][0] if self._heap else INFINITY
 
     @property
     def due(self) -> float:
@@ -61,6 +59,7 @@ class Timers:
     def _drop_first(self, *, again: bool = True) -> None:
         """Take the first entry out; if it was its replica's first one, another stands for the present moment."""
         at, _, r = heapq.heappop(self._heap)
+        self.none_before = self._heap[0][0] if self._heap else INFINITY
         if at == r.timer:
             r.timer = INFINITY
             if again:

@@ -235,7 +235,7 @@ class Decision:
     replica: str = ""  # the id of the replica that it is about; "" where that says no more than the model's name
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class View:
     """A snapshot for ``ps``, metrics and the admin API: the fields that a replica and a model both have."""
 
@@ -261,7 +261,7 @@ class View:
     never: str = field(default="", kw_only=True)  # why it can never be loaded on these devices; "" if it can, or is
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaView(View):
     """How one engine stands, as others are shown it."""
 
@@ -273,14 +273,15 @@ class ReplicaView(View):
         return self.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class ModelView(View):
     """One model: in the state of the best of its replicas, with the requests and memory of all."""
 
-    replicas: tuple[ReplicaView, ...]  # as configured; one that a reload took away and that has not gone comes last
-    balanced: bool  # its replicas share its requests by rules; else it has one engine
-    serving: int  # replicas that get requests, or would if they were needed
-    degraded: bool  # one is down that ought to serve
+    # As configured; one that a reload took away and that has not gone comes last.
+    replicas: tuple[ReplicaView, ...] = field(kw_only=True)
+    balanced: bool = field(kw_only=True)  # its replicas share its requests by rules; else it has one engine
+    serving: int = field(kw_only=True)  # replicas that get requests, or would if they were needed
+    degraded: bool = field(kw_only=True)  # one is down that ought to serve
 
 
 @frozen

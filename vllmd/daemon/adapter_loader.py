@@ -1,7 +1,7 @@
 """Loading adapters into engines that run, each once for as long as its engine lives.
 
 Several requests that want the same adapter wait for one load. What an engine has is kept beside its process, so a
-restart forgets it; an engine that was adopted from an earlier daemon says itself what it has already.
+restart forgets it; an engine that was adopted from an earlier daemon answers that it has the adapter already.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from vllmd.daemon.calls import call
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, log_fields
 from vllmd.engines.adapters import LOADED_ALREADY
 from vllmd.engines.base import Call
 from vllmd.errors import EngineFailed
@@ -22,7 +22,7 @@ log = logging.getLogger("vllmd.engines")
 async def provide(process: EngineProcess, name: str, waits: Callable[[], None], load: Call | None = None) -> None:
     """Have the engine load the adapter called ``name``, unless it has it; ``waits`` is called if that takes its time.
 
-    ``load``: how, for one that is not of the configuration. Raises EngineFailed.
+    ``load``: the call, for an adapter that is not of the configuration. Raises EngineFailed.
     """
     loading = process.adapters.get(name)
     if loading is None:
@@ -45,7 +45,7 @@ async def _load(process: EngineProcess, name: str, load: Call | None) -> str:
         load = adapter.load
     failure = await call(process, load)
     if not failure or LOADED_ALREADY in failure:
-        log.info("%s: its adapter %s is loaded", process.name, name, extra=of(process))
+        log.info("%s: its adapter %s is loaded", process.name, name, extra=log_fields(process))
         return ""
-    log.warning("%s: its adapter %s: %s", process.name, name, failure, extra=of(process))
+    log.warning("%s: its adapter %s cannot be loaded: %s", process.name, name, failure, extra=log_fields(process))
     return failure

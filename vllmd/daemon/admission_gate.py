@@ -292,7 +292,8 @@ class AdmissionGate:
     def _adapters(self, model: ModelConfig) -> Mapping[str, Adapter]:
         """The adapters of a model, as its first engine has them."""
         # Without adapters the engine's kind is not imported, which would take the first client's time.
-        if not named_adapters(model) and model.name not in self._runtime_adapters:
+        has_named = bool(model.adapters or model.extra_args) and bool(named_adapters(model))
+        if not has_named and model.name not in self._runtime_adapters:
             return {}
         config = self._engines[self._first(model.name)]
         return self._adapters_at(config, self._engine_of(config))
@@ -545,14 +546,12 @@ class AdmissionGate:
 
     def ended(self, permit: Permit, tokens: Tokens | None, failed: str) -> None:
         """Count an admitted request that is over, and tell the core."""
-        used = None
         self._permits.pop(permit.request, None)
         if tokens is not None:
             self._counters.used(permit.called, permit.key, tokens)
             if permit.use is None and permit.key:  # the key has no limits now, and may be given some today
                 self._quotas.spent(permit.key, tokens.total, 0.0)
-            used = None if tokens.estimated else tokens.total
-        self._post(events.RequestFinished(permit.request, used, failed))
+        self._post(events.RequestFinished(permit.request, failed))
 
 
 class Permit:

@@ -1,8 +1,11 @@
 """Adoption: an engine that runs when the daemon starts is taken over in the state it is really in, or stopped.
 
-The launcher knows which engines there are and what an earlier daemon noted
-beside each; the engine itself knows whether it sleeps. Where the two do not make
-sense together the engine is stopped: a full stop is always right.
+The launcher knows which engines there are and what an earlier daemon noted beside each; the engine itself knows whether
+it sleeps. A daemon that was killed in the middle of a sleep or a wake has noted what it was about to do, so the engine
+is asked, for as long as such a call takes. Where notes and answer do not make sense together the engine is stopped: a
+stop is always right, and an engine in a state that the core does not have is not.
+
+Nothing may be decided before every engine is accounted for: the core would give away memory that one of them holds.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ log = logging.getLogger("vllmd.adoption")
 RESOLVE_LIMIT = 10.0  # seconds for a half-done sleep or wake to come to its end
 RESOLVE_POLL = 0.1
 RECENT_LOG = 50  # lines of an adopted engine's output that its log file gets, perhaps again
-STRAY_LIMIT = 5.0  # seconds for which the start waits for unmanaged engines to end; then they end beside the others
+UNMANAGED_LIMIT = 5.0  # seconds for which the start waits for unmanaged engines to end; then they end beside the others
 Ended = Callable[[], bool]  # whether the engine has ended meanwhile
 
 
@@ -59,7 +62,7 @@ async def adopt_all(
     unmanaged = await asyncio.gather(*(_adopt(engine_manager, one, models, engine_of, post) for one in running))
     ending = [engine_manager.tasks.spawn(engine_manager.end_unmanaged(process)) for process in unmanaged if process]
     if ending:
-        await asyncio.wait(ending, timeout=STRAY_LIMIT)
+        await asyncio.wait(ending, timeout=UNMANAGED_LIMIT)
 
 
 async def _adopt(
@@ -157,7 +160,8 @@ async def _expect(process: EngineProcess, found: Found, ended: Ended, *, asleep:
     """``found`` once the engine confirms it, within the limit; else the engine must be ended."""
     answer: object = "nothing"
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(RESOLVE_LIMIT):  # everybody waits meanwhile, also for one that never answers
+        # The daemon's whole start waits meanwhile, also for an engine that never answers.
+        async with asyncio.timeout(RESOLVE_LIMIT):
             while not ended():
                 answer = await _is_asleep(process)
                 if answer is asleep:

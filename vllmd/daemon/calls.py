@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vllmd.api.json_types import ForeignJson
 from vllmd.config.types import ReplicaConfig
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, log_fields
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import VllmdError
 from vllmd.proxy.peers import Impostor
@@ -89,7 +89,7 @@ async def call_all(process: EngineProcess, calls: Iterable[Call]) -> str:
         if failure and not step.optional:
             return failure
         if failure:
-            log.warning("%s: %s (passed over)", process.model.name, failure, extra=of(process))
+            log.warning("%s: %s (passed over)", process.model.name, failure, extra=log_fields(process))
     return ""
 
 

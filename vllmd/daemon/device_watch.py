@@ -19,7 +19,7 @@ log = logging.getLogger("vllmd.devices")
 
 PATIENCE = 1.0  # seconds that a start waits for the answer; models without devices are served from then on
 RENEWAL = 5.0  # seconds that a reload waits for the devices
-LIMIT = 30.0  # seconds after which a driver that has not answered counts as one that does not
+LIMIT = 30.0  # seconds without an answer after which a driver counts as dead
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0  # seconds between questions, doubling
 SETTLE = 0.5  # seconds from a word of the kernel until nodes and driver are there
 

@@ -40,7 +40,7 @@ class Disabled:
         self._read = False
         self._orders: dict[str, Order] = {}  # by model, or replica
         self._unreadable = ""
-        self._told: set[str] = set()  # those that the core knows of
+        self._known: set[str] = set()  # to the core
         self._writing = asyncio.Lock()
 
     def load(self) -> None:
@@ -60,15 +60,15 @@ class Disabled:
 
     def orders(self, names: Collection[str]) -> list[events.ModelDisabled]:
         """The orders for these models and replicas that the core does not have yet."""
-        new = {name: order for name, order in self._orders.items() if name in names and name not in self._told}
-        self._told |= new.keys()
+        new = {name: order for name, order in self._orders.items() if name in names and name not in self._known}
+        self._known |= new.keys()
         return [events.ModelDisabled(name, order.message) for name, order in new.items()]
 
     async def add(self, name: str, message: str) -> events.ModelDisabled:
         """Keep an order. Raises Unavailable, nothing changed, where it cannot be written."""
         async with self._writing:
             await self._write({**self._orders, name: Order(message or NO_WORDS, time.time())})
-            self._told.add(name)
+            self._known.add(name)
             return events.ModelDisabled(name, message or NO_WORDS)
 
     async def remove(self, *names: str) -> None:
@@ -76,7 +76,7 @@ class Disabled:
         async with self._writing:
             if not self._orders.keys().isdisjoint(names):
                 await self._write({name: order for name, order in self._orders.items() if name not in names})
-                self._told.difference_update(names)
+                self._known.difference_update(names)
 
     async def _write(self, orders: Mapping[str, Order]) -> None:
         if self._unreadable:

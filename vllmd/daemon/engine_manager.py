@@ -47,7 +47,7 @@ from vllmd.daemon.calls import (
     timed_probe,
     within,
 )
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, log_fields
 from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, with_root
 from vllmd.daemon.last_starts import Start, Starts, in_words
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
@@ -80,7 +80,7 @@ ENDS_KEPT = 256  # reports of ends of engines that are not known here
 # The time limit of a start of a standby or with a fast loader: so many times the seconds that the replica's starts
 # usually take, and at least so many seconds.
 PATIENCE, SHORTEST_PATIENCE = 4.0, 120.0
-WHOLE_LOG = 1000  # lines asked for of an engine that has just begun: all of them
+WHOLE_LOG = 1000  # lines to begin with when an engine's log is followed from its start: all of them
 
 Usual = Callable[[str, str], float]  # replica, kind of ``core.costs`` -> the seconds that it usually takes, 0: unknown
 Post = Callable[[events.Event], None]
@@ -270,7 +270,7 @@ class EngineManager:
         process.listen = replace(process.listen, owner=process.running.uid)
         pid, unit = process.running.pid, process.running.unit
         made = f", made of {process.running.standby}" if process.running.standby else ""
-        log.info("%s: started as pid %d in %s%s", process.name, pid, unit, made, extra=of(process))
+        log.info("%s: started as pid %d in %s%s", process.name, pid, unit, made, extra=log_fields(process))
         process.phases.enter(Progress(first_phase(process.engine.kind)))
         self._watch_health(process)
         await self.follow(process)
@@ -283,7 +283,7 @@ class EngineManager:
             return events.EngineStartFailed(process.name, failure)
         process.phases.now, process.ready_after = READY, time.monotonic() - process.started
         self.tasks.spawn(self._watch(process))
-        log.info("%s: %s answers", process.name, describe(process.listen), extra=of(process))
+        log.info("%s: %s answers", process.name, describe(process.listen), extra=log_fields(process))
         return events.EngineReady(process.name, None)
 
     async def _watch(self, process: EngineProcess) -> None:
@@ -340,7 +340,7 @@ class EngineManager:
             process.phases.enter(Progress(WARM_UP))
             body = {"model": process.engine.served_name(process.model), "prompt": "Hello", "max_tokens": 1}
             if await complete(process, body) is None:
-                log.warning("%s: the warm-up request failed", process.name, extra=of(process))
+                log.warning("%s: the warm-up request failed", process.name, extra=log_fields(process))
         # 2. What this start teaches about the next ones.
         process.ready_after, spent = time.monotonic() - process.started, process.phases.end()
         process.phases.now = READY
@@ -350,14 +350,14 @@ class EngineManager:
         if process.running and process.running.standby and process.standby:
             self.standbys.note_outcome(process.standby, good=True)
         # 3. Its log is not read any more, unless it is kept in a file. What the devices say of its memory counts more
-        #    than what the log has told.
+        #    than what its log says.
         if not process.file:
             with contextlib.suppress(LauncherFailed):
                 await self._launcher.unfollow(process.instance)
         await self.annotate(process, state="ready", level="0")
         held = {} if process.self_managed else await self._memory.held(process)
         words = in_words(spent, loader)
-        extra = {"journal": {**of(process)["journal"], **fields(spent, loader)}}
+        extra = {"journal": {**log_fields(process)["journal"], **fields(spent, loader)}}
         log.info("%s: ready after %.1f s%s", process.name, process.ready_after, f": {words}" * bool(words), extra=extra)
         measured = _measured(process.engine.footprint(list(process.lines)), held)
         process.forget_start()
@@ -377,7 +377,7 @@ class EngineManager:
         if process.command and process.is_special and (process.loader or not failure.memory):
             how = f"with its weights loaded by {process.loader}" if process.loader else "made of a standby"
             log.warning("%s: it failed to start %s, and is started without: %s", process.name, how, failure.reason,
-                        extra=of(process))  # fmt: skip
+                        extra=log_fields(process))  # fmt: skip
             return await self._start_plainly(process, process.command)
         if process.phase.detail and "phase" not in what:
             what = f"{what} in its phase {process.phase.phase!r}"
@@ -508,7 +508,7 @@ class EngineManager:
             missing = await self._memory.missing(before, ownerless)
         else:
             missing = dict(before) or dict.fromkeys(process.placement.devices, 1)
-            log.error("%s: its processes could not be ended", process.name, extra=of(process))
+            log.error("%s: its processes could not be ended", process.name, extra=log_fields(process))
         self._forget(process)
         return events.EngineStopped(process.name, missing)
 
@@ -527,7 +527,7 @@ class EngineManager:
             if await within(process.exited.wait(), process.model.stop_timeout):
                 return True
             log.warning("%s: still there %.0f s after it was told to end, killing its cgroup", process.name,
-                        process.model.stop_timeout, extra=of(process))  # fmt: skip
+                        process.model.stop_timeout, extra=log_fields(process))  # fmt: skip
         was_told, process.ending = process.ending, True
         try:
             await self._launcher.kill(process.instance)
@@ -548,9 +548,9 @@ class EngineManager:
             if not await within(helper.exited.wait(), process.model.stop_timeout):
                 await self._launcher.kill(helper.instance)
             elif helper.report and helper.report.status != 0:
-                log.warning("%s: its stop command failed: %s", process.name, helper.reason(), extra=of(process))
+                log.warning("%s: its stop command failed: %s", process.name, helper.reason(), extra=log_fields(process))
         except LauncherFailed as error:
-            log.warning("%s: its stop command failed: %s", process.name, error.message, extra=of(process))
+            log.warning("%s: its stop command failed: %s", process.name, error.message, extra=log_fields(process))
         finally:
             self._unmanaged.pop(helper.instance, None)
 
@@ -571,7 +571,8 @@ class EngineManager:
         if process.stop and not process.ending:  # its processes may be a container's, which outlives its client
             process.ending = True
             self.tasks.spawn(self._run_stop(process))
-        if process.task is None and process.instance not in self._unmanaged:  # else whoever waits for it tells the core
+        # Else the task that waits for the end reports it.
+        if process.task is None and process.instance not in self._unmanaged:
             self._forget(process)
             self._post(events.EngineExited(process.name, process.reason()))
 
@@ -630,14 +631,14 @@ class EngineManager:
         self.catch_up(process)
         kill = process.running is None or process.running.ending
         if not (await self._end(process, kill=kill) and _is_empty(process)):
-            log.error("%s: its processes could not be ended", process.name, extra=of(process))
+            log.error("%s: its processes could not be ended", process.name, extra=log_fields(process))
         self._unmanaged.pop(process.instance, None)
 
     # -- small things --------------------------------------------------------------------
 
     def _watch_health(self, process: EngineProcess) -> None:
         async def kill(why: str) -> None:
-            log.error("%s: %s", process.name, why, extra=of(process))
+            log.error("%s: %s", process.name, why, extra=log_fields(process))
             process.verdict = why
             with contextlib.suppress(LauncherFailed):  # the health watch comes to the same verdict again
                 await self.kill(process, KILL_LIMIT)
@@ -660,11 +661,11 @@ class EngineManager:
                 forget_old_runs(self._logs, process.name)
                 forget_removed_models(self._logs, self._models)
             process.file = LogFile(path_of(self._logs, process.name, name))
-            log.info("%s: its output is also in %s", process.name, process.file.path, extra=of(process))
+            log.info("%s: its output is also in %s", process.name, process.file.path, extra=log_fields(process))
         try:
             await self._launcher.follow(process.instance, lines)
         except LauncherFailed as error:  # the lines that are missed are for people, and the engine is what matters
-            log.warning("%s: its output is not read: %s", process.name, error, extra=of(process))
+            log.warning("%s: its output is not read: %s", process.name, error, extra=log_fields(process))
 
     async def annotate(self, process: EngineProcess, **metadata: str) -> None:
         """Write what a later daemon must know beside the engine's cgroup; an engine that runs elsewhere has none."""
@@ -679,7 +680,7 @@ class EngineManager:
                 logging.WARNING,
                 "cannot note the state of engines for the next daemon: %s",
                 error,
-                fields=of(process)["journal"],
+                fields=log_fields(process)["journal"],
             )
 
     def _run(
@@ -694,10 +695,10 @@ class EngineManager:
                 raise
             except Exception as error:
                 if isinstance(error, LauncherFailed):
-                    log.error("%s: %s", process.name, error, extra=of(process))
+                    log.error("%s: %s", process.name, error, extra=log_fields(process))
                     event = failed(error.message)
                 else:
-                    log.exception("%s: a defect in vllmd", process.name, extra=of(process))
+                    log.exception("%s: a defect in vllmd", process.name, extra=log_fields(process))
                     event = failed(f"internal error: {type(error).__name__}: {error}")
                 if isinstance(event, events.EngineStartFailed | events.EngineStopped):
                     # Nothing of the engine may be left when it is said to be gone.

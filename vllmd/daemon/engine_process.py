@@ -155,7 +155,7 @@ class EngineProcess:
         return list(self.lines)
 
 
-def of(process: EngineProcess) -> dict[str, dict[str, str]]:
+def log_fields(process: EngineProcess) -> dict[str, dict[str, str]]:
     """The journal fields that say which engine a record is about."""
     unit = {"VLLMD_UNIT": process.running.unit} if process.running else {}
     model = process.model.replica_of or process.name

@@ -1,4 +1,4 @@
-"""Each model's engine. One that cannot be had (no such kind, a plug-in that raises) fails its own model only."""
+"""Each model's engine. A kind that cannot be used (there is none, a plug-in that raises) fails its own models only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ log = logging.getLogger("vllmd.engines")
 
 
 class EngineResolver:
-    """``engine_of``, remembered per model, and never raising."""
+    """``engine_of``, kept for each model, and without exceptions."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet  # who asks says it himself
+        self._quiet = quiet  # the caller reports errors
         self._found: dict[str, tuple[ModelConfig, Engine]] = {}
 
     def __call__(self, model: ModelConfig) -> Engine:
@@ -32,10 +32,13 @@ class EngineResolver:
         except ConfigError as error:
             if not self._quiet:
                 log.error("%s: every request for it will fail: %s", model.name, error.message)
-            return _unusable(error)
+            reason = error
         except Exception as error:  # a kind of our own with a defect must not take the others down
             log.exception("%s: every request for it will fail", model.name)
-            return _unusable(ConfigError(f"the engine {model.engine!r} failed: {type(error).__name__}: {error}"))
+            reason = ConfigError(f"the engine {model.engine!r} failed: {type(error).__name__}: {error}")
+        from vllmd.engines.unusable import Unusable  # hardly ever needed, and not before the first client
+
+        return Unusable(reason)
 
 
 def _tried(model: ModelConfig) -> Engine:
@@ -50,9 +53,3 @@ def _tried(model: ModelConfig) -> Engine:
     engine.device_count(model)
     engine.alive(model)
     return engine
-
-
-def _unusable(error: ConfigError) -> Engine:
-    from vllmd.engines.unusable import Unusable  # hardly ever needed, and not before the first client
-
-    return Unusable(error)

@@ -104,8 +104,7 @@ def front_end(
 ) -> FrontEnd:
     """Build everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
     current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()
-    # 1. What two parts need of each other. These functions name parts that are made further down, and are called by
-    #    requests and operators only, when all parts are there.
+    # 1. What two parts need of each other: these functions name parts that are made further down, and are called later.
     fetching = Fetching(
         lambda name: store.may_fetch(name), lambda name: store.fetch(name), lambda name: store.how_far(name)
     )

@@ -1,17 +1,14 @@
-"""Whether an engine that is loaded still serves: found out from its requests, and by looking at it now and then.
+"""Whether an engine that is loaded still serves: by the outcome of its requests, and by a liveness check now and then.
 
-A process can live and be of no use: its socket is gone, its core is dead behind a
-server that answers, it was stopped by a signal, it answers everything with 500. Its
-exit would be told; this nobody tells. So a request that failed brings a look at
-once, and one that nothing is heard of is looked at every ``LOOK`` seconds. What
-stays wrong for as long as its kind of failure deserves is killed, and the core
-hears of a crash. Where we have no file descriptor to ask it with, it is not at fault.
+A process can live and serve nothing: its socket is gone, its core is dead behind a server that answers, a signal has
+stopped it, it answers everything with 500. The launcher reports exits; of these cases nothing tells. So a request that
+failed leads to a check at once, and an engine that has answered nothing for ``LOOK`` seconds is checked. An engine is
+killed if what is wrong lasts for as long as its kind of failure is tolerated; the core then hears of a crash.
 
-An engine that does its work is busy, not dead: a look that it does not answer in
-time counts only together with others over half a minute, and not at all if a
-request was answered meanwhile. Errors that it answers count only if it answers
-nothing else, and gives one to a question of our own as well: what clients ask may
-be wrong.
+What is no fault of the engine. An engine that does its work may be too busy to answer: silence counts only over several
+checks in half a minute, and not at all if a request was answered meanwhile. Errors count only if the engine answers
+nothing else, and gives one to vllmd's own probe as well, for what clients ask may be wrong. And where vllmd itself has
+no file descriptor to ask with, nothing is known.
 """
 
 from __future__ import annotations
@@ -28,9 +25,9 @@ from vllmd.proxy.upstream import OutOfFiles
 
 log = logging.getLogger("vllmd.health")
 
-LOOK, LOOK_AGAIN = 20.0, 1.0  # seconds between looks at one that nothing is heard of, and at one in doubt
-PATIENCE = 10.0  # seconds that a look waits for an answer
-# Seconds that nobody may be listening, that it may answer wrongly, that it may not answer.
+LOOK, LOOK_AGAIN = 20.0, 1.0  # seconds without an answer until a check; between checks of an engine in doubt
+PATIENCE = 10.0  # seconds that a check waits for an answer
+# Seconds for which it is tolerated that no process listens, that checks get a wrong answer, that they get none.
 REFUSED, WRONG, SILENT = 2.0, 10.0, 30.0
 
 

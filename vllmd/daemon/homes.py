@@ -88,6 +88,7 @@ class Homes:
         if model.user:
             return {}
         places = {name: self.environment[name] for name in PLACES if self.environment.get(name)}
-        if any(model.env.get(name) for name in PLACES):  # one of ours would go before another one of its own
+        # A variable of the daemon's could win over one that the model sets under another name.
+        if any(model.env.get(name) for name in PLACES):
             places = {}
         return {**({"HOME": str(self.shared)} if self.shared else {}), **places}

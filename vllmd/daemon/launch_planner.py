@@ -1,4 +1,11 @@
-"""Prepares starts: the place of an engine, its launch, and the order to the launcher, before anything is done."""
+"""Prepares starts: the place of an engine, its launch, and the order to the launcher, before anything is done.
+
+A start has three authors. The core gives the placement and the memory. The engine kind makes of the model's settings
+and of the place (``engines.base.Place``) a command, an environment and an address. And this file adds what is the
+machine's: the run directory, a port where the kind needs one, the key of this start, the CPUs near the devices, the
+user, limits, and the notes that a later daemon needs to adopt the engine. Whatever is wrong with settings is found
+here, before a process is started. It is a ConfigError, by which a start fails for good: the next try would fail alike.
+"""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ def listeners(
     """Listen: ``http`` at the addresses (``host:port``, ``[v6]:port`` or a path), ``admin`` where vllmctl looks for it.
 
     ``owner``: user and group that get the admin socket, and its folder if that is made here.
-    Raises OSError if an address cannot be had. Without an admin socket (somebody
-    else has it, or there is no place for it) everything works but vllmctl.
+    Raises OSError if an address cannot be had. Without an admin socket (another
+    daemon has it, or there is no place for it) everything works but vllmctl.
     """
     own = {"http": _all_that_can_be_had(addresses)}
     path = admin_path(environment)

@@ -42,7 +42,7 @@ from vllmd.proxy.peers import register_own_sockets
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.records.ring import Entry
-from vllmd.systemd.throttle import Repeated
+from vllmd.systemd.throttle import Repeated, Throttle
 
 log = logging.getLogger("vllmd.http")
 
@@ -86,7 +86,7 @@ class Listeners:
         self._relay = relay
         self._public = PublicListeners(self.keys)
         self._outcome = outcome
-        self._spoken_tls = Repeated(log)
+        self._spoken_tls, self._refusals = Repeated(log), Throttle(log)
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
@@ -139,7 +139,11 @@ class Listeners:
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:
-        return Server(router, self.limits, sockets, self._note, self.memory, clients_files())
+        return Server(router, self.limits, sockets, self._note, self.memory, clients_files(), self._log_refused)
+
+    def _log_refused(self, why: str) -> None:
+        """Log a refused connection, where the cause of a client's 503 is looked for: no request is noted, for none is read."""
+        self._refusals.say(logging.WARNING, "a connection is refused: %s", why)
 
     @property
     def connections(self) -> int:

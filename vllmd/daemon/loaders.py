@@ -92,10 +92,11 @@ class Loaders:
         return loaders.look(self._files(replica), is_cached, MOUNTS.read_text())
 
     def came_up(self, loading: Loading | None, spent: Mapping[str, float], *, alone: bool = True) -> None:
-        """A start has come through; where its time went. ``alone``: no other engine was starting meanwhile.
+        """Measure a start that has come through; ``spent``: seconds by phase.
 
-        Of two that share a disk both seem slow. A loader that seems so once is not tried again, so of those only the
-        engine's own counts, where nothing is known of that yet.
+        ``alone``: no other engine was starting meanwhile. Two that share a disk both seem slow, and a loader that seems
+        slow once is not tried again. So of such starts only the engine's own loader counts, and only where nothing is
+        known of it yet.
         """
         if loading is None or DOWNLOAD in spent:
             return

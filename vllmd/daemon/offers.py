@@ -53,7 +53,9 @@ class Offers:
     ) -> None:
         self._offers: dict[str, Offer] = {}
         for model in models.values():
-            for offer in _offers_of(model, adapters_of(model)):
+            if not (adapters := adapters_of(model)) and not model.variants:
+                continue  # of ten thousand models nearly all have neither
+            for offer in _offers_of(model, adapters):
                 if offer.name not in models:
                     self._offers.setdefault(offer.name, offer)
         self._pools = dict(pools)

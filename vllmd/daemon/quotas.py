@@ -112,7 +112,7 @@ class Quota:
         return cls(key, *minute, spent, wall)
 
     def begin(self, now: float, body: bytes) -> Use:
-        """A request arrives with this body. Raises TooManyRequests; then nothing was taken."""
+        """Take what a request with this body takes at its arrival. Raises TooManyRequests; then nothing was taken."""
         key = self.key
         if key.concurrency and self.running >= key.concurrency:
             raise TooManyRequests(_limit(key, f"{key.concurrency} requests at a time"), retry_after=1)
@@ -143,7 +143,7 @@ class Use:
     prompt: int
 
     def abandon(self) -> None:
-        """The request was not admitted: give back its tokens."""
+        """Give back the tokens of a request that was not admitted."""
         self.quota.running -= 1
         self.quota.charge(-self.prompt)
 
@@ -170,7 +170,7 @@ class Quotas:
     """The quotas of all keys that have limits."""
 
     def __init__(self, keys: Sequence[KeyConfig], clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
-        """``wall`` tells Unix time, by which days and months go."""
+        """``wall`` gives Unix time, by which days and months go."""
         self.clock, self._wall = clock, wall
         self._spent: dict[str, Spent] = {}  # by key; kept also where a key has no limits, for it may be given some
         self.by_key: dict[str, Quota] = {}
@@ -182,19 +182,18 @@ class Quotas:
         ranks = {key.name: (key.priority, key.share) for key in keys}
         self.ranks = {name: rank for name, rank in ranks.items() if rank != (0, 1)}
         self.by_key = {
-            name: was[name] if name in was and was[name].key == key else self._fresh(name, key, now)
+            name: was[name]
+            if name in was and was[name].key == key
+            else Quota.of(key, now, self._spent.setdefault(name, Spent()), self._wall)
             for name, key in by_name(keys).items()
         }
 
-    def _fresh(self, name: str, key: KeyConfig, now: float) -> Quota:
-        return Quota.of(key, now, self._spent.setdefault(name, Spent()), self._wall)
-
     def spent(self, key: str, tokens: float, device: float) -> None:
-        """A key has used so many tokens, and seconds of devices, of today: before this daemon, or without a request."""
+        """Count tokens and device seconds that a key has used today: before this daemon, or without a request."""
         self._spent.setdefault(key, Spent()).add(self._wall(), tokens, device)
 
     def spent_this_month(self, key: str, tokens: float, device: float) -> None:
-        """The same of the days of this month that are past."""
+        """Count tokens and device seconds that a key has used on earlier days of this month."""
         spent = self._spent.setdefault(key, Spent())
         spent.add(self._wall(), 0.0, 0.0)
         spent.tokens_this_month += tokens
@@ -214,7 +213,7 @@ class Quotas:
         return self.ranks.get(key, (0, 1))
 
     def begin(self, key: str, body: bytes) -> Use | None:
-        """A request of the key called ``key`` arrives; None if that has no limits. Raises TooManyRequests."""
+        """Begin a request of the key called ``key``; None if that has no limits. Raises TooManyRequests."""
         quota = self.by_key.get(key)
         return quota.begin(self.clock(), body) if quota else None
 

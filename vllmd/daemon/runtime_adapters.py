@@ -20,7 +20,7 @@ from vllmd.api.json_types import ForeignJson
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.calls import ask
 from vllmd.daemon.current import Current, Later
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, log_fields
 from vllmd.daemon.store import is_source
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import BadRequest, Conflict, Forbidden, NotFound, TooManyRequests, UnknownModel, VllmdError
@@ -44,9 +44,7 @@ class RuntimeAdapters:
 
     def __init__(self, current: Current, gate: AdmissionGate, back: Later[BackEnd]) -> None:
         self._current, self._gate, self._back = current, gate, back
-        self._changing: dict[
-            str, asyncio.Lock
-        ] = {}  # by model: what its engine has and what is offered change together
+        self._changing: dict[str, asyncio.Lock] = {}  # by model: its engine's adapters and the offers change together
         self._loading: set[str] = set()  # names of adapters
 
     async def load(self, members: ForeignJson, caller: Caller) -> Response:
@@ -175,7 +173,7 @@ async def _drop(process: EngineProcess, name: str, body: ForeignJson) -> None:
     try:
         await ask(process.listen, Call("POST", "/v1/unload_lora_adapter", dict(body), timeout=UNLOAD_LIMIT))
     except (OSError, VllmdError) as error:
-        log.warning("%s: its adapter %s is not unloaded: %s", process.name, name, error, extra=of(process))
+        log.warning("%s: its adapter %s is not unloaded: %s", process.name, name, error, extra=log_fields(process))
 
 
 def _text(members: ForeignJson, name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from vllmd.core import commands, events
 from vllmd.daemon.calls import call_all, complete, is_busy
-from vllmd.daemon.engine_process import EngineProcess, of
+from vllmd.daemon.engine_process import EngineProcess, log_fields
 from vllmd.daemon.memory import RETURN_LIMIT, TOLERANCE, Memory
 from vllmd.engines.base import Call
 
@@ -82,7 +82,10 @@ class Sleeps:
         answer = None if failure else await frozen
         survived = amid and answer is not None and answer == undisturbed
         log.info(
-            "%s: a frozen request %s", process.name, "survived" if survived else "did not survive", extra=of(process)
+            "%s: a frozen request %s",
+            process.name,
+            "survived" if survived else "did not survive",
+            extra=log_fields(process),
         )
         return events.FreezeProved(process.name, survived)
 

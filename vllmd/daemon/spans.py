@@ -200,9 +200,8 @@ def spans_of(entry: Entry, trace: Trace, resource: Resource) -> Sequence[Readabl
         attributes |= {"gen_ai.usage.output_tokens": entry.tokens.answer}
     if entry.error:
         attributes["error.type"] = entry.error
-    is_error = (
-        failed(entry) and not 400 <= entry.status < 500
-    )  # OpenTelemetry: a client's mistake is none of a server's
+    # By OpenTelemetry's conventions a client's mistake is no error of the server's span.
+    is_error = failed(entry) and not 400 <= entry.status < 500
     own = context(trace.span_id)
     whole = ReadableSpan(
         f"{entry.method} {entry.route}",

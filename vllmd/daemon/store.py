@@ -72,11 +72,11 @@ class ModelStore:
         self._made: Downloads | None = None
         self._refused: dict[str, tuple[float, VllmdError | None]] = {}  # name -> when and why a request's failed
 
-    # -- what the daemon itself asks
+    # -- for the daemon itself
 
     @property
     def active(self) -> int:
-        """How many downloads run or wait."""
+        """The number of downloads that run or wait."""
         return self._made.active if self._made else 0
 
     def ended(self, report: ExitReport) -> bool:
@@ -104,7 +104,7 @@ class ModelStore:
 
         The last line has ``done``, or ``error``. Raises BadRequest before the first one for what is no model's name.
         """
-        wanted = await self.meant(name)
+        wanted = await self.wanted_for(name)
         if wanted.name in self._current.config.models and add:
             yield Pulled(wanted.name, "done", done=True, added=False)
             return
@@ -124,7 +124,7 @@ class ModelStore:
             raise Forbidden(f"{what}, vllmctl pull fetches others", param="model")
 
     async def _end(self, download: Download, wanted: Wanted, *, add: bool, requested: bool = False) -> Pulled:
-        """The last line of a pull."""
+        """Wait for a download and, with ``add``, serve the model. Returns the last line of the pull."""
         result = await self._downloads.finished(download)
         if requested and result.get("called") != wanted.name:  # the download may be one that an operator has begun
             raise Forbidden(f"a request has {wanted.name} fetched only by its own name", param="model")
@@ -135,8 +135,8 @@ class ModelStore:
                 await self.add(wanted.name, settings, ours=True, requested=requested)
         return replace(_pulled(line), model=wanted.name, done=True, added=add, settings=settings, seconds=line.elapsed)
 
-    async def meant(self, name: str) -> Wanted:
-        """What is to be fetched. On a machine with a device and vLLM well-known names mean the files for that."""
+    async def wanted_for(self, name: str) -> Wanted:
+        """The files that a name means. On a machine with a device and vLLM well-known names mean the files for vLLM."""
         from vllmd.gpu import gpus
         from vllmd.store.names import wanted
 
@@ -179,7 +179,7 @@ class ModelStore:
         at, error = self._refused.get(name, (0.0, None))
         if error is not None and time.monotonic() - at < AGAIN:
             raise error
-        wanted = await self.meant(name)
+        wanted = await self.wanted_for(name)
         owners = _owners(wanted)  # others than in ``may_fetch``, if a device makes the name mean other files
         if not owners or not owners <= set(self._current.config.pull.owners):
             what = f"{name} would be fetched from {', '.join(sorted(owners)) or 'no hub'}"
@@ -211,7 +211,7 @@ class ModelStore:
     async def add(
         self, name: str, settings: Mapping[str, object], *, ours: bool = False, requested: bool = False
     ) -> Added:
-        """Serve a model from now on. ``ours``: the settings are our own, not a caller's. ``requested``: for a request.
+        """Serve a model from now on. ``ours``: the settings are vllmd's own. ``requested``: by a client's request.
 
         Raises BadRequest, Conflict, ConfigError, Forbidden.
         """
@@ -227,8 +227,18 @@ class ModelStore:
             if requested:
                 await self._check_room(config)
             runtime_model(name, settings, config, trusted=True)
-            path = self._place(config, name)
-            await asyncio.to_thread(_write, path, HEAD + REQUESTED * requested + document(name, settings))
+            if config.added is None:
+                raise Unsupported("this vllmd has no folder for models that are added")
+            path = config.added / f"{readable(name)}.yaml"
+            if path.exists():  # of another name that reads the same
+                path = path.with_stem(f"{readable(name)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
+            if path.exists():
+                raise Conflict(f"{path} is there, and has another model than {name!r}")
+            text = HEAD + REQUESTED * requested + document(name, settings)
+            try:
+                await asyncio.to_thread(write_whole, path, text, public=True)
+            except OSError as error:
+                raise Conflict(f"{path} cannot be written: {error.strerror}") from None
             try:
                 await self._reload()
             except ConfigError:
@@ -238,7 +248,7 @@ class ModelStore:
             return Added(name, str(path), dict(settings))
 
     async def copy(self, model: str, name: str) -> Added:
-        """Serve what a model is loaded from under another name as well, with the defaults of its kind of engine."""
+        """Serve a model's files under another name as well, with the defaults of its kind of engine."""
         known = self._configuration().models.get(model)
         if known is None:
             raise UnknownModel(f"no model {model!r} is configured", param="model")
@@ -275,23 +285,12 @@ class ModelStore:
         contents = await asyncio.to_thread(self._contents)
         return Cached(tuple(contents), self._current.config.pull.endpoint or "")
 
-    # -- on the way there
+    # -- files
 
     def _configuration(self) -> Config:
         if self._current.broken:
             raise Conflict("the configuration is invalid; vllmctl config check says where")
         return self._current.config
-
-    def _place(self, config: Config, name: str) -> Path:
-        """The file of a model that is to be added."""
-        if config.added is None:
-            raise Unsupported("this vllmd has no folder for models that are added")
-        path = config.added / f"{readable(name)}.yaml"
-        if path.exists():
-            path = config.added / f"{readable(name)}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.yaml"
-        if path.exists():
-            raise Conflict(f"{path} is there, and has another model than {name!r}")
-        return path
 
     def _hub(self) -> Path:
         from vllmd.daemon.expectations import paths_of
@@ -317,7 +316,7 @@ class ModelStore:
         return contents
 
     def _files(self, config: Config, name: str, model: ModelConfig | None) -> tuple[tuple[Path, ...], str]:
-        """What is removed with a model (or a repository of the cache), and why the rest stays."""
+        """The files to be removed with a model (or a repository of the cache), and why the others stay."""
         from vllmd.daemon.downloads import files_of
         from vllmd.hub import cached_files, is_repository
 
@@ -436,11 +435,3 @@ def _sizes(paths: tuple[Path, ...]) -> int:
             inner = [Path(at, name) for at, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
             total += sum(each.lstat().st_size if path.is_dir() else each.stat().st_size for each in inner)
     return total
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the file in one step, readable by everybody. Raises Conflict where it cannot be written."""
-    try:
-        write_whole(path, text, public=True)
-    except OSError as error:
-        raise Conflict(f"{path} cannot be written: {error.strerror}") from None

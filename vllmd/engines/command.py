@@ -193,7 +193,8 @@ def _fill(part: str, values: Mapping[str, str], wrong: Callable[[str], ConfigErr
 
 
 def _listen(model: ModelConfig, place: Place, template: Sequence[str]) -> Listen:
-    socket, port = (any(_uses(part, name) for part in template) for name in ("SOCKET", "PORT"))
+    used = {name for part in template for name in string.Template(part).get_identifiers()}
+    socket, port = "SOCKET" in used, "PORT" in used
     if socket == port:
         what = "has both ${SOCKET} and ${PORT}" if socket else "has neither ${SOCKET} nor ${PORT}"
         raise _wrong_command(model, f"{what}: it must listen on one of them")
@@ -204,19 +205,12 @@ def _listen(model: ModelConfig, place: Place, template: Sequence[str]) -> Listen
     return Listen(uds=str(path))
 
 
-def _uses(part: str, name: str) -> bool:
-    return name in string.Template(part).get_identifiers()
-
-
 def _by_level(model: ModelConfig, name: str) -> dict[int, tuple[Call, ...]]:
     option = model.options.get(name) or {}
     if not isinstance(option, Mapping) or not all(str(level) in ("1", "2") for level in option):
         raise wrong(model, name, "right is a mapping of 1, 2 or both to calls such as {path: /sleep}")
-    return {int(str(level)): _calls(model, name, calls) for level, calls in option.items()}
-
-
-def _calls(model: ModelConfig, name: str, option: Any) -> tuple[Call, ...]:
-    return tuple(_call(model, name, each) for each in (option if isinstance(option, list | tuple) else [option]))
+    calls = {int(str(level)): each if isinstance(each, list | tuple) else [each] for level, each in option.items()}
+    return {level: tuple(_call(model, name, call) for call in each) for level, each in calls.items()}
 
 
 def _call(model: ModelConfig, name: str, option: Any) -> Call:

@@ -38,9 +38,7 @@ TOLD = frozenset(
 )
 
 
-OF_AN_ENGINE = frozenset(
-    {"/props", "/tokenizer_info"}
-)  # public paths that tell of an engine (proxy.models.QUERY_PATHS)
+OF_AN_ENGINE = frozenset({"/props", "/tokenizer_info"})  # public paths that are asked by GET (proxy.models.QUERY_PATHS)
 
 
 def usual_api(routes: Iterable[str]) -> frozenset[str]:
@@ -56,6 +54,7 @@ class Plain:
     PROGRAM = ""  # the word in "No module named ..." that means that it is not installed
     INSTALL = ""  # what to do then
     ROUTES: ClassVar[frozenset[str]] = frozenset()
+    PHASES: ClassVar[Sequence[tuple[str, re.Pattern[str]]]] = ()  # of a start, by what of its log begins each
     OWN_API: ClassVar[frozenset[str]] = frozenset()  # beside its routes and what nearly every server has
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
@@ -111,8 +110,9 @@ class Plain:
         return {}
 
     def progress(self, line: str) -> Progress | None:
-        """Nothing that is worth reading."""
-        return None
+        """The phase that a log line shows; the first pattern of ``PHASES`` that it has counts."""
+        phase = next((phase for phase, pattern in self.PHASES if pattern.search(line)), None)
+        return Progress(phase, line.strip()[:DETAIL], once=phase == "compile") if phase else None
 
     def failure(self, lines: Sequence[str]) -> Failure:
         """The last exception, else the first line that tells of an error (later ones follow from it), else the last."""

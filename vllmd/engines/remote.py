@@ -119,12 +119,8 @@ def _listen(model: ModelConfig) -> Listen:
     if parts.scheme not in _PORTS or not parts.hostname or parts.query or parts.fragment:
         raise wrong(model, "url", NO_ADDRESS)
     trusted = _trusted(model, parts)
-    return Listen(host=parts.hostname, port=port or _PORTS[parts.scheme], tls=trusted, prefix=_prefix(parts))
-
-
-def _prefix(parts: SplitResult) -> str:
-    """The prefix of every path: base URLs mostly have the /v1 with which all paths here begin."""
-    return parts.path.rstrip("/").removesuffix("/v1")
+    prefix = parts.path.rstrip("/").removesuffix("/v1")  # base URLs mostly have the /v1 with which all paths here begin
+    return Listen(host=parts.hostname, port=port or _PORTS[parts.scheme], tls=trusted, prefix=prefix)
 
 
 def _trusted(model: ModelConfig, parts: SplitResult) -> str:

@@ -22,22 +22,11 @@ from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines import environments
-from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
+from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import switch, unknown
-from vllmd.engines.plain import DETAIL, PROBE, Plain, environment, has_flag, own_key
+from vllmd.engines.plain import PROBE, Plain, environment, has_flag, own_key
 from vllmd.engines.vllm_cpu import has_accelerator
 
-# Phase -> the log lines (0.5.23) that show that it has begun. The first match counts.
-PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("configuring", re.compile(r"server_args=")),
-    ("download", re.compile(r"\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
-    ("weights", re.compile(r"Load weight begin|Loading safetensors")),
-    ("profiling", re.compile(r"Load weight end|Cache is allocated|Capture .*graph end|Capture .* end\. ")),
-    ("compile", re.compile(r"DeepGEMM JIT Compiling|Compiling a graph|Dynamo bytecode transform")),
-    ("graphs", re.compile(r"Capture .*graph begin|Capture .* begin\. ")),
-    ("warm-up", re.compile(r"max_total_num_tokens=|Application startup complete")),
-    ("serving", re.compile(r"The server is fired up")),
-)
 STATIC = 0.88  # of what was promised: the rest is for activations and CUDA graphs
 _RELEASE = Call("POST", "/release_memory_occupation", json={}, timeout=300.0)
 _RESUME = "/resume_memory_occupation"
@@ -70,6 +59,17 @@ class SglangOf(Plain):
 
     kind = "sglang"
     INSTALL = "vllmctl engine install sglang, or name a Python that has it in command, such as /opt/sglang/bin/python"
+    # Log lines of 0.5.23 that show that a phase has begun.
+    PHASES = (
+        ("configuring", re.compile(r"server_args=")),
+        ("download", re.compile(r"\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
+        ("weights", re.compile(r"Load weight begin|Loading safetensors")),
+        ("profiling", re.compile(r"Load weight end|Cache is allocated|Capture .*graph end|Capture .* end\. ")),
+        ("compile", re.compile(r"DeepGEMM JIT Compiling|Compiling a graph|Dynamo bytecode transform")),
+        ("graphs", re.compile(r"Capture .*graph begin|Capture .* begin\. ")),
+        ("warm-up", re.compile(r"max_total_num_tokens=|Application startup complete")),
+        ("serving", re.compile(r"The server is fired up")),
+    )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         f"/v1/{name}"
         for name in ("chat/completions", "completions", "embeddings", "responses", "messages", "rerank", "score")
@@ -128,11 +128,6 @@ class SglangOf(Plain):
             Call("POST", "/update_weights_from_disk", json={"model_path": self._source}, timeout=600.0),
             Call("POST", _RESUME, json={"tags": ["kv_cache"]}, timeout=300.0),
         )
-
-    def progress(self, line: str) -> Progress | None:
-        """The phases of its start, as its log has them."""
-        phase_name = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
-        return Progress(phase_name, line.strip()[:DETAIL], once=phase_name == "compile") if phase_name else None
 
     def alive(self, model: ModelConfig) -> Call:
         """``/health`` as well, which by a variable of the engine's generates nothing."""

@@ -53,63 +53,46 @@ class Sim(Vllm):
 
     def launch(self, model: ModelConfig, place: Place) -> Launch:
         """argv with every option as its flag. Raises ConfigError for an unknown one."""
+        options = model.options
         unknown(model, self.OPTIONS)
         socket = place.run_dir / "engine.sock"
         check_path(socket, model)
-        command = model.command or (sys.executable, "-m", "vllmd.simengine")
-        flags = ["--model", model.source, "--served-model-name", self.served_name(model), "--uds", str(socket)]
-        lora = adapters.vllm_flags(model, place.hub)
-        sized = (*_memory(model, place), *_options(model), *_devices(model, place))
-        argv = (*command, *flags, *sized, *model.extra_args, *lora)
-        return Launch(argv, Listen(uds=str(socket)), _env(model, place))
-
-
-def _memory(model: ModelConfig, place: Place) -> list[str]:
-    """The memory that was promised, unless the options set another size."""
-    flags = []
-    if place.memory and "memory" not in model.options:
-        flags += ["--memory", str(place.memory)]
-    if model.memory_asleep is not None and "memory_asleep" not in model.options:
-        flags += ["--memory-asleep", str(model.memory_asleep)]
-    return flags + (["--max-model-len", str(model.max_model_len)] if model.max_model_len else [])
+        argv = [*(model.command or (sys.executable, "-m", "vllmd.simengine")), "--model", model.source]
+        argv += ["--served-model-name", self.served_name(model), "--uds", str(socket)]
+        # 1. Memory: what was promised, unless the options set another size.
+        if place.memory and "memory" not in options:
+            argv += ["--memory", str(place.memory)]
+        if model.memory_asleep is not None and "memory_asleep" not in options:
+            argv += ["--memory-asleep", str(model.memory_asleep)]
+        argv += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
+        # 2. The options.
+        argv += _options(model)
+        # 3. The files in which it writes how much it holds of declared devices.
+        directory = text(model, "device_dir")
+        files = [str(Path(directory) / name) for name in place.device_ids] if directory else list(place.device_files)
+        if files and "device_file" not in options:
+            argv += ["--device-file", *files]
+            argv += ["--device-memory", str(place.device_memory)] if "device_memory" not in options else []
+        argv += [*model.extra_args, *adapters.vllm_flags(model, place.hub)]
+        # 4. The environment: where this Python finds vllmd in a source tree; with real memory to hold its own devices,
+        #    so that the numbers after --cuda count among those.
+        env = {} if model.command else {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        env |= environment(model, place) if "cuda" in options else {}
+        env |= {adapters.RUNTIME: "1"} if adapters.takes_adapters(model) and adapters.loads_late(model) else {}
+        return Launch(tuple(argv), Listen(uds=str(socket)), env)
 
 
 def _options(model: ModelConfig) -> list[str]:
     flags = []
     for name in FLAGS:
         if name in model.options:
-            flags += [_flag(name), _value(model.options[name])]
+            value = model.options[name]  # a list is written with commas, as --wake-time wants its two times
+            flags += [_flag(name), ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
     for name in LISTS:
         if values := words(model, name):
             flags += [_flag(name), *values]
     flags += [_flag(name) for name in SWITCHES if model.options.get(name)]
     return flags + [part for failure in words(model, "fail") for part in ("--fail", failure)]
-
-
-def _value(value: object) -> str:
-    """A list is written with commas, as ``--wake-time`` wants its two times."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _devices(model: ModelConfig, place: Place) -> list[str]:
-    directory = text(model, "device_dir")
-    paths = [str(Path(directory) / name) for name in place.device_ids] if directory else list(place.device_files)
-    if not paths or "device_file" in model.options:
-        return []
-    files = ["--device-file", *paths]
-    made = ["--device-memory", str(place.device_memory)] if "device_memory" not in model.options else []
-    return [*files, *made]
-
-
-def _env(model: ModelConfig, place: Place) -> dict[str, str]:
-    """Where this Python finds us, should we run from a source tree; with real memory to hold, its own devices.
-
-    So the numbers after ``--cuda`` count among those.
-    """
-    root = str(Path(__file__).resolve().parents[2])
-    devices = environment(model, place) if "cuda" in model.options else {}
-    late = {adapters.RUNTIME: "1"} if adapters.takes_adapters(model) and adapters.loads_late(model) else {}
-    return {**({} if model.command else {"PYTHONPATH": root}), **devices, **late}
 
 
 def _flag(name: str) -> str:

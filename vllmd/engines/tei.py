@@ -8,22 +8,17 @@ gets a free one. It asks for the key of its start, which its environment tells.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines.base import Launch, Listen, Place, Progress
+from vllmd.engines.base import Launch, Listen, Place
 from vllmd.engines.options import choice, switch, unknown, whole, wrong_setting
 from vllmd.engines.plain import Plain, environment, own_key
 
 POOLING = ("", "cls", "mean", "splade", "last-token")
 DTYPES = {"float16": "float16", "half": "float16", "fp16": "float16", "float32": "float32", "float": "float32"}
-_PHASES = {
-    "Starting model backend": "weights",
-    "Downloading": "download",
-    "Warming up model": "warm-up",
-    "Starting HTTP server": "serving",
-}
 
 
 class Tei(Plain):
@@ -41,6 +36,13 @@ class Tei(Plain):
         "auto_truncate": "true: inputs that are too long are shortened, not refused",
         "cpu": "true: it runs on the CPU and takes no device",
     }
+    # Log lines that show that a phase has begun.
+    PHASES = (
+        ("weights", re.compile(r"Starting model backend")),
+        ("download", re.compile(r"Downloading")),
+        ("warm-up", re.compile(r"Warming up model")),
+        ("serving", re.compile(r"Starting HTTP server")),
+    )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {"/v1/embeddings", "/embed", "/embed_all", "/embed_sparse", "/predict", "/rerank", "/tokenize", "/decode"}
     )
@@ -69,8 +71,3 @@ class Tei(Plain):
         key = own_key(model, place, "API_KEY", "--api-key")
         env = {"PROMETHEUS_PORT": "0", **({"API_KEY": key} if key else {}), **environment(model, place)}
         return Launch((*argv, *model.extra_args), Listen(port=place.port, key=key), env)
-
-    def progress(self, line: str) -> Progress | None:
-        """The phases of its start."""
-        phase_name = next((phase for words, phase in _PHASES.items() if words in line), None)
-        return Progress(phase_name, line.strip()) if phase_name else None

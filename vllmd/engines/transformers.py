@@ -14,18 +14,11 @@ from typing import ClassVar
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines import environments
-from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
+from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import choice, switch, text, unknown
-from vllmd.engines.plain import DETAIL, Plain, environment
+from vllmd.engines.plain import Plain, environment
 from vllmd.engines.standby import Standby
 from vllmd.engines.vllm_cpu import has_accelerator, has_nvidia
-
-# Phase -> the log lines that show that it has begun; the server loads before it listens.
-PHASES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("download", re.compile(r"Fetching \d+ files|\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
-    ("serving", re.compile(r"Started server process|Application startup complete|Uvicorn running on")),
-    ("weights", re.compile(r"\bLoading (?:weights|checkpoint shards|\S+$)")),
-)
 
 
 class Transformers:
@@ -50,6 +43,12 @@ class TransformersOf(Plain):
 
     kind = "transformers"
     INSTALL = "vllmctl engine install transformers, or name a transformers that is installed in command"
+    # Log lines that show that a phase has begun; the server loads before it listens.
+    PHASES = (
+        ("download", re.compile(r"Fetching \d+ files|\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
+        ("serving", re.compile(r"Started server process|Application startup complete|Uvicorn running on")),
+        ("weights", re.compile(r"\bLoading (?:weights|checkpoint shards|\S+$)")),
+    )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/audio/transcriptions"}
     )
@@ -90,11 +89,6 @@ class TransformersOf(Plain):
 
         foreign = has_accelerator() and not has_nvidia()
         return transformers_standby.standby(model, launch, foreign_gpu=foreign)
-
-    def progress(self, line: str) -> Progress | None:
-        """The phases of its start."""
-        phase_name = next((phase for phase, pattern in PHASES if pattern.search(line)), None)
-        return Progress(phase_name, line.strip()[:DETAIL]) if phase_name else None
 
     def wake(self, level: int) -> Sequence[Call]:
         """One call, whose stream of events ends when the model is loaded."""

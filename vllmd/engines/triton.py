@@ -9,17 +9,16 @@ name the model in their path (``/v2/models/NAME/infer``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import ClassVar
 from urllib.parse import quote
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines.base import Call, Engine, Launch, Listen, Place, Progress
+from vllmd.engines.base import Call, Engine, Launch, Listen, Place
 from vllmd.engines.options import switch, text, unknown, wrong
 from vllmd.engines.plain import PROBE, Plain, environment
-
-_PHASES = {"loading: ": "weights", "successfully loaded": "loaded", "Started HTTPService": "serving"}
 
 
 class Triton:
@@ -45,6 +44,12 @@ class TritonOf(Plain):
     INSTALL = (
         "it comes in NVIDIA's container: give a command such as [podman, run, ...] with the engine 'command', "
         "or name its tritonserver in command"
+    )
+    # Log lines that show that a phase has begun.
+    PHASES = (
+        ("weights", re.compile(r"loading: ")),
+        ("loaded", re.compile(r"successfully loaded")),
+        ("serving", re.compile(r"Started HTTPService")),
     )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {
@@ -121,8 +126,3 @@ class TritonOf(Plain):
 
     def _control(self, what: str, body: object) -> Call:
         return Call("POST", f"/v2/repository/models/{quote(self._name, safe='')}/{what}", json=body, timeout=600.0)
-
-    def progress(self, line: str) -> Progress | None:
-        """The phases of its start."""
-        phase_name = next((phase for words, phase in _PHASES.items() if words in line), None)
-        return Progress(phase_name, line.strip()) if phase_name else None

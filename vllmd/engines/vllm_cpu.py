@@ -83,16 +83,10 @@ def flags(model: ModelConfig, kv_cache: int) -> list[str]:
         flags += ["--dtype", "float32"]
     if lacks_for_compiling():
         flags.append("--enforce-eager")
-    names = {word.partition("=")[0] for word in model.extra_args}
-    return _without(flags, names)
-
-
-def _without(flags: list[str], names: set[str]) -> list[str]:
-    """The flags without those that the model has itself, and without their values."""
-    kept: list[str] = []
-    skip = False
+    # Flags that the model has itself are left out, with their values.
+    own, kept, skip = {word.partition("=")[0] for word in model.extra_args}, list[str](), False
     for word in flags:
-        skip = word in names if word.startswith("--") else skip
+        skip = word in own if word.startswith("--") else skip
         kept += [] if skip else [word]
     return kept
 

@@ -338,7 +338,7 @@ class Connection(asyncio.Protocol):
         self._release()
         if self._closed:
             return
-        more = self._reader.pending or not self._half_closed
+        more = not self._half_closed or self._reader.pending
         if not keep_alive or not more or self._tunnel is not None or self._host.closing:
             self._close()
             return

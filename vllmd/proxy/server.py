@@ -32,7 +32,7 @@ class Server:
     Listeners are never closed or unlinked here: connections that are not accepted wait in their queues for the next
     process that accepts. ``on_exchange`` is called for every request that ended. ``memory`` is for request bodies;
     several servers may share it. A connection whose file descriptor is ``files`` or higher is refused
-    (``limits.clients_files``).
+    (``limits.clients_files``). ``on_refused`` is told why, of each connection that is refused.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Server:
         on_exchange: Callable[[Exchange], None] = lambda exchange: None,
         memory: BodyMemory | None = None,
         files: int = 2**31,
+        on_refused: Callable[[str], None] = lambda why: None,
     ) -> None:
         self.limits = limits
         self.memory = memory or BodyMemory(limits.now.max_buffered)
@@ -52,6 +53,7 @@ class Server:
         self.begin = router.begin
         self._listeners = list(listeners)
         self.ended = on_exchange
+        self._on_refused = on_refused
         self.open_connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._by_address: Counter[str] = Counter()
@@ -107,6 +109,7 @@ class Server:
         self.accepted += 1
         refusal = self._too_many(sock, address)
         if refusal is not None:
+            self._on_refused(f"{refusal.message} ({self.connections} are open)")
             _turn_away(sock, refusal)
             return
         sock.setblocking(False)

@@ -148,7 +148,7 @@ class World:
     def _finish(self, job: Job) -> None:
         job.ended = self.now
         self._open -= 1
-        self._handle(ev.RequestFinished(job.id, job.output))
+        self._handle(ev.RequestFinished(job.id))
 
     def _answer(self) -> None:
         """Post the answer that is due to a command, unless a stop has overtaken the command."""
