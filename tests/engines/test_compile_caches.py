@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.test_environments import environment
-from vllmd.cli.verbs import engine as verb
+from vllmd.cli import main
 from vllmd.config.types import ModelConfig
 from vllmd.daemon.homes import Homes
 from vllmd.engines import compile_caches, environments
@@ -43,9 +43,7 @@ def test_a_version_takes_along_what_it_has_compiled(tmp_path: Path, monkeypatch:
     for version in ("0.32.0", "0.33.0"):
         environment(tmp_path / "engines", version, kind="vllm")
         (place(tmp_path / "home", "vllm", version) / "triton").mkdir(parents=True)
-    homes = verb._compiled_by("vllm", "0.32.0")
-    assert homes == [tmp_path / "home"]
-    verb._forget_compiled(homes, "vllm", "0.32.0")
+    assert main(["engine", "remove", "vllm", "0.32.0"]) == 0
     assert [each.name for each in (tmp_path / "home/.cache/vllmd/vllm").iterdir()] == ["0.33.0"]
     (tmp_path / "precious").mkdir()
     place(tmp_path / "home", "vllm", "0.31.0").symlink_to(tmp_path / "precious")
