@@ -113,7 +113,7 @@ def record(value: object, size: int = 1 << 16, **more: object) -> Line:
         (list(b"\x1b[31mbytes\xff\x9b"), "bytes\ufffd\ufffd"),
         (["twice", "given"], "twice"),
         ([list(b"twice"), "given"], "twice"),
-        (None, "[a line that journalctl alone shows, for its length]"),
+        (None, "[a line too long to be shown here; journalctl shows it]"),
         ("", ""),
         ([], ""),
         (["a", 1], "a"),

@@ -12,7 +12,7 @@ from vllmd.errors import UpstreamFailed
 from vllmd.ollama.answers import Piece, Reply, Timing, chat_piece, error_text, generate_piece
 from vllmd.ollama.context import decoded
 from vllmd.ollama.embedding import embed_answer, embeddings_answer
-from vllmd.ollama.lines import MOST_LINE, Lines, stamp
+from vllmd.ollama.lines import MAX_EVENT_BYTES, Lines, stamp
 
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "served"}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -100,8 +100,8 @@ def test_most_of_a_stream_is_not_read() -> None:
     """An event like the one before differs in its text only; whatever else differs has it read."""
     lines = lines_of()
     read: list[bytes] = []
-    whole = lines._read
-    lines._read = lambda line, *more: read.append(line) or whole(line, *more)  # type: ignore[method-assign, func-returns-value]
+    whole = lines.parse_event
+    lines.parse_event = lambda line, *more: read.append(line) or whole(line, *more)  # type: ignore[method-assign, func-returns-value]
     words = [chunk({"content": f"w{number}"}) for number in range(100)]
     out = told(lines, *words[:50], chunk({"content": "x"}, created=2), *words[50:], chunk({}, "stop"), DONE)
     assert len(out) == 102
@@ -158,7 +158,7 @@ def test_an_engine_that_tells_its_times_is_believed() -> None:
 
 def test_no_duration_is_nought() -> None:
     """Programs divide tokens by them."""
-    assert all(value > 0 for value in Timing(lambda: 5.0).told({}).values())
+    assert all(value > 0 for value in Timing(lambda: 5.0).durations({}).values())
 
 
 def test_thinking_is_shown_apart_or_not_at_all() -> None:
@@ -256,7 +256,7 @@ def test_completions_and_infill_have_their_own_forms() -> None:
 
 def test_a_completion_gives_its_conversation_back() -> None:
     """Texts that were moved unread are in it, too."""
-    lines = lines_of(generate_piece, said=(("user", "q"),))
+    lines = lines_of(generate_piece, turns=(("user", "q"),))
     out = told(lines, *(chunk({"content": each}) for each in ("a", '"b"', "\nc")), chunk({}, "stop"), DONE)
     assert decoded(out[-1]["context"]) == [("user", "q"), ("assistant", 'a"b"\nc')]
 
@@ -290,7 +290,7 @@ def test_an_answer_that_is_none_is_the_engines_fault(body: bytes) -> None:
 def test_an_event_without_end_is_given_up() -> None:
     """What is held until a line is whole has a limit."""
     lines = lines_of()
-    for _ in range(MOST_LINE >> 20):
+    for _ in range(MAX_EVENT_BYTES >> 20):
         lines.feed(b"x" * (1 << 20))
     with pytest.raises(UpstreamFailed):
         lines.feed(b"x")

@@ -154,7 +154,7 @@ def test_raw_and_suffix_are_completions() -> None:
     """Without a template; text between two goes to llama.cpp's own route where there is one."""
     raw = generate({"model": "m", "prompt": "p", "raw": True, "stream": False, "logprobs": True, "top_logprobs": 2})
     assert (raw.path, raw.body) == ("/v1/completions", {"prompt": "p", "logprobs": 2})
-    assert raw.said is None  # and no context
+    assert raw.turns is None  # and no context
     between = {"model": "m", "prompt": "p", "suffix": "s", "stream": False, "options": {"num_predict": 3}}
     assert generate(between).body == {"prompt": "p", "suffix": "s", "max_tokens": 3}
     infill = generate(between, infill=True)
@@ -165,7 +165,7 @@ def test_context_goes_on_with_the_conversation() -> None:
     """What the last answer gave is what was said; a new system prompt replaces the old one."""
     numbers = encoded([("system", "old"), ("user", "a"), ("assistant", "b")])
     asked = generate({"model": "m", "prompt": "c", "system": "new", "context": numbers})
-    assert asked.said == (("system", "new"), ("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert asked.turns == (("system", "new"), ("user", "a"), ("assistant", "b"), ("user", "c"))
     assert asked.body["messages"][-1] == {"role": "user", "content": "c"}
     assert all(0 <= number < 1 << 24 for number in numbers or [])
 

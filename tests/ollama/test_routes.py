@@ -313,8 +313,8 @@ def test_a_client_that_leaves_frees_the_engine(stream: bool) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_engine_that_says_too_much_is_cut_off(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event without an end, or an answer of gigabytes: the client learns of it, and the engine's connection ends."""
-    monkeypatch.setattr("vllmd.ollama.lines.MOST_LINE", 100_000)
-    monkeypatch.setattr("vllmd.ollama.inner.MOST_WHOLE", 100_000)
+    monkeypatch.setattr("vllmd.ollama.lines.MAX_EVENT_BYTES", 100_000)
+    monkeypatch.setattr("vllmd.ollama.inner.MAX_WHOLE_BYTES", 100_000)
     head = (
         EVENTS if stream else b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     )

@@ -142,7 +142,7 @@ class Listeners:
         return Server(router, self.limits, sockets, self._note, self.memory, clients_files(), self._log_refused)
 
     def _log_refused(self, why: str) -> None:
-        """Log a refused connection, where the cause of a client's 503 is looked for: no request is noted, for none is read."""
+        """Log a refused connection: no request of it is read, so no other record has the cause of the client's 503."""
         self._refusals.say(logging.WARNING, "a connection is refused: %s", why)
 
     @property

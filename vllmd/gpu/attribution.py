@@ -1,4 +1,4 @@
-"""Whose memory it is: a model's, told by its processes, or a stranger's."""
+"""Attribute the memory of devices: to models by their processes, the rest is external memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from vllmd.errors import OUT_OF_FILES
 from vllmd.gpu.sample import DeviceSample, Sample
 
-TINY = 16 << 20  # bytes in use that no process owns: below this it is rounding, not a stranger
+TINY = 16 << 20  # bytes in use without a process: less than this is rounding, no external memory
 CGROUP_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 _NONE: Mapping[tuple[str, int], int] = {}
 
@@ -18,15 +18,13 @@ Attribution = tuple[dict[int, int], dict[tuple[str, int], int]]
 def attribute(
     sample: Sample, pids: Mapping[str, Iterable[int]], expected: Mapping[tuple[str, int], int] = _NONE
 ) -> Attribution:
-    """``({index: bytes of strangers}, {(model, index): bytes})`` for every device that could be read.
+    """``({index: bytes of external memory}, {(model, index): bytes})`` for every device that could be read.
 
-    Strangers' is what their processes hold and what no process owns (the driver's
-    own memory, and what a dead process left behind), since nobody can be given
-    either. A model without memory on a device is left out of it.
+    External memory is that of other processes, and memory without a process (the driver's own, and what a dead process
+    left behind), since no engine can have either. A model without memory on a device is left out.
 
-    Where the device hides sizes or processes, ``expected`` (bytes that the
-    ledger has each model at) is taken off what nobody owns before it counts as
-    strangers'; otherwise our own engines would be charged twice. It never
+    If the device hides sizes or processes, ``expected`` (the ledger's bytes of each model) is subtracted from the
+    memory without a process before the rest counts as external; otherwise engines would be charged twice. It never
     becomes a model's measured figure.
     """
     owner = {pid: model for model, its in pids.items() for pid in its}
@@ -42,7 +40,7 @@ def attribute(
 
 
 def _held(device: DeviceSample, owner: Mapping[int, str]) -> dict[str, int]:
-    """Bytes by model; one with a process of unknown size is left out: its sum would be wrong."""
+    """Model -> bytes, without models that have a process of unknown size: their sum would be wrong."""
     held: dict[str, int] = {}
     for pid, size in device.processes.items():
         if pid in owner:
@@ -54,7 +52,7 @@ def _held(device: DeviceSample, owner: Mapping[int, str]) -> dict[str, int]:
 def _hidden(
     device: DeviceSample, owner: Mapping[int, str], held: Mapping[str, int], expected: Mapping[str, int]
 ) -> int:
-    """Bytes that our models hold, as far as the ledger knows, on a device that does not show it."""
+    """Bytes of models, by the ledger, that the device does not show."""
     unknown = {owner[pid] for pid in device.unsized if pid in owner}
     if device.hides_processes:
         unknown |= set(owner.values()) - held.keys()

@@ -1,4 +1,4 @@
-"""What every source of devices tells without reading them."""
+"""The devices of a source as they were found, without reading them again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from vllmd.gpu.trouble import Trouble
 
 
 class Inventory:
-    """The devices as they were found at first, and notes for people about how.
+    """The devices as they were found at first, and notes about them for operators.
 
-    ``trouble``: why it cannot be told which devices there are, where that is so; then there are none in it.
-    ``asking``: that may yet be told in a moment.
+    ``trouble``: why the devices are not known; then the inventory is empty. ``asking``: they may be known in a moment.
     """
 
     trouble: Trouble | None = None
@@ -49,7 +48,7 @@ class NoDevices(Inventory):
 
 
 class Unanswered(Inventory):
-    """Something is there, and does not answer: nobody knows which devices there are."""
+    """Something is there that does not answer, so the devices are not known."""
 
     readable = False
 

@@ -10,12 +10,12 @@ from vllmd.sizes import in_words
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """What one device says of itself.
+    """The figures of one device.
 
-    ``processes``: pid -> bytes. ``unsized``: processes on it whose share it does not tell.
-    ``hides_processes``: memory is in use and no process can be seen, because we are in
-    another pid namespace than the driver: then nothing can be concluded from a pid's absence.
-    ``temperature`` in degrees Celsius. ``throttled``: why it is slowed down against its will; "" if it is not.
+    ``processes``: pid -> bytes. ``unsized``: processes on the device without a known size. ``hides_processes``: memory
+    is in use and no process can be seen, because the daemon is in another pid namespace than the driver; then a pid's
+    absence means nothing. ``temperature`` in degrees Celsius. ``throttled``: why the device is slowed down; "" if it is
+    not.
     """
 
     total: int
@@ -32,7 +32,7 @@ class DeviceSample:
 
     @property
     def ownerless(self) -> int:
-        """Bytes in use beyond what its processes are said to hold: the driver's own, or unaccounted for."""
+        """Bytes in use beyond those of its processes: the driver's own, or unaccounted for."""
         return max(0, self.used - sum(self.processes.values()))
 
 
@@ -56,12 +56,12 @@ class Sample:
 
 
 def absurdity(total: int, used: int, free: int, known_total: int) -> str:
-    """What is wrong with a device's figures; "" if they can be true."""
-    told = f"{in_words(used)} used and {in_words(free)} free of {in_words(total)}"
+    """Why a device's figures cannot be true; "" if they can."""
+    figures = f"{in_words(used)} used and {in_words(free)} free of {in_words(total)}"
     if total <= 0 or used < 0 or free < 0:
-        return f"it reports impossible figures: {told}"
+        return f"it reports impossible figures: {figures}"
     if used > total or free > total:
-        return f"it reports more memory than it has: {told}"
+        return f"it reports more memory than it has: {figures}"
     if total != known_total:
         return f"its size changed from {in_words(known_total)} to {in_words(total)} (MIG reconfigured?); restart vllmd"
     return ""

@@ -1,4 +1,4 @@
-"""How near devices are to each other and to the CPUs, as the kernel has it; ``root`` is where /sys is."""
+"""Links between devices, their PCIe switches and NUMA nodes, by sysfs; ``root`` is the directory of /sys."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The difference between "there is none" and "it does not answer", and what mends the latter.
+"""The difference between "there is no GPU" and "it does not answer", and the remedy for the latter.
 
-There is no NVIDIA device where neither its library nor a device node nor its driver is to be found. Where any of them
-is, and the library still cannot tell the devices, somebody has to do something: the driver was upgraded and the machine
-not booted since, the module is not loaded (yet), access is forbidden.
+There is no NVIDIA device if neither its library nor a device node nor its driver is found. If one of them is, and the
+library still does not list the devices, an operator has to act: the driver was upgraded without a reboot, the module is
+not loaded (yet), access is forbidden.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LOST = frozenset({_LOST, _RESET})
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why the devices cannot be told, and what would mend it; both readable sentences."""
+    """Why the devices are not known, and the remedy; both are sentences for operators."""
 
     why: str
     remedy: str = ""
@@ -57,7 +57,7 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What this machine shows of GPUs without their libraries. ``root``: where /dev, /sys and /proc are."""
+    """The traces of GPUs on this machine without their libraries. ``root``: the directory of /dev, /sys and /proc."""
 
     root: Path = Path("/")
 
@@ -110,7 +110,7 @@ def code_of(error: BaseException) -> int:
 
 
 def words_of(error: BaseException) -> str:
-    """NVML's own words for people."""
+    """The text of NVML's error, for operators."""
     text = str(error) or type(error).__name__
     if code_of(error) == _LIBRARY:
         return "libnvidia-ml.so.1 was not found"
@@ -118,7 +118,7 @@ def words_of(error: BaseException) -> str:
 
 
 def judge(error: BaseException, here: Presence) -> Trouble | None:
-    """What is wrong where NVML could not be begun with; None: there is no NVIDIA device on this machine."""
+    """Why NVML could not be initialised; None: there is no NVIDIA device on this machine."""
     code, nodes = code_of(error), here.nvidia_nodes
     displays = here.displays(NVIDIA)
     if code in (0, _LIBRARY) and isinstance(error, ImportError | OSError) and not nodes:
@@ -141,10 +141,10 @@ def no_module(error: ImportError, here: Presence) -> Trouble | None:
 
 
 def remedy_of(error: BaseException) -> str:
-    """What mends one device's error; "" where nothing particular does."""
+    """The remedy for one device's error; "" for none in particular."""
     return _CURES.get(code_of(error), "")
 
 
 def is_lost(error: Any) -> bool:
-    """Whether the device is off the bus, or does nothing until it is reset: what ran on it is gone."""
+    """Whether the device is off the bus or needs a reset, so that the engines on it have failed."""
     return isinstance(error, BaseException) and code_of(error) in LOST

@@ -1,7 +1,7 @@
-"""The kernel's and udev's word that something about the devices changed: a module loaded, a card bound or gone.
+"""Events of the kernel and of udev that devices changed: a module was loaded, a card was bound or removed.
 
-A netlink socket that anybody may listen at. udev speaks after its rules have run, when the nodes are there; the kernel
-speaks where there is no udev.
+They come by a netlink socket that every user may open. udev sends its event after its rules have run, when the device
+nodes are there; the kernel's is for machines without udev.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SUBSYSTEMS = frozenset({"drm", "kfd", "nvidia"})
 
 
 class Uevents:
-    """Opened where that is possible; else no event ever comes, and devices are looked for at intervals alone."""
+    """The netlink socket. If it cannot be opened, no event ever comes, and devices are searched at intervals alone."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
@@ -29,7 +29,7 @@ class Uevents:
             self.close()
 
     async def wait(self, limit: float | None) -> bool:
-        """Return at word about a GPU (true), or after ``limit`` seconds (false)."""
+        """Wait for an event about GPUs (returns True), at most ``limit`` seconds (returns False)."""
         end = None if limit is None else time.monotonic() + limit
         while True:
             left = None if end is None else end - time.monotonic()
@@ -45,7 +45,7 @@ class Uevents:
         if self._socket is not None:
             try:
                 return await asyncio.get_running_loop().sock_recv(self._socket, 65536)
-            except OSError:  # too many at once: some word was lost, so look
+            except OSError:  # ENOBUFS: events were lost, so pretend one about a GPU
                 return b"add@/module/nvidia\0SUBSYSTEM=module\0DEVPATH=/module/nvidia\0"
         await asyncio.Event().wait()
         return b""
@@ -64,7 +64,7 @@ def parse(message: bytes) -> dict[str, str]:
 
 
 def concerns_gpus(event: Mapping[str, str]) -> bool:
-    """Whether after it there may be other devices than before."""
+    """Whether the devices may have changed by the event."""
     subsystem, path = event.get("SUBSYSTEM", ""), event.get("DEVPATH", "")
     if subsystem == "module":
         return path.rpartition("/")[2] in DRIVERS

@@ -1,4 +1,4 @@
-"""How an engine is told which devices are its own: a variable for each maker's runtime."""
+"""The environment variables by which an engine gets its devices, for each vendor's runtime."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def environment(devices: Sequence[Device]) -> dict[str, str]:
         return {}
     runtime = devices[0].runtime or "cuda"
     numbers = [device.number for device in devices]
-    told = [str(number) for number in numbers if number is not None]
-    if len(told) == len(devices):
-        found = {NUMBERS[runtime]: ",".join(told)}
+    known = [str(number) for number in numbers if number is not None]
+    if len(known) == len(devices):
+        variable = {NUMBERS[runtime]: ",".join(known)}
     else:
-        found = {IDS[runtime]: ",".join(device.id for device in devices)}
-    return {**found, **dict([ORDER[runtime]] if runtime in ORDER else [])}
+        variable = {IDS[runtime]: ",".join(device.id for device in devices)}
+    return {**variable, **dict([ORDER[runtime]] if runtime in ORDER else [])}

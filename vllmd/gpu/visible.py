@@ -1,4 +1,4 @@
-"""Which devices the environment leaves to us, by the rules of each maker's runtime.
+"""The devices that the daemon's environment leaves, by the rules of each vendor's runtime.
 
 CUDA_VISIBLE_DEVICES; ROCR_VISIBLE_DEVICES and below it HIP_VISIBLE_DEVICES (or CUDA's variable, which HIP takes too);
 ZE_AFFINITY_MASK.
@@ -15,11 +15,11 @@ ROCR, HIP, ZE = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """Indices that are left, in NVML's order, and what there is to say about it ("" for nothing)."""
+    """The indices of visible devices, in NVML's order, and a note for operators ("" for none)."""
 
     indices: tuple[int, ...]
     note: str = ""
-    empty: bool = False  # somebody wants it so that none is left
+    empty: bool = False  # the variable hides all devices
 
 
 def visible(env: Mapping[str, str], uuids: Sequence[str]) -> Visible:
@@ -43,9 +43,9 @@ def visible(env: Mapping[str, str], uuids: Sequence[str]) -> Visible:
 
 @dataclass(frozen=True, slots=True)
 class Remaining:
-    """By place among the devices that are there, for those that are left: the number for engines, None: an id is safer.
+    """The visible devices: place among all devices -> the number for engines, None if they must use the id.
 
-    ``note``: what there is to say about it; "" for nothing.
+    ``note``: a note for operators, "" for none.
     """
 
     numbers: Mapping[int, int | None] = field(default_factory=dict)
@@ -53,30 +53,30 @@ class Remaining:
 
 
 def left_of(runtime: str, env: Mapping[str, str], ids: Sequence[str]) -> Remaining:
-    """What ``env`` leaves to ``hip`` or ``xpu`` of the devices with these ids, in the order in which it counts.
+    """The devices that ``env`` leaves to the runtime ``hip`` or ``xpu``. ``ids``: of all devices, in its order.
 
-    Engines may or may not inherit a ROCR_VISIBLE_DEVICES, in which HIP's numbers count. So those that it leaves are
-    told by their ids, in that same variable; what has no id of AMD's keeps the number that it has in there.
+    HIP's numbers count within ROCR_VISIBLE_DEVICES, which engines may or may not inherit. So if it is set, engines get
+    ids, in that same variable; a device without an id of AMD's keeps its number within it.
     """
     everything = tuple(range(len(ids)))
     if runtime == "xpu":
-        told = env.get(ZE)
-        entries = [entry.split(".")[0] for entry in told.split(",")] if told else []  # tiles count as their cards
-        chosen = _chosen(list(dict.fromkeys(entries)), ids) if told else everything
-        return Remaining({place: place for place in chosen}, f"{ZE}={told}" if told else "")
+        mask = env.get(ZE)
+        entries = [entry.split(".")[0] for entry in mask.split(",")] if mask else []  # a tile counts as its card
+        chosen = _chosen(list(dict.fromkeys(entries)), ids) if mask else everything
+        return Remaining({place: place for place in chosen}, f"{ZE}={mask}" if mask else "")
     rocr = env.get(ROCR)
     first = _chosen(rocr.split(","), ids) if rocr is not None else everything
     variable = HIP if HIP in env else VARIABLE
-    asked = env.get(variable)
-    second = _chosen(asked.split(","), [""] * len(first)) if asked is not None else tuple(range(len(first)))
+    hip = env.get(variable)
+    second = _chosen(hip.split(","), [""] * len(first)) if hip is not None else tuple(range(len(first)))
     by_id = rocr is not None
     numbers = {first[i]: None if by_id and ids[first[i]].startswith("GPU-") else i for i in second}
-    told_both = ((ROCR, rocr), (variable, asked))
-    return Remaining(numbers, ", ".join(f"{name}={value}" for name, value in told_both if value is not None))
+    values = ((ROCR, rocr), (variable, hip))
+    return Remaining(numbers, ", ".join(f"{name}={value}" for name, value in values if value is not None))
 
 
 def _chosen(entries: Sequence[str], ids: Sequence[str]) -> tuple[int, ...]:
-    """Up to the first entry that means no device, or one that was named before."""
+    """The places of the entries, up to the first one that means no device or one that was named before."""
     chosen: list[int] = []
     for entry in entries:
         index = _index_of(entry.strip(), ids)

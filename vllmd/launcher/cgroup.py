@@ -30,14 +30,14 @@ class Cgroup:
         self._oom_kills = 0
 
     def empty(self) -> bool:
-        """No process in it or below. A zombie does not count."""
+        """Whether no process is in the group or below it. A zombie does not count."""
         try:
             return "populated 0" in (self.path / "cgroup.events").read_text()
         except OSError:
             return True
 
     def pids(self) -> list[int]:
-        """The processes in it and below."""
+        """The ids of the processes in the group and below it."""
         found = []
         for folder, _, _ in os.walk(self.path):
             with contextlib.suppress(OSError):
@@ -45,20 +45,20 @@ class Cgroup:
         return found
 
     def kill(self) -> None:
-        """SIGKILL to all of them at once; before Linux 5.14, to each until none is left."""
+        """Send SIGKILL to all of them at once; before Linux 5.14, to each until none is left."""
         try:
             (self.path / "cgroup.kill").write_text("1")
         except OSError:
             self._kill_each()
 
     def _kill_each(self) -> None:
-        for _ in range(10):  # those that fork meanwhile are met in the next round
+        for _ in range(10):  # a process may fork meanwhile; its child is killed in the next round
             for pid in self.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def oom_killed(self) -> bool:
-        """Whether the kernel has killed one of them for memory, as far as it was seen before the group went."""
+        """Whether the kernel has killed one of them for memory, by the last reading before the group was removed."""
         with contextlib.suppress(OSError, ValueError):
             lines = (self.path / "memory.events").read_text().splitlines()
             self._oom_kills = int(dict(line.split() for line in lines).get("oom_kill", 0))
@@ -70,7 +70,7 @@ class Cgroup:
             os.setxattr(self.path, _XATTR + key, value.encode())
 
     def annotations(self) -> dict[str, str]:
-        """What was written; empty where it cannot be read."""
+        """The keys and values that ``annotate`` wrote; empty if they cannot be read."""
         found = {}
         with contextlib.suppress(OSError):
             for name in os.listxattr(self.path):
@@ -81,7 +81,7 @@ class Cgroup:
 
 @functools.cache
 def hierarchy() -> Path | None:
-    """Where cgroup v2 is mounted, also beside v1 on a hybrid system; None if nowhere."""
+    """The mount point of cgroup v2, also beside v1 on a hybrid system; None if there is none."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, kind = line.partition(" - ")
         if kind.startswith("cgroup2 "):
@@ -90,7 +90,7 @@ def hierarchy() -> Path | None:
 
 
 def cgroup_of(pid: int | str) -> Cgroup | None:
-    """The group that a process is in now; None if it is gone or there is no cgroup v2."""
+    """The group of a process; None if the process is gone or there is no cgroup v2."""
     root = hierarchy()
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
@@ -101,10 +101,10 @@ def cgroup_of(pid: int | str) -> Cgroup | None:
 
 
 class Watcher:
-    """inotify on the groups' event files: they change when a group becomes empty, or loses a process to OOM.
+    """inotify on the groups' event files, which change when a group becomes empty or has an OOM kill.
 
-    A user may have so many inotify instances and watches, and other programs may have used them up: what cannot be
-    watched is looked at every ``LOOK`` seconds.
+    The number of inotify instances and watches per user is limited, and other programs use them, too: groups that
+    cannot be watched are polled every ``LOOK`` seconds.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -117,10 +117,12 @@ class Watcher:
         if self._fd >= 0:
             loop.watch(self._fd, self._read)
         else:
-            log.warning("no inotify here (%s): looking every %g s instead", os.strerror(ctypes.get_errno()), LOOK)
+            log.warning(
+                "no inotify (%s): engines' cgroups are polled every %g s", os.strerror(ctypes.get_errno()), LOOK
+            )
 
     def add(self, cgroup: Cgroup, changed: Callable[[], None]) -> list[int]:
-        """Call ``changed`` at every change. Returns what ``remove`` takes; of a group that is gone, nothing."""
+        """Call ``changed`` at every change. Returns the watches for ``remove``; none for a group that is gone."""
         watches, refused = [], self._fd < 0
         for name in ("cgroup.events", "memory.events"):
             path = os.fsencode(cgroup.path / name)
@@ -166,7 +168,7 @@ class Watcher:
 
 
 class WatchedCgroup(Cgroup):
-    """A group that tells when it changes: the ``Group`` of both backends."""
+    """A cgroup whose changes are reported: the ``Group`` of both backends."""
 
     def __init__(self, path: Path, watcher: Watcher) -> None:
         super().__init__(path)

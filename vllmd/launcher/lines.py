@@ -1,9 +1,8 @@
-"""Bytes to lines, with a longest line and in linear time, and lines with a rate.
+"""Split an engine's output into lines, with a maximum length and in linear time, and limit their rate.
 
-Engines are not trusted, and the launcher has one thread and root's memory limit: a
-line without an end, a record of a gigabyte, or a line that arrives byte by byte
-must cost what its bytes cost and no more. So a reader keeps the beginning of a line
-only, counts the rest, and looks at each byte once.
+Engines are not trusted, and the launcher has one thread and the memory of a service of root's: a line without an end, a
+record of a gigabyte, or a line that arrives byte by byte must cost no more than its bytes. So a reader keeps only the
+beginning of a line, counts the rest, and scans each byte once.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ class Line:
 
 
 class LineReader:
-    """Give it bytes as they come, cut anywhere; it gives the lines that have ended."""
+    """Splits bytes, which come in pieces, into lines."""
 
     def __init__(self, longest: int = LONGEST) -> None:
         self._longest = longest
         self._kept = bytearray()
         self._length = 0
-        self._returned = False  # it ends with carriage returns, which are not kept: the next character writes it over
+        self._returned = False  # the line so far ends with a carriage return: the next character overwrites it
 
     def feed(self, data: bytes) -> Iterator[Line]:
-        """The lines that end in it."""
+        """The lines that end in ``data``."""
         start = 0
         while (end := data.find(b"\n", start)) >= 0:
             self._take(data[start:end])
@@ -53,12 +52,12 @@ class LineReader:
         self._take(data[start:])
 
     def end(self) -> Iterator[Line]:
-        """The last line, if nothing ended it."""
+        """The last line, if it has no line end."""
         if self._length:
             yield self._line()
 
     def _take(self, piece: bytes) -> None:
-        """More of the line. What is written over after a carriage return, as progress bars are, is forgotten."""
+        """Add a piece to the line. Text before a carriage return, which progress bars overwrite, is dropped."""
         text = piece.rstrip(b"\r")
         returned = len(text) < len(piece)
         if not text:
@@ -83,7 +82,7 @@ class LineReader:
 
 
 def shown(line: Line) -> str:
-    """An engine's line as everybody gets it: the daemon, its log files and answers, people's terminals."""
+    """An engine's line as printable text, clipped: for the daemon, its log files and answers, and terminals."""
     return _shown(line.kept, line.length)
 
 
@@ -94,7 +93,7 @@ def _shown(kept: bytes, length: int) -> str:
 
 
 def message(record: Line) -> str | None:
-    """The line that a record of journalctl's JSON holds; None if it holds none."""
+    """The line in a record of journalctl's JSON; None if there is none."""
     if record.length > len(record.kept):
         return _shown(_beginning(record.kept), record.length)
     try:
@@ -102,9 +101,9 @@ def message(record: Line) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if value is None:
-        return "[a line that journalctl alone shows, for its length]"
+        return "[a line too long to be shown here; journalctl shows it]"
     while isinstance(value, list) and value and not isinstance(value[0], int):
-        value = value[0]  # whoever wrote it gave the field several times
+        value = value[0]  # the record has the field several times
     with contextlib.suppress(ValueError, TypeError):
         data = bytes(value) if isinstance(value, list) else str(value).encode(errors="replace")
         return _shown(data, len(data))
@@ -112,15 +111,15 @@ def message(record: Line) -> str | None:
 
 
 def cursor(record: Line) -> str:
-    """Where in the journal the record is; "" if that cannot be read."""
+    """The journal's cursor of the record; "" if that cannot be read."""
     found = _CURSOR.search(record.kept)
     return found[1].decode(errors="replace") if found else ""
 
 
 def _beginning(record: bytes) -> bytes:
-    """What can be read of the message in a record that was cut."""
+    """The beginning of the message in a record that was cut."""
     if found := _TEXT.search(record):
-        for missing in range(7):  # it may be cut within \\uXXXX
+        for missing in range(7):  # the cut may be within \\uXXXX
             with contextlib.suppress(ValueError):
                 text = found[1][: len(found[1]) - missing].decode(errors="replace")
                 return str(json.loads(f'"{text}"', strict=False)).encode(errors="replace")
@@ -131,30 +130,30 @@ def _beginning(record: bytes) -> bytes:
 
 
 class Rate:
-    """Lets so many lines through in a period, counts the others, and says how many there were."""
+    """Passes a number of lines in each period, and reports how many it dropped."""
 
     def __init__(self, burst: int = BURST, period: float = PERIOD, clock: Callable[[], float] = time.monotonic) -> None:
         self._burst, self._period, self._clock = burst, period, clock
         self._left, self._until, self._missed = burst, clock() + period, 0
 
     def allow(self, lines: tuple[str, ...]) -> tuple[str, ...]:
-        """The lines that may go on, behind a line that counts those left out before them."""
+        """The lines that pass, after a line with the number of those that were dropped before them."""
         now = self._clock()
-        told: tuple[str, ...] = ()
+        report: tuple[str, ...] = ()
         if now >= self._until:
-            told = self.end()
+            report = self.end()
             self._left, self._until = self._burst, now + self._period
         passed = lines[: self._left]
         self._left -= len(passed)
         self._missed += len(lines) - len(passed)
-        return told + passed
+        return report + passed
 
     def end(self) -> tuple[str, ...]:
-        """What was left out and not said yet."""
+        """The line with the number of dropped lines that were not reported yet, if there are any."""
         missed, self._missed = self._missed, 0
         return (left_out(missed),) if missed else ()
 
 
 def left_out(count: int) -> str:
-    """The line that stands for others."""
+    """The line in the place of ``count`` dropped ones."""
     return f"[{count} lines were left out here: they came too fast]"

@@ -1,4 +1,8 @@
-"""The launcher's one thread: descriptors and timers that call back, in turn."""
+"""The launcher's event loop, of one thread: callbacks for descriptors, timers and signals.
+
+Not asyncio's, whose import alone takes 6.6 MiB of resident memory (Python 3.11, measured) in a process that stays as
+long as any engine runs, and needs no more than these hundred lines.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ Callback = Callable[[], None]
 
 @dataclass(order=True, slots=True)
 class Timer:
-    """A call to come. ``cancel`` may be called at any time, also afterwards."""
+    """A future call. ``cancel`` may be called at any time, also after it."""
 
     at: float
     number: int
@@ -40,11 +44,11 @@ class Loop:
         self._stopped = False
 
     def watch(self, fd: int, readable: Callback) -> None:
-        """Call ``readable`` whenever there is something to read (or the end of it)."""
+        """Call ``readable`` whenever ``fd`` has data to read, or has ended."""
         self._selector.register(fd, selectors.EVENT_READ, {selectors.EVENT_READ: readable})
 
     def watch_write(self, fd: int, writable: Callback | None) -> None:
-        """Call ``writable`` too, on a descriptor that is watched already; None: no more."""
+        """Also call ``writable`` for a descriptor that is watched already; None: stop that."""
         callbacks = dict(self._selector.get_key(fd).data)
         callbacks.pop(selectors.EVENT_WRITE, None)
         if writable:
@@ -63,7 +67,7 @@ class Loop:
         return timer
 
     def on_signals(self, callbacks: dict[int, Callback]) -> None:
-        """Call these for the process's signals; several signals of one number may be told as one."""
+        """Call these for the process's signals; several signals of one number may be one call."""
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in callbacks:
@@ -85,7 +89,7 @@ class Loop:
             for key, mask in self._selector.select(self._seconds_to_next_timer()):
                 for event, callback in tuple(key.data.items()):
                     now = self._selector.get_map().get(key.fd)
-                    # A callback before this one may have unwatched it, or have given it to somebody else.
+                    # An earlier callback may have unwatched the descriptor, or closed it and opened another one.
                     if mask & event and now is not None and now.data is key.data:
                         _call(callback)
             self._run_due_timers()

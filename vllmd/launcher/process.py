@@ -19,17 +19,17 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a process ended; both None where nobody can know."""
+    """How a process ended; both None if that cannot be known."""
 
     status: int | None = None
     signal: int | None = None
 
 
 class Process:
-    """A process that is signalled only through its pidfd, so never another of the same number."""
+    """A process, signalled only through its pidfd, so that no other process of the same number gets a signal."""
 
     def __init__(self, pid: int, start_time: int | None = None) -> None:
-        """Raises ProcessLookupError if it is gone, or if ``start_time`` (clock ticks) tells that it is another."""
+        """Raises ProcessLookupError if the process is gone, or has another ``start_time`` (clock ticks)."""
         self.pid = pid
         self.fd = os.pidfd_open(pid)
         try:
@@ -47,7 +47,7 @@ class Process:
             signal.pidfd_send_signal(self.fd, number)
 
     def ending(self) -> Ending | None:
-        """Reap it, or ask the kernel if it is not our child; None while it runs or the kernel does not tell (yet)."""
+        """Reap the process, or ask the kernel if it is no child; None while it runs, or if its status is not known."""
         try:
             result = os.waitid(os.P_PIDFD, self.fd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
@@ -57,7 +57,7 @@ class Process:
         return Ending(result.si_status) if result.si_code == os.CLD_EXITED else Ending(signal=result.si_status)
 
     def _ending_of_other(self) -> Ending | None:
-        """PIDFD_GET_INFO (the exit code since Linux 6.15), once the parent has reaped it."""
+        """The status by PIDFD_GET_INFO (since Linux 6.15), once the parent has reaped the process."""
         buffer = bytearray(_PIDFD_INFO_SIZE)
         struct.pack_into("<Q", buffer, 0, _PIDFD_INFO_EXIT)
         try:
@@ -77,7 +77,7 @@ class Process:
 
 
 def start_time_of(pid: int) -> int | None:
-    """Clock ticks after boot at which it started; None if there is no such process."""
+    """The start of a process in clock ticks after boot; None if there is no such process."""
     fields = stat_of(pid)
     return int(fields[19]) if fields else None
 
@@ -92,7 +92,7 @@ def stat_of(pid: int) -> list[str]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of memory that it holds, those that it shares with others included; 0 if it is gone."""
+    """The resident memory of a process in bytes, shared memory included; 0 if it is gone."""
     try:
         with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,11 +1,9 @@
 """Engines without systemd: a session each, and a control group of its own where one may be made.
 
-Used by ``vllmd serve`` in plain containers and on machines without a manager.
-There a lost engine would be nobody's, so everything is held together three ways:
-orphans become our children (PR_SET_CHILD_SUBREAPER), every process carries
-``VLLMD_INSTANCE`` and ``VLLMD_SESSION`` in its environment, and the main process
-gets SIGTERM should we die (PR_SET_PDEATHSIG). The next launcher of the same
-session kills what is left.
+Used by ``vllmd serve`` in plain containers and on machines without systemd. Nothing else would end an engine that the
+launcher lost track of, so its processes are found in three ways: orphans become the launcher's children
+(PR_SET_CHILD_SUBREAPER), every process has ``VLLMD_INSTANCE`` and ``VLLMD_SESSION`` in its environment, and the main
+process gets SIGTERM if the launcher dies (PR_SET_PDEATHSIG). The next launcher of the same session kills the rest.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ from vllmd.launcher.spawn import MARKER
 log = logging.getLogger(__name__)
 
 SESSION = "VLLMD_SESSION"
-POLL = 0.05  # seconds between looks at a family whose main process has ended
-REFRESH = 2.0  # seconds between looks at a living one, to know its members by number
+POLL = 0.05  # seconds between two scans for an engine's processes after its main process has ended
+REFRESH = 2.0  # seconds between two scans before that, to note all of its processes
 _FILES: dict[str, tuple[str, Callable[[int | float | str], str]]] = {
     "memory_max": ("memory.max", str),
     "memory_high": ("memory.high", str),
@@ -62,7 +60,7 @@ class Sessions:
         self._clean_up()
 
     def _clean_up(self) -> None:
-        """Kill what an earlier launcher of this session left, by control group and by marker."""
+        """Kill the processes that an earlier launcher of this session left, by control group and by marker."""
         groups = self._base.glob(f"vllmd-{self._token}-*") if self._base else ()
         for path in groups:
             _kill_all(Cgroup(path).pids)
@@ -75,12 +73,12 @@ class Sessions:
 
     @property
     def detail(self) -> str:
-        """One sentence for people: how engines are run and what is not possible here."""
+        """One sentence for operators: how engines are run here."""
         where = f"control groups in {self._base}" if self._base else "no control group may be made here"
         return f"no systemd: a session per engine, {where}"
 
     def place(self, order: StartOrder, process: Process, placed: Placed) -> None:
-        """Give it a control group if that is possible; the session it has made itself."""
+        """Make a control group for the process, if that is possible; it has made its session itself."""
         self._mains[order.instance] = process
         try:
             group = self._make_cgroup(order, process)
@@ -114,28 +112,28 @@ class Sessions:
         return []
 
     def reap_orphans(self) -> None:
-        """Reap the descendants that became our children; a main process's status is its owner's to read."""
+        """Reap orphans that became our children, but no main process, whose status ``engines`` reads."""
         mains = {process.pid for process in self._mains.values()}
         with contextlib.suppress(ChildProcessError):
             while zombie := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if zombie.si_pid in mains:
-                    return  # read it first; its retirement brings us here again
+                    return  # its status is read first; ``retire`` calls this function again
                 os.waitpid(zombie.si_pid, 0)
 
     def kill_unmanaged(self) -> None:
-        """At the end: whatever still is a descendant of ours."""
+        """Kill all descendants of the launcher, at its end."""
         _kill_all(lambda: _descendants(os.getpid()))
 
 
 class ProcessTree:
-    """An engine's processes where there is no control group: descendants, its session, and whatever has the marker.
+    """An engine's processes without a control group: descendants, its session, and processes with its marker.
 
-    A process may leave any one of these, and vLLM rewrites its environment with its
-    title; once seen, it is therefore remembered by number and start time.
+    A process may leave any one of these, and vLLM overwrites its environment with its title. So a process that was
+    found once is noted by number and start time.
     """
 
     def __init__(self, instance: str, token: str, main: Process, loop: Loop, born: str = "") -> None:
-        """``born``: the standby that its main process was, whose marker the process keeps, and its forks."""
+        """``born``: the standby that became the main process, whose marker it and its children have."""
         self._markers = tuple(f"{MARKER}={name}" for name in (instance, born) if name)
         self._session = f"{SESSION}={token}"
         self._main = main
@@ -150,7 +148,7 @@ class ProcessTree:
         return ""
 
     def members(self) -> set[int]:
-        """Everyone known to belong and alive."""
+        """The living processes of the engine."""
         main_lives = start_time_of(self._main.pid) == self._main_start
         found = {self._main.pid, *_descendants(self._main.pid)} if main_lives else set()
         found |= {pid for pid in _processes() if self._belongs(pid)}
@@ -169,7 +167,7 @@ class ProcessTree:
         return not self.members()
 
     def kill(self) -> None:
-        """SIGKILL in rounds, until a round finds nobody new."""
+        """Send SIGKILL in rounds, until a round finds no process."""
         for _ in range(10):
             members = self.members()
             for pid in members:
@@ -183,7 +181,7 @@ class ProcessTree:
         return False
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Look now and then: often once the main process has ended, else only to know the members."""
+        """Scan at intervals: short ones once the main process has ended, else long ones, to note the processes."""
 
         def look() -> None:
             ended = not _alive(self._main.pid) or start_time_of(self._main.pid) != self._main_start
@@ -196,7 +194,7 @@ class ProcessTree:
         self._timer = self._loop.later(POLL, look)
 
     def annotate(self, values: Mapping[str, str]) -> None:
-        """Kept as long as we live, as is everything here."""
+        """Note keys and values in memory, as long as the launcher lives."""
         self._notes.update(values)
 
     def annotations(self) -> dict[str, str]:
@@ -210,7 +208,7 @@ class ProcessTree:
 
 
 def _writable_cgroup() -> Path | None:
-    """Our own control group, if we may make others in it and move processes there."""
+    """The launcher's own control group, if it may make others in it and move processes there."""
     own = cgroup_of("self")
     if own is None or not os.access(own.path, os.W_OK):
         return None
@@ -232,7 +230,7 @@ def _writable_cgroup() -> Path | None:
 
 
 def _remove(group: Path) -> None:
-    """The group and those below it, the deepest first."""
+    """Remove the group and those below it, the deepest first."""
     for folder, _, _ in os.walk(group, topdown=False):
         os.rmdir(folder)
 
@@ -248,7 +246,7 @@ def _alive(pid: int) -> bool:
 
 
 def _marked(pid: int, *markers: str) -> bool:
-    """Whether its environment has all of these; one that we may not read is not ours."""
+    """Whether the process's environment has all of these; False if it may not be read: it is another user's."""
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -257,7 +255,7 @@ def _marked(pid: int, *markers: str) -> bool:
 
 
 def _descendants(ancestor: int) -> list[int]:
-    """Children, their children, and so on, as /proc tells now."""
+    """Children, their children, and so on, by /proc."""
     children: dict[int, list[int]] = {}
     for pid in _processes():
         if stat := stat_of(pid):
@@ -271,7 +269,7 @@ def _descendants(ancestor: int) -> list[int]:
 
 
 def _kill_all(find: Callable[[], Iterable[int]], limit: float = 2.0) -> None:
-    """SIGKILL in rounds, since a dying process may have forked, until nobody is found alive or the time is over."""
+    """Send SIGKILL in rounds, since a process may have forked, until none is alive or ``limit`` seconds have passed."""
     end = time.monotonic() + limit
     while time.monotonic() < end:
         victims = [pid for pid in find() if pid != os.getpid() and _alive(pid)]

@@ -1,7 +1,7 @@
-"""What an engine answers -> what Ollama's clients get. Pure: one object of a stream in, objects out.
+"""Translate an engine's answer for Ollama's clients. Pure: one event of a stream in, objects out.
 
 =================================  ==============================================================
-an engine's event                  what becomes of it
+an engine's event                  the client's line
 =================================  ==============================================================
 ``delta.content``, ``text``        ``message.content`` or ``response``, at once
 ``delta.reasoning(_content)``      ``message.thinking`` or ``thinking``; nothing where the client wants none
@@ -10,7 +10,7 @@ an engine's event                  what becomes of it
 ``finish_reason``                  ``done_reason`` of the last line
 ``usage``, ``timings``             counts and durations of the last line
 ``error``                          ``{"error": "..."}``, and it is over
-a comment (``: loading``)          a line without text, by which a client knows that all is well
+a comment (``: loading``)          a line without text, as a sign of life
 =================================  ==============================================================
 """
 
@@ -24,19 +24,18 @@ from typing import Any, Protocol
 from vllmd.ollama.context import Turn, encoded
 
 REASONING = ("reasoning_content", "reasoning")  # llama.cpp's and older vLLM's, newer vLLM's
-REASONS = {"length": "length"}  # anything else is ``stop``, calls of tools as well
-NANO = 1_000_000_000
+REASONS = {"length": "length"}  # any other reason is ``stop``, tool calls as well
+NANOSECONDS = 1_000_000_000
 Object = dict[str, Any]
 
 
 class Piece(Protocol):
-    """How a route puts a piece of an answer."""
+    """The form of a route's pieces of an answer. A function, so it can be a key of a cache."""
 
     def __call__(self, text: str, thinking: str = "", calls: list[Object] | None = None) -> Object:
-        """The members of one piece of an answer; ``calls`` are calls of tools."""
+        """The members of one piece of an answer; ``calls`` are tool calls."""
 
-    def __hash__(self) -> int:
-        """A function has one: what is made of it once may be kept by it."""
+    def __hash__(self) -> int: ...
 
 
 def chat_piece(text: str, thinking: str = "", calls: list[Object] | None = None) -> Object:
@@ -59,7 +58,7 @@ def generate_piece(text: str, thinking: str = "", calls: list[Object] | None = N
 
 
 class Timing:
-    """When what happened, on a clock in seconds."""
+    """The times of one request, on a clock in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -68,7 +67,7 @@ class Timing:
         self._first: float | None = None
 
     def sent(self) -> None:
-        """The engine has the request: until now it was waited for, or loaded."""
+        """The engine has the request: the wait for the model is over."""
         if self._sent is None:
             self._sent = self._now()
 
@@ -77,11 +76,11 @@ class Timing:
         if self._first is None:
             self._first = self._now()
 
-    def told(self, engine: Mapping[str, Any]) -> dict[str, int]:
-        """The durations in nanoseconds; of reading and writing the engine's own word, if it has one (llama.cpp's)."""
+    def durations(self, engine: Mapping[str, Any]) -> dict[str, int]:
+        """The durations in nanoseconds; for prompt and answer those in llama.cpp's ``timings``, if they are there."""
         end = self._now()
         sent = end if self._sent is None else self._sent
-        first = sent if self._first is None else self._first  # of an answer that came whole, all of it was the writing
+        first = sent if self._first is None else self._first  # an answer that came whole counts as written all the time
         reading, writing = first - sent, end - first
         if isinstance(engine.get("prompt_ms"), int | float) and isinstance(engine.get("predicted_ms"), int | float):
             reading, writing = engine["prompt_ms"] / 1000, engine["predicted_ms"] / 1000
@@ -94,30 +93,30 @@ class Timing:
 
 
 def _nanoseconds(seconds: float) -> int:
-    """Never 0: programs divide by them."""
-    return max(1, round(seconds * NANO))
+    """At least 1: clients divide by it."""
+    return max(1, round(seconds * NANOSECONDS))
 
 
 class Reply:
-    """One answer, as it comes."""
+    """The translation of one answer; collects its tool calls, counts and text."""
 
     def __init__(
-        self, piece: Piece, timing: Timing, *, thinking: bool = True, said: tuple[Turn, ...] | None = None
+        self, piece: Piece, timing: Timing, *, thinking: bool = True, turns: tuple[Turn, ...] | None = None
     ) -> None:
-        """``thinking``: whether it is shown. ``said``: the conversation that the answer ends, None to keep none."""
+        """``thinking``: whether it is shown. ``turns``: the conversation before the answer, None for no ``context``."""
         self.timing = timing
-        self.heard: list[str] | None = None if said is None else []  # the answer's text, for ``context``
+        self.texts: list[str] | None = None if turns is None else []  # the answer so far, for ``context``
         self.piece = piece
-        self.plain = False  # the last event had a text, and no more than that is kept of it
+        self.plain = False  # the last event had nothing but a text
         self._thinking = thinking
-        self._said = said
+        self._turns = turns
         self._calls: dict[int, Object] = {}
         self._finish = ""
         self._usage: Mapping[str, Any] = {}
         self._timings: Mapping[str, Any] = {}
 
     def event(self, event: Object) -> Iterator[Object]:
-        """What one event of a stream becomes: nothing, or one object."""
+        """The object for one event of a stream, if there is one."""
         self._note(event)
         choice = _choice(event)
         self.plain = False
@@ -132,12 +131,12 @@ class Reply:
             yield {**self.piece(text, thinking), **({"logprobs": logprobs} if logprobs else {})}
 
     def heartbeat(self) -> Object:
-        """A piece without text: every client takes it, for engines send such ones, too."""
+        """A piece without text, as Ollama's own engines send them, too."""
         return self.piece("")
 
     def gathered(self) -> Iterator[Object]:
-        """The calls of tools, once all of them has come. Arguments that are no object are told as the text they are."""
-        calls, broken = self._called()
+        """The piece with the tool calls, once the stream is over; arguments that are no JSON object are text of it."""
+        calls, broken = self._take_calls()
         if calls or broken:
             yield self.piece(broken, "", calls)
 
@@ -146,13 +145,13 @@ class Reply:
         return {**self.piece(""), **self._done()}
 
     def whole(self, answer: Object) -> Object:
-        """What an answer that is not a stream becomes."""
+        """The object for an answer that is not a stream."""
         self._note(answer)
         choice = _choice(answer)
         text, thinking, calls = self._parts(choice.get("message") or choice)
         for number, call in enumerate(calls):
             self._gather({"index": number, **call})
-        made, broken = self._called()
+        made, broken = self._take_calls()
         logprobs = _logprobs(choice)
         piece = self.piece(text + broken, thinking, made)
         return {**piece, **({"logprobs": logprobs} if logprobs else {}), **self._done()}
@@ -168,8 +167,8 @@ class Reply:
 
     def _parts(self, message: Mapping[str, Any]) -> tuple[str, str, list[Object]]:
         text = message.get("content") or message.get("text") or ""
-        if self.heard is not None and text:
-            self.heard.append(text)
+        if self.texts is not None and text:
+            self.texts.append(text)
         thinking = next((message[name] for name in REASONING if message.get(name)), "") if self._thinking else ""
         return text, thinking, message.get("tool_calls") or []
 
@@ -180,8 +179,8 @@ class Reply:
         call["name"] += function.get("name") or ""
         call["arguments"] += function.get("arguments") or ""
 
-    def _called(self) -> tuple[list[Object], str]:
-        """The calls that were gathered, and the text of those whose arguments are no object."""
+    def _take_calls(self) -> tuple[list[Object], str]:
+        """The tool calls that were collected, and the arguments of those in which they are no JSON object."""
         made: list[Object] = []
         broken = ""
         for index, call in sorted(self._calls.items()):
@@ -198,20 +197,20 @@ class Reply:
         return made, broken
 
     def _done(self) -> Object:
-        durations = self.timing.told(self._timings)
+        durations = self.timing.durations(self._timings)
         prompt = self._usage.get("prompt_tokens", self._timings.get("prompt_n"))
         answer = self._usage.get("completion_tokens", self._timings.get("predicted_n"))
         counts = {"prompt_eval_count": prompt, "eval_count": answer}
         done: Object = {"done": True, "done_reason": REASONS.get(self._finish, "stop")}
         done |= durations | {name: count for name, count in counts.items() if isinstance(count, int)}
-        if self._said is not None and self.heard is not None:
-            context = encoded([*self._said, ("assistant", "".join(self.heard))])
+        if self._turns is not None and self.texts is not None:
+            context = encoded([*self._turns, ("assistant", "".join(self.texts))])
             done |= {} if context is None else {"context": context}
         return done
 
 
 def _choice(event: Object) -> Object:
-    """The one choice there is; llama.cpp's route for text between has its own form, without choices."""
+    """The first choice; an answer of llama.cpp's /infill has none, and is one itself."""
     choices = event.get("choices")
     if isinstance(choices, list):
         return choices[0] if choices and isinstance(choices[0], dict) else {}
@@ -219,22 +218,22 @@ def _choice(event: Object) -> Object:
 
 
 def _logprobs(choice: Object) -> list[Object]:
-    """Chat's list as it is; of /v1/completions, whose form is three lists, the same."""
+    """Log probabilities as chat has them; those of /v1/completions, three lists, in the same form."""
     found = choice.get("logprobs")
     if not isinstance(found, dict):
         return []
     if isinstance(content := found.get("content"), list):
         return content
     tokens, values, tops = (found.get(name) or [] for name in ("tokens", "token_logprobs", "top_logprobs"))
-    told = [{"token": token, "logprob": value} for token, value in zip(tokens, values, strict=False)]
-    for one, top in zip(told, tops, strict=False):
+    entries = [{"token": token, "logprob": value} for token, value in zip(tokens, values, strict=False)]
+    for one, top in zip(entries, tops, strict=False):
         one["top_logprobs"] = [{"token": token, "logprob": value} for token, value in (top or {}).items()]
-    return told
+    return entries
 
 
-def error_text(answer: Any, otherwise: str) -> str:
-    """What an engine's or our own error in OpenAI's form says."""
-    told = answer.get("error", answer) if isinstance(answer, dict) else answer
-    if isinstance(told, dict):
-        told = told.get("message") or told.get("detail")
-    return told if isinstance(told, str) and told else otherwise
+def error_text(answer: Any, default: str) -> str:
+    """The message of an error in OpenAI's form, an engine's or the daemon's; ``default`` if there is none."""
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail")
+    return error if isinstance(error, str) and error else default

@@ -105,7 +105,7 @@ class ModelRoutes:
         """``POST /api/embed``, by the engine's embeddings route: a vector for each input."""
 
         def answer(asked: Translated, timing: Timing) -> Whole:
-            return lambda body: embed_answer(body, asked.inputs, asked.model, timing.told({}))
+            return lambda body: embed_answer(body, asked.inputs, asked.model, timing.durations({}))
 
         await self._embed(exchange, requests.embed, answer, lambda asked: {"model": asked.model, "embeddings": []})
 
@@ -119,10 +119,10 @@ class ModelRoutes:
         asked, target = await self._read(exchange, parse)
         if asked.load:
             reason = await self._load(exchange, asked, target)
-            told = {"model": asked.model, "created_at": stamp(), **piece(""), "done": True, "done_reason": reason}
-            await exchange.respond(json_response(told))
+            answer = {"model": asked.model, "created_at": stamp(), **piece(""), "done": True, "done_reason": reason}
+            await exchange.respond(json_response(answer))
             return
-        reply = Reply(piece, timing, thinking=asked.thinking, said=None if asked.files else asked.said)
+        reply = Reply(piece, timing, thinking=asked.thinking, turns=None if asked.files else asked.turns)
         lines = Lines(asked.model, reply)
         await self._forward(exchange, asked, target, lines if asked.stream else None, lines.whole, timing)
 
@@ -142,7 +142,7 @@ class ModelRoutes:
         await self._forward(exchange, asked, target, None, answer(asked, timing), timing)
 
     async def _read(self, exchange: Exchange, parse: Parse) -> tuple[Translated, Target]:
-        """What the request asks for, and whom. Raises BadRequest, UnknownModel, Forbidden."""
+        """Translate the request, and find its model. Raises BadRequest, UnknownModel, Forbidden."""
         request = exchange.request
         await self._relay.requests.make_plain(exchange, "application/json")
         files = Files() if len(request.body) > LARGE_BYTES else None
@@ -160,7 +160,7 @@ class ModelRoutes:
         return asked, target
 
     async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
-        """Have the model there, as for a request that asks nothing, or let it go; why it is done then."""
+        """Load the model, or let it go if the keep-alive is 0. Returns the ``done_reason``, ``load`` or ``unload``."""
         gate, request = self._relay.gate, exchange.request
         seconds = requested_keep_alive(request, _keeps(asked))
         if seconds != 0:
@@ -179,14 +179,14 @@ class ModelRoutes:
         body = openai_body(asked, target)
         if target.rules is not None:
             body = await parse_after_rules(body.raw, target.rules, asked.path)
-        wanted = UpstreamRequest(
+        upstream_request = UpstreamRequest(
             target, body, asked.path, public_path=asked.path, keep_alive=requested_keep_alive(request, _keeps(asked))
         )
-        request.body = b""  # what was translated is held in its place
+        request.body = b""  # the translated body takes its place
         exchange.charge_body(len(body.raw))
 
         async def parse(_: Exchange) -> UpstreamRequest:
-            return wanted
+            return upstream_request
 
         inner = Inner(exchange, asked.path, lines, whole, timing.sent)
         exchange.follow_pauses(inner.pause)
@@ -261,7 +261,7 @@ class ListRoutes:
 
 
 class StoreRoutes:
-    """What changes which models there are."""
+    """The routes that add, remove and rename models."""
 
     def __init__(self, control: Control, store: Store, audited: Audited) -> None:
         self._control = control
@@ -320,23 +320,23 @@ class StoreRoutes:
 
 
 def _pulled(request: Request) -> tuple[str, bool]:
-    """What is to be here, and whether to tell how far that is."""
+    """The model to pull, and whether to stream the progress. Raises BadRequest."""
     members = read(request.body)
     return requests.model_of(members), bool(Fields(members).flag("stream", True))
 
 
 async def _progress(lines: AsyncIterator[dict[str, Any]], *, stream: bool) -> Response:
-    """The lines, or only the last one."""
+    """The lines as a stream, or only the last one."""
     if stream:
-        first = await anext(lines, None)  # what cannot be is an error, not a stream
+        first = await anext(lines, None)  # an error before the first line is an answer of its own, not a stream
         return Response(200, _lines(first, lines), "application/x-ndjson")
     async for last in lines:
-        told = last
-    return json_response(told)
+        final = last
+    return json_response(final)
 
 
 def refusal(why: str) -> Callable[[Request], Awaitable[Response]]:
-    """A handler that only says why not."""
+    """A handler that always raises Unsupported."""
 
     async def refuse(request: Request) -> Response:
         raise Unsupported(why)

@@ -1,7 +1,7 @@
-"""The exchange that the relay has in the client's place: what it writes there is translated, and goes to the client.
+"""The exchange that the relay gets instead of the client's: it translates the answer, and writes it to the client's.
 
-It is an exchange as HTTP/1.0 has it: no chunks, so what is written is a head, and then the plain body. What the client
-does (it stops taking data, it leaves) and what the request may cost (time, memory) is passed on to where it belongs.
+It speaks HTTP/1.0, which has no chunks: the relay writes a head, and then the plain body. Pauses and the end of the
+client are passed on to the relay; the limits of the request (time, memory) are those of the client's exchange.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from vllmd.proxy.http import Headers, Request, Response, json_response
 STREAM_HEAD = (("content-type", "application/x-ndjson"), ("cache-control", "no-store"), ("x-accel-buffering", "no"))
 PASSED_ON = ("retry-after", "www-authenticate")  # of an error's head
 NOT_KEPT = frozenset((b"content-type", b"content-length", b"content-encoding", b"transfer-encoding", b"accept"))
-MOST_WHOLE = 64 << 20  # bytes of an answer that is no stream
+MAX_WHOLE_BYTES = 64 << 20  # of an answer that is no stream
 BROKEN = "the engine broke off its answer"
 
 Whole = Callable[[bytes], bytes]  # an engine's answer that is no stream -> the client's
 
 
 class Inner(Exchange):
-    """See above. ``response`` is the answer once it is there, unless it was streamed to the client already."""
+    """The relay's exchange. ``response`` is the translated answer, unless it was streamed to the client already."""
 
     def __init__(self, outer: Exchange, path: str, lines: Lines | None, whole: Whole, sent: Callable[[], None]) -> None:
         """The client's request at a ``path`` of OpenAI's. ``lines``: of a stream; ``whole``: of any other answer.
@@ -49,11 +49,11 @@ class Inner(Exchange):
         self._closing = b""  # the last lines, while the engine's own end may still come along with them
 
     def close(self) -> None:
-        """Nothing more comes: let go of the client, and of what refers back to here, which is freed at once then."""
+        """Drop all further bytes, and the references to and from the client's exchange: both are freed at once."""
         self._outer.on_pause = self._follows_pauses = self._task = None
         self.client_left()
 
-    # -- what the relay does to it
+    # -- called by the relay
 
     def write(self, data: bytes) -> None:
         """Take the head with what comes along with it, or more of the body."""
@@ -94,13 +94,13 @@ class Inner(Exchange):
                     self._deliver(lines)
             else:
                 self._body += data
-                if len(self._body) > MOST_WHOLE:
-                    raise UpstreamFailed(f"the engine's answer has more than {MOST_WHOLE} bytes")
+                if len(self._body) > MAX_WHOLE_BYTES:
+                    raise UpstreamFailed(f"the engine's answer has more than {MAX_WHOLE_BYTES} bytes")
         except UpstreamFailed as error:
             self.over = True
             self._outer.fail(error)
             if self._task is not None:
-                self._task.cancel()  # so the relay closes the engine's connection, as when a client leaves
+                self._task.cancel()  # the relay closes the engine's connection then, as when a client disconnects
 
     def finish(self) -> None:
         """The engine's answer is whole: close the client's."""
@@ -113,21 +113,21 @@ class Inner(Exchange):
             self.response = self._response(bytes(self._body))
 
     def abort(self) -> None:
-        """The answer broke off. A stream's last line says so, as Ollama's does; no client takes it for whole then."""
+        """The answer broke off. A stream's last line has the error, as Ollama's does."""
         if self.over:
             return
         self.over = True
         if self._streams and self._lines is not None:
             self._end_stream(b"" if self._closing else self._lines.broken(BROKEN))
         else:
-            self.response = told(UpstreamFailed(BROKEN))
+            self.response = ollama_error(UpstreamFailed(BROKEN))
 
     def expire(self, seconds: float) -> None:
-        """The client's connection keeps the time."""
+        """Set the time limit of the client's exchange."""
         self._outer.expire(seconds)
 
     def charge_body(self, size: int) -> None:
-        """The client's connection answers for the memory."""
+        """Charge the client's exchange with the body's memory."""
         self._outer.charge_body(size)
 
     @property
@@ -183,11 +183,11 @@ class Inner(Exchange):
         try:
             answer = self._translate(body)
         except VllmdError as error:
-            return told(error)
+            return ollama_error(error)
         return Response(200, answer, "application/json" if self._lines is None else "application/x-ndjson")
 
 
-def told(error: VllmdError) -> Response:
+def ollama_error(error: VllmdError) -> Response:
     """An error as Ollama's clients expect it."""
     return json_response({"error": error.message}, error.status)
 

@@ -1,10 +1,10 @@
-"""A stream of OpenAI's events in, NDJSON out. Pure.
+"""Translate a stream of OpenAI's events into Ollama's NDJSON. Pure.
 
-The events of a stream differ in one string, the text of a token or two. So when an event has been read whole, its
-bytes before and after that string are kept: a later one with the same bytes around a JSON string says the same with
-another text, and its text goes on as it is written, without being read. That is a tenth of the work, and most of the
-stream; whatever looks different is read whole again. Where many such events come at once, as from an engine that is
-faster than we, one look tells of all their texts that they are sound, and one step puts what is between them.
+The events of a stream differ in one string, the text of a token or two. So when an event has been parsed, its bytes
+before and after that string are kept. A later event with the same bytes around a JSON string differs in that text
+alone, which is copied into the line as it is, without parsing. That is a tenth of the work, and most of the stream; any
+other event is parsed. If many such events come at once, as from an engine that is faster than the daemon, one regular
+expression checks all their texts, and one ``join`` makes the lines.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vllmd.ollama.answers import Object, Piece, Reply, error_text
 PLAIN = rb'[^"\\\x00-\x1f]*+'
 STRING = re.compile(rb'"(?!")%b(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})%b)*+"' % (PLAIN, PLAIN))  # one that is not empty
 TEXT_KEY = re.compile(rb'"(?:content|text)"[ \t]*:[ \t]*(?=")')
-BLANK_TIME, BLANK_TEXT = "\ue000", "\ue001"  # stand in a line's pattern for what differs; no model's name has them
-WRITTEN = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make another one for each line
+BLANK_TIME, BLANK_TEXT = "\ue000", "\ue001"  # placeholders in a line; no model's name has these characters
+ENCODE = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder for each line
 END = b"\n\n"  # of an event
-NEVER = b"\n"  # what no event begins with
-MOST_LINE = 32 << 20  # bytes of one event
-STRINGS = re.compile(rb"%b(?:\x00%b)*+" % (STRING.pattern, STRING.pattern))  # no string holds what is between them
+NEVER = b"\n"  # no event begins with it
+MAX_EVENT_BYTES = 32 << 20
+STRINGS = re.compile(rb"%b(?:\x00%b)*+" % (STRING.pattern, STRING.pattern))  # no JSON string has a NUL
 
 
 @lru_cache(maxsize=2)
@@ -41,20 +41,20 @@ def stamp() -> str:
 
 
 class Lines:
-    """The lines of one answer. Bytes of the events in, bytes of lines out."""
+    """The lines of one answer: bytes of events in, bytes of lines out."""
 
     def __init__(self, model: str, reply: Reply, now: Callable[[], str] = stamp) -> None:
-        """``model``: what the client called it."""
+        """``model``: the client's name for it."""
         self.reply = reply
-        self.over = False  # the last line has been given
+        self.over = False  # the last line has been returned
         self._now = now
         self._model = model
-        self._held: list[bytes] = []  # of an event that has not come whole
+        self._held: list[bytes] = []  # the beginning of an event
         self._held_size = 0
-        self._before, self._after = NEVER, b""  # the bytes around the text of an event like the last one
+        self._before, self._after = NEVER, b""  # the bytes around the text of the last event that was parsed
 
     def feed(self, data: bytes) -> bytes:
-        """What follows from more of the stream. Raises UpstreamFailed for an event that is endless."""
+        """The lines for more of the stream. Raises UpstreamFailed for an event that is too large."""
         end = data.rfind(b"\n") + 1
         if not end:
             self._hold(data)
@@ -68,7 +68,7 @@ class Lines:
             self._hold(rest)
         now = self._now()
         made: list[bytes] = []
-        texts: list[bytes] = []  # of events in a row that look like the last one that was read
+        texts: list[bytes] = []  # of consecutive events like the last one that was parsed
         before, after = self._before, self._after
         start, end, around = len(before), -len(after), len(before) + len(after)
         for event in head.strip(b"\n").split(END):
@@ -76,48 +76,51 @@ class Lines:
                 texts.append(event[start:end])
                 continue
             if texts:
-                made.append(self._alike(texts, now))
+                made.append(self._from_texts(texts, now))
                 texts = []
-            made += [self._other(line, now) for line in event.split(b"\n") if line]
+            made += [self._from_line(line, now) for line in event.split(b"\n") if line]
             before, after = self._before, self._after
             start, end, around = len(before), -len(after), len(before) + len(after)
         if texts:
-            made.append(self._alike(texts, now))
+            made.append(self._from_texts(texts, now))
         return b"".join(made)
 
     def feed_pieces(self, pieces: Sequence[bytes]) -> bytes:
-        """The same of a stream that is cut as the engine cut it: mostly a piece is an event, the last one the end.
+        """As ``feed``, for the engine's chunks: mostly each is an event, and the last one is the end of the stream.
 
-        Nothing is put together then only to be taken apart again.
+        They need not be joined then, only to be split again.
         """
         made = b""
         if not self._held and len(pieces) > 1 and not self._is_alike(pieces[0]):
-            made, pieces = self.feed(pieces[0]), pieces[1:]  # a stream's first event, which tells what others look like
+            made, pieces = (
+                self.feed(pieces[0]),
+                pieces[1:],
+            )  # a stream's first event, to learn the bytes around the text
         before, after = self._before, self._after + END
         start, end = len(before), -len(after)
         texts = [each[start:end] for each in pieces if each.startswith(before) and each.endswith(after)]
         if self._held or len(pieces) - len(texts) > 1 or (len(texts) < len(pieces) and self._is_alike(pieces[-1])):
             return made + self.feed(b"".join(pieces))
         if texts:
-            made += self._alike(texts, self._now())
+            made += self._from_texts(texts, self._now())
         return made if len(texts) == len(pieces) else made + self.feed(pieces[-1])
 
     def _is_alike(self, event: bytes) -> bool:
-        """Whether an event looks like the last one that was read."""
+        """Whether an event has the same bytes around its text as the last one that was parsed."""
         return event.startswith(self._before) and event.endswith(self._after + END)
 
     def _hold(self, data: bytes) -> None:
         self._held.append(data)
         self._held_size += len(data)
-        if self._held_size > MOST_LINE:
-            raise UpstreamFailed(f"the engine sent an event of more than {MOST_LINE} bytes")
+        if self._held_size > MAX_EVENT_BYTES:
+            raise UpstreamFailed(f"the engine sent an event of more than {MAX_EVENT_BYTES} bytes")
 
     def end(self) -> bytes:
         """The lines that close the answer, unless an error has."""
         return b"" if self.over else self._last(self._now())
 
     def whole(self, body: bytes) -> bytes:
-        """The one line that an answer becomes that is no stream. Raises UpstreamFailed if it is no such answer."""
+        """The one line for an answer that is no stream. Raises UpstreamFailed if it is no JSON object."""
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
@@ -127,28 +130,28 @@ class Lines:
         return self._written(self.reply.whole(answer), self._now())
 
     def broken(self, why: str) -> bytes:
-        """The line that says that there is no more to come."""
+        """The last line of an answer that failed."""
         self.over, self._before = True, NEVER
         return json.dumps({"error": why}).encode() + b"\n"
 
-    def _alike(self, texts: list[bytes], now: str) -> bytes:
-        """What events become that have, around these JSON strings, the bytes of the last one that was read."""
+    def _from_texts(self, texts: list[bytes], now: str) -> bytes:
+        """The lines for events with these bytes between ``_before`` and ``_after``, if each is one JSON string."""
         joined = b"\x00".join(texts)
         if joined.count(b"\x00") >= len(texts) or STRINGS.fullmatch(joined) is None:
             before, after = self._before, self._after
-            return b"".join([self._other(before + text + after, now) for text in texts])
-        if self.reply.heard is not None:
-            self.reply.heard.extend(map(json.loads, texts))
-        return self._moved(texts, now)
+            return b"".join([self._from_line(before + text + after, now) for text in texts])
+        if self.reply.texts is not None:
+            self.reply.texts.extend(map(json.loads, texts))
+        return self._copied(texts, now)
 
-    def _moved(self, texts: list[bytes], now: str) -> bytes:
-        """The lines of sound JSON strings."""
+    def _copied(self, texts: list[bytes], now: str) -> bytes:
+        """The lines with these JSON strings as their texts."""
         before, between, after = form(self._model, self.reply.piece)
         before += now.encode() + between
         return b"".join((before, (after + before).join(texts), after))
 
-    def _other(self, line: bytes, now: str) -> bytes:
-        """What a line of the stream becomes that is not like the last event."""
+    def _from_line(self, line: bytes, now: str) -> bytes:
+        """The lines for one line of the stream, which is parsed."""
         if line.startswith(b":"):
             return self._written(self.reply.heartbeat(), now)
         if not line.startswith(b"data:") or self.over:
@@ -156,9 +159,10 @@ class Lines:
         payload = line[5:].strip()
         if payload == b"[DONE]":
             return self._last(now)
-        return self._read(line, payload, now)
+        return self.parse_event(line, payload, now)
 
-    def _read(self, line: bytes, payload: bytes, now: str) -> bytes:
+    def parse_event(self, line: bytes, payload: bytes, now: str) -> bytes:
+        """The lines for an event that ``_from_texts`` does not cover; its ``payload`` is parsed."""
         try:
             event = json.loads(payload)
         except (ValueError, RecursionError):
@@ -169,11 +173,11 @@ class Lines:
             return self.broken(error_text(event, "the engine failed"))
         objects = list(self.reply.event(event))
         if self.reply.plain and (text := self._learn(line, objects[0])):
-            return self._moved([text], now)
+            return self._copied([text], now)
         return b"".join([self._written(each, now) for each in objects])
 
     def _learn(self, line: bytes, read: Object) -> bytes:
-        """Remember what is around the text of ``line``, which is given, if its text is what it was ``read`` as."""
+        """Keep the bytes around the text of ``line``, and return that text; "" if it is not the text of ``read``."""
         keys = list(TEXT_KEY.finditer(line))
         text = STRING.match(line, keys[0].end()) if len(keys) == 1 else None
         if text is None or self.reply.piece(json.loads(text[0])) != read:
@@ -191,7 +195,7 @@ class Lines:
 
 def written(model: str, what: Object, created_at: str) -> bytes:
     """One object of a stream, as a line of JSON."""
-    return WRITTEN({"model": model, "created_at": created_at, "done": False, **what}).encode() + b"\n"
+    return ENCODE({"model": model, "created_at": created_at, "done": False, **what}).encode() + b"\n"
 
 
 @lru_cache(maxsize=256)

@@ -21,8 +21,8 @@ from vllmd.proxy.peek import NO_NAME, model_name
 
 CHAT, COMPLETIONS, EMBEDDINGS, INFILL = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/infill"
 EFFORTS = ("low", "medium", "high", "max")
-MOST_LOGPROBS = 20
-# What a file begins with -> what kind of part of a message it is, and its type
+MAX_LOGPROBS = 20
+# (the first bytes of a file, the kind of its part of a message, its type)
 FILES: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x89PNG", "image", "png"),
     (rb"\xff\xd8\xff", "image", "jpeg"),
@@ -33,18 +33,18 @@ FILES: tuple[tuple[bytes, str, str], ...] = (
     (rb"ID3|\xff[\xf2\xf3\xfb]", "audio", "mp3"),
     (rb"fLaC", "audio", "flac"),
 )
-SNIFFED = 16  # base64 characters that are enough for it
+SNIFFED_CHARACTERS = 16  # of base64, enough for these patterns
 URL_SAFE = str.maketrans("-_", "+/")
 
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """What the engine is asked: ``body`` at ``path``, without the model's name, which the relay puts in.
+    """A request in OpenAI's form: ``body`` for ``path``, without the model's name, which the relay puts in.
 
-    ``stream`` and ``keep_alive`` (as it came) are the client's wishes; ``load``: there is nothing to be asked, the
-    model shall only be there. ``ignored``: options without effect. ``thinking``: False where the client wants none
-    shown. ``said``: the conversation up to the answer, where that is to be given back as ``context``. ``inputs``: how
-    many texts are embedded. ``files``: those that were taken out of a large body, and go back into what is sent.
+    ``stream`` and ``keep_alive`` are the client's, the latter as it came. ``load``: the request has no prompt, and only
+    loads the model. ``ignored``: names of options without effect. ``thinking``: whether the client gets it. ``turns``:
+    the conversation up to the answer, if it is returned as ``context``. ``inputs``: the number of texts to embed.
+    ``files``: taken out of a large body, and put back into the body that is sent.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Translated:
     load: bool = False
     ignored: tuple[str, ...] = ()
     thinking: bool = True
-    said: tuple[Turn, ...] | None = None
+    turns: tuple[Turn, ...] | None = None
     inputs: int = 1
     files: Files | None = None
 
@@ -87,14 +87,14 @@ def generate(members: Mapping[str, Any], *, infill: bool = False) -> Translated:
         return _generated(request, COMPLETIONS, {"prompt": prompt, "suffix": suffix, **_logprobs(request, old=True)})
     if raw:
         return _generated(request, COMPLETIONS, {"prompt": prompt, **_logprobs(request, old=True)}, load=not prompt)
-    said = decoded(request.get("context"))
-    if system and ("system", system) not in said:
-        said = [("system", system), *(turn for turn in said if turn[0] != "system")]
-    said.append(("user", prompt))
-    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in said]
+    turns = decoded(request.get("context"))
+    if system and ("system", system) not in turns:
+        turns = [("system", system), *(turn for turn in turns if turn[0] != "system")]
+    turns.append(("user", prompt))
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
     messages[-1]["content"] = _content(request, prompt)
     body = {"messages": messages, **_logprobs(request)}
-    return _generated(request, CHAT, body, load=not prompt and not images, said=tuple(said))
+    return _generated(request, CHAT, body, load=not prompt and not images, turns=tuple(turns))
 
 
 def embed(members: Mapping[str, Any]) -> Translated:
@@ -121,7 +121,7 @@ def model_of(members: Mapping[str, Any], *names: str) -> str:
 
 
 def _generated(
-    request: Fields, path: str, body: dict[str, Any], *, load: bool = False, said: tuple[Turn, ...] | None = None
+    request: Fields, path: str, body: dict[str, Any], *, load: bool = False, turns: tuple[Turn, ...] | None = None
 ) -> Translated:
     parameters, ignored = translated(request.object("options"))
     stream, think = request.flag("stream", True), _think(request)
@@ -141,7 +141,7 @@ def _generated(
         load=load,
         ignored=tuple(ignored),
         thinking=request.get("think") is not False,
-        said=said,
+        turns=turns,
     )
 
 
@@ -150,7 +150,7 @@ def _embedded(request: Fields, texts: list[str]) -> Translated:
     if (dimensions := request.whole("dimensions")) is not None:
         body["dimensions"] = dimensions
     if request.flag("truncate"):
-        body["truncate_prompt_tokens"] = -1  # vLLM's; the others truncate by themselves or have no such thing
+        body["truncate_prompt_tokens"] = -1  # vLLM's; other engines truncate by themselves, or cannot
     _, ignored = translated(request.object("options"))
     model, keep_alive = model_name(request.get("model")), request.get("keep_alive")
     return Translated(
@@ -162,9 +162,9 @@ def _embedded(request: Fields, texts: list[str]) -> Translated:
 
 
 def _messages(messages: Iterable[Fields]) -> list[dict[str, Any]]:
-    """OpenAI's messages. There calls of tools have ids, by which results name them; Ollama's go by their order."""
+    """OpenAI's messages. Their tool calls have ids, which the results refer to; in Ollama's only the order tells."""
     found: list[dict[str, Any]] = []
-    open_calls: deque[tuple[str, str]] = deque()  # id and name of those that have no result yet
+    open_calls: deque[tuple[str, str]] = deque()  # id and name of calls without a result yet
     numbers = count()
     for message in messages:
         role = message.text("role").lower()
@@ -178,7 +178,7 @@ def _messages(messages: Iterable[Fields]) -> list[dict[str, Any]]:
             open_calls.extend((call["id"], call["function"]["name"]) for call in calls)
         if role == "tool":
             name = message.text("tool_name") or message.text("name")
-            one["tool_call_id"] = message.text("tool_call_id") or _answered(open_calls, name)
+            one["tool_call_id"] = message.text("tool_call_id") or _take_call(open_calls, name)
             if name:
                 one["name"] = name
         found.append(one)
@@ -195,8 +195,8 @@ def _call(call: Fields, number: int) -> dict[str, Any]:
     return {"id": call.text("id") or f"call_{number}", "type": "function", "function": named}
 
 
-def _answered(open_calls: deque[tuple[str, str]], name: str) -> str:
-    """The id of the oldest call without a result, of that name if there is one."""
+def _take_call(open_calls: deque[tuple[str, str]], name: str) -> str:
+    """Take the oldest call without a result, one of that name if there is any. Returns its id."""
     for call in open_calls:
         if call[1] == name:
             open_calls.remove(call)
@@ -214,10 +214,13 @@ def _content(message: Fields, text: str) -> str | list[dict[str, Any]]:
 
 
 def _file(data: str, name: str) -> dict[str, Any]:
-    """An image or a sound in base64, or an image that is a URL with its data already."""
+    """The part of a message for an image or a sound in base64, or for an image as a data: URL. Raises BadRequest."""
     if data.startswith("data:"):
         return {"type": "image_url", "image_url": {"url": data}}
-    start = _bytes(data[:SNIFFED])
+    try:
+        start = base64.b64decode(data[:SNIFFED_CHARACTERS].replace("\\/", "/").translate(URL_SAFE), validate=True)
+    except binascii.Error:
+        start = b""
     for pattern, kind, form in FILES:
         if re.match(pattern, start, re.DOTALL):
             if kind == "audio":
@@ -226,15 +229,7 @@ def _file(data: str, name: str) -> dict[str, Any]:
     raise wrong(name, "a PNG, JPEG, GIF, WebP or BMP image, or a WAV, MP3 or FLAC sound, in base64")
 
 
-def _bytes(text: str) -> bytes:
-    """What the beginning of a base64 text stands for; nothing if it is none."""
-    try:
-        return base64.b64decode(text.replace("\\/", "/").translate(URL_SAFE), validate=True)
-    except binascii.Error:
-        return b""
-
-
-# -- what else there is
+# -- other members
 
 
 def _tools(request: Fields) -> dict[str, Any]:
@@ -246,11 +241,11 @@ def _tools(request: Fields) -> dict[str, Any]:
 
 
 def _logprobs(request: Fields, *, old: bool = False) -> dict[str, Any]:
-    """``old``: of /v1/completions, where it is one number."""
-    wanted, most = request.flag("logprobs"), request.whole("top_logprobs") or 0
-    if not 0 <= most <= MOST_LOGPROBS:
-        raise wrong("top_logprobs", f"a whole number from 0 to {MOST_LOGPROBS}")
-    if not wanted:
+    """The members for log probabilities. ``old``: those of /v1/completions, one number. Raises BadRequest."""
+    enabled, most = request.flag("logprobs"), request.whole("top_logprobs") or 0
+    if not 0 <= most <= MAX_LOGPROBS:
+        raise wrong("top_logprobs", f"a whole number from 0 to {MAX_LOGPROBS}")
+    if not enabled:
         return {}
     if old:
         return {"logprobs": most}
@@ -258,22 +253,22 @@ def _logprobs(request: Fields, *, old: bool = False) -> dict[str, Any]:
 
 
 def _format(request: Fields) -> dict[str, Any]:
-    wanted = request.get("format")
-    if wanted is None or wanted == "":
+    form = request.get("format")
+    if form is None or form == "":
         return {}
-    if wanted == "json":
+    if form == "json":
         return {"response_format": {"type": "json_object"}}
-    if isinstance(wanted, dict):
-        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted}}}
+    if isinstance(form, dict):
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": form}}}
     raise wrong("format", '"json" or a JSON schema')
 
 
 def _think(request: Fields) -> dict[str, Any]:
-    """What chat templates and engines call it; those that know nothing of it pass over it."""
-    wanted = request.get("think")
-    if wanted is None or wanted == "":
+    """The members for thinking, by all names that chat templates and engines have for it; others ignore them."""
+    think = request.get("think")
+    if think is None or think == "":
         return {}
-    if not isinstance(wanted, bool) and wanted not in EFFORTS:
+    if not isinstance(think, bool) and think not in EFFORTS:
         raise wrong("think", f"true, false, or one of {', '.join(EFFORTS)}")
-    effort = {"reasoning_effort": "high" if wanted == "max" else wanted} if isinstance(wanted, str) else {}
-    return {"chat_template_kwargs": {"enable_thinking": bool(wanted), "thinking": bool(wanted)}, **effort}
+    effort = {"reasoning_effort": "high" if think == "max" else think} if isinstance(think, str) else {}
+    return {"chat_template_kwargs": {"enable_thinking": bool(think), "thinking": bool(think)}, **effort}

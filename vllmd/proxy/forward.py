@@ -134,7 +134,7 @@ class Relay:
                     if heartbeat.enabled:
                         answer.send_signs_of_life(self.heartbeats)
                     # 3. Connect, 4. send, 5. relay: the answer passes while this waits.
-                    address = permit.upstream
+                    address = answer.address
                     connection = self.pool.get_idle(address) or await self.pool.connect(address)
                     # A second time if the engine had closed the connection meanwhile, or refuses stream_options.
                     while not await answer.relay(connection, *self._message(exchange.request, attempt, answer)):
@@ -233,7 +233,9 @@ class AnswerRelay:
         if self._error is None:  # else it was cut off while it connected
             self._done = asyncio.get_running_loop().create_future()
             upstream.send(self._exchange.request.method, head, body, size, self)
-            self._exchange.follow_pauses(self._on_pause)
+            self._exchange.on_pause = self._on_pause
+            if self._exchange.paused:
+                self._on_pause(True)
             await self._done
         if self._error is not None:
             raise self._error
