@@ -92,10 +92,8 @@ class Lines:
         """
         made = b""
         if not self._held and len(pieces) > 1 and not self._is_alike(pieces[0]):
-            made, pieces = (
-                self.feed(pieces[0]),
-                pieces[1:],
-            )  # a stream's first event, to learn the bytes around the text
+            # A stream's first event, to learn the bytes around the text.
+            made, pieces = self.feed(pieces[0]), pieces[1:]
         before, after = self._before, self._after + END
         start, end = len(before), -len(after)
         texts = [each[start:end] for each in pieces if each.startswith(before) and each.endswith(after)]

@@ -101,7 +101,8 @@ class Relay:
         upstream_request = await parse(exchange)
         if upstream_request is None:
             return
-        parsed, target, caller = upstream_request.parsed, upstream_request.target, exchange.request.caller
+        parsed, target, key = upstream_request.parsed, upstream_request.target, exchange.request.caller.name
+        only, route = upstream_request.only_replica, upstream_request.public_path
         exchange.model, exchange.offer = target.model, target.offer
         account = exchange.account = self._open_account(upstream_request, exchange.request)
         if self.limits.now.request_timeout is not None:
@@ -109,15 +110,7 @@ class Relay:
         heartbeat = LoadingHeartbeat(
             exchange, target.model, parsed.model, stream=parsed.stream, limits=self.limits, gate=self.gate
         )
-        acquiring = self.gate.acquire(
-            target.model,
-            caller.name,
-            upstream_request.only_replica,
-            parsed.raw,
-            heartbeat.start,
-            target.offer,
-            upstream_request.public_path,
-        )
+        acquiring = self.gate.acquire(target.model, key, only, parsed.raw, heartbeat.start, target.offer, route)
         try:
             while True:
                 # 2. Acquire: the key's limits, the model's queue, and an engine that is awake.
@@ -155,7 +148,7 @@ class Relay:
             heartbeat.fail(error.with_traceback(None))
         finally:
             if upstream_request.keep_alive is not None:
-                self.gate.keep_alive(target.model, caller.name, upstream_request.keep_alive)
+                self.gate.keep_alive(target.model, key, upstream_request.keep_alive)
 
     def _open_account(self, upstream_request: UpstreamRequest, request: Request) -> Account:
         """What is noted of the request from now on. If its body is recorded, a field of the answer tells the client."""
@@ -213,9 +206,7 @@ class AnswerRelay:
         self._upstream: Upstream | None = None
         self._answer: Answer | None = None
         self._heartbeats: Heartbeats | None = None  # until the first byte of the body, if the client is sent comments
-        self._takes_comments = (
-            False  # a stream that ends with its last chunk or the connection, so bytes may precede it
-        )
+        self._takes_comments = False  # it is a stream whose head does not give its length: comments may precede it
         self._size = 0  # bytes of the body that came
         self._tail: bytes | bytearray = b""  # the last of them, TAIL_BYTES or more
         self._opening = b""  # the first of them, as long as they are of interest
@@ -266,7 +257,7 @@ class AnswerRelay:
         if used is None and self._status == 200 and attempt.route.endswith(tokens.COUNTED):  # no usage, or broken off
             used = tokens.estimate(attempt.route, attempt.parsed.raw, self._size, stream=attempt.parsed.stream)
         self.account.tokens = used
-        error = self._error  # that we could not ask the engine is no failure of its
+        error = self._error  # without a file descriptor for a connection the daemon fails, not the engine
         failed = error.message if error is not None and not isinstance(error, OutOfFiles) else ""
         permit.release(used, self._size, failed)
 
