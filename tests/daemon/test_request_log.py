@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllmd.daemon import listeners
+from vllmd.errors import UpstreamFailed
+from vllmd.proxy.peers import Impostor
+from vllmd.proxy.upstream import OutOfFiles
 
 REQUEST = SimpleNamespace(id="r1", method="POST", path="/v1/chat/completions")
 
@@ -36,3 +40,19 @@ def test_what_failed_is_in_the_log_with_its_model_and_its_cause(
     assert caplog.messages == [told] * bool(told)
     if told:
         assert caplog.records[0].__dict__["journal"]["MODEL"] == "m"
+
+
+def kinds(of: type[Exception]) -> Iterator[type[Exception]]:
+    """The class and all below it that the daemon has."""
+    yield of
+    for each in of.__subclasses__():
+        yield from kinds(each)
+
+
+def test_what_fails_at_an_engine_counts_against_it() -> None:
+    """Health goes by these names, and a new kind of failure must not go missing there.
+
+    Not the engine's: that we can open no more files, and that another process is in its place.
+    """
+    names = {each.__name__ for each in kinds(UpstreamFailed) if each.__module__.startswith("vllmd.proxy.")}
+    assert names | {"UpstreamFailed"} == listeners.ENGINES_FAULTS | {OutOfFiles.__name__, Impostor.__name__}

@@ -27,7 +27,7 @@ from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.public_listeners import PublicListeners, public_address
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
-from vllmd.errors import SpokenTls, VllmdError
+from vllmd.errors import SpokenTls, UpstreamFailed, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.ollama.store import DaemonStore
 from vllmd.proxy.body_memory import BodyMemory
@@ -41,13 +41,15 @@ from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.peers import register_own_sockets
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
+from vllmd.proxy.upstream import QueueFull, Unreached
 from vllmd.records.ring import Entry
-from vllmd.systemd.throttle import Repeated, Throttle
+from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger("vllmd.http")
 
 ADMIN, READ = "admin", "read"  # what their sockets are called
-ENGINES_FAULTS = frozenset({"UpstreamFailed", "Unreached"})  # errors by which a request failed at its engine
+# The errors by which a request failed at its engine, by name.
+ENGINES_FAULTS = frozenset(each.__name__ for each in (UpstreamFailed, Unreached, QueueFull))
 OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to answers for operators, which may be streams without an end
 
 
@@ -86,7 +88,8 @@ class Listeners:
         self._relay = relay
         self._public = PublicListeners(self.keys)
         self._outcome = outcome
-        self._spoken_tls, self._refusals = Repeated(log), Throttle(log)
+        # One line a minute: a client that speaks TLS here tries again, or is one of many that look for open ports.
+        self._spoken_tls, self._refusals = Throttle(log, burst=1), Throttle(log)
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
