@@ -319,29 +319,38 @@ def each_within(seconds: float, function: Callable[[S], T], items: Sequence[S]) 
 
     A thread for each of ten thousand models takes ten seconds of CPU time. An item at which nothing comes along for
     ``seconds`` is tried once more by itself, as are those behind it: what reads files there has limits of its own
-    (``within``), which are not heeded in the common thread.
+    (``within``), which are not heeded in the common thread. One that hangs counts as one of theirs that do.
     """
+    global _stuck
+    if _stuck >= STUCK:
+        return [function(item) for item in items]
     came: list[T] = []
     failed: list[BaseException] = []
     over = threading.Event()
+    late = False
 
     def run() -> None:
+        global _stuck
         _guarded.by_whoever_waits = True
         try:
             for item in items:
                 if over.is_set():
-                    return
+                    break
                 came.append(function(item))
         except BaseException as error:  # whatever it is, it belongs to whoever waits
             failed.append(error)
-        finally:
+        with _counting:
             over.set()
+            _stuck -= late
 
     threading.Thread(target=contextvars.copy_context().run, args=(run,), name="files", daemon=True).start()
     before = -1
     while not over.wait(seconds) and len(came) > before:
         before = len(came)
-    over.set()
+    with _counting:
+        late = not over.is_set()
+        _stuck += late
+        over.set()
     if failed:
         raise failed[0]
     done = came[: len(items)]

@@ -254,6 +254,22 @@ def test_where_the_common_thread_hangs_each_is_read_for_itself() -> None:
         dead.set()
 
 
+def test_common_threads_that_hang_are_as_few_as_others() -> None:
+    """Each reload looks at all models: where their file system is dead, it must not hold one more thread each time."""
+    dead, before = threading.Event(), threading.active_count()
+    try:
+        for _ in range(3 * foreign.STUCK):
+            with pytest.raises(Unreadable):
+                each_within(0.01, lambda n: within(0.01, dead.wait), [0])
+        assert threading.active_count() - before <= foreign.STUCK
+    finally:
+        dead.set()
+    for thread in threading.enumerate():
+        if thread.name == "files":
+            thread.join(60)
+    assert each_within(10, lambda n: n, [0]) == [0]
+
+
 def test_odd_names_reach_notes_quoted(tmp_path: Path) -> None:
     """A name with a line break would be a line of its own in the journal."""
     sparse(tmp_path / "a\nfake: line.safetensors", 10)
