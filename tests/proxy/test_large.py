@@ -86,9 +86,9 @@ def test_others_have_their_turn_meanwhile(value: bytes) -> None:
     found = SteppedThrough(parse_large_json_body(b'{"x":' + value + b',"model":"m"}'))
     assert found.result.model == "m"
     assert found.turns >= len(value) // SLICE_BYTES
-    apply_rules = SteppedThrough(apply_rules_large(found.result.raw, RequestRules(set={"y": 1})))
-    assert apply_rules.result == b'{"x":' + value.strip() + b',"model":"m","y":1}' or b" " in value
-    assert apply_rules.turns >= len(value) // SLICE_BYTES
+    ruled = SteppedThrough(apply_rules_large(found.result.raw, RequestRules(set={"y": 1})))
+    assert ruled.result == b'{"x":' + value.strip() + b',"model":"m","y":1}' or b" " in value
+    assert ruled.turns >= len(value) // SLICE_BYTES
 
 
 class SteppedThrough(Generic[T]):
