@@ -207,6 +207,26 @@ def test_an_engine_that_refuses_the_option_is_asked_once() -> None:
     asyncio.run(play())
 
 
+def test_a_request_that_is_sent_again_has_no_answer_yet() -> None:
+    """The refusal was none of it: an engine that is silent from then on leaves the request unanswered."""
+    answered: list[bool] = []
+
+    async def script(engine: Engine, got: Got, writer: asyncio.StreamWriter) -> None:
+        answered.extend(each.account.answered for each in act.server.exchanges() if each.account)
+        await picky()(engine, got, writer)
+
+    async def play() -> None:
+        nonlocal act
+        async with stage(script) as act:
+            client = await act.client()
+            client.post(body=b'{"model":"m","stream":true}')
+            assert (await client.answer()).body == SEEN
+        assert answered == [False, False]
+
+    act: Any = None
+    asyncio.run(play())
+
+
 def test_an_error_of_the_clients_own_making_is_its_own() -> None:
     """It passes once, as it is; a client that sends the option itself is told of it, too."""
     body = b'{"error":{"message":"temperature must be a number"}}'

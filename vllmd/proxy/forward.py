@@ -333,6 +333,7 @@ class AnswerRelay:
             return
         if isinstance(answer, OptionRefusal) and answer.is_about_option:
             self._answer, self._resend, self.usage_refused = None, True, True
+            self.account.answered = False
             self._settle(None)
             return
         self._release()  # before the client has the last byte, see the invariants
