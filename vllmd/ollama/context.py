@@ -43,7 +43,7 @@ def decoded(numbers: Any) -> list[Turn]:
         text = unpacker.decompress(packed, MOST)
         if not unpacker.eof:
             raise ValueError
-        return [(str(role), str(said)) for role, said in json.loads(text)]
+        return [(str(role), str(content)) for role, content in json.loads(text)]
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, zlib.error):
         message = "'context' must be the numbers that an earlier answer of this server had; send messages to /api/chat"
         raise BadRequest(message, param="context") from None

@@ -22,10 +22,10 @@ def vectors(answer: bytes, inputs: int) -> list[bytes]:
 
 def embed_answer(answer: bytes, inputs: int, model: str, durations: dict[str, int]) -> bytes:
     """``/api/embed``'s answer. ``durations`` in nanoseconds."""
-    told: dict[str, object] = {"model": model, **durations}
+    members: dict[str, object] = {"model": model, **durations}
     if tokens := PROMPT_TOKENS.search(answer):
-        told["prompt_eval_count"] = int(tokens[1])
-    return json.dumps(told)[:-1].encode() + b', "embeddings": [' + b",".join(vectors(answer, inputs)) + b"]}"
+        members["prompt_eval_count"] = int(tokens[1])
+    return json.dumps(members)[:-1].encode() + b', "embeddings": [' + b",".join(vectors(answer, inputs)) + b"]}"
 
 
 def embeddings_answer(answer: bytes) -> bytes:

@@ -53,8 +53,8 @@ ERROR: Schema = {"type": "object", "required": ["error"], "properties": {"error"
 def described(takes: Schema | None = None, gives: Schema = OBJECT) -> Schema:
     """A row's description: the members of the body, if it takes one, and the types of its answer."""
     failed = {"description": "what was wrong", "content": {"application/json": {"schema": ERROR}}}
-    told = {"responses": {"200": {"description": "as asked", "content": gives}, "default": failed}}
+    responses = {"responses": {"200": {"description": "as asked", "content": gives}, "default": failed}}
     if takes is None:
-        return told
+        return responses
     body = {"type": "object", "required": [name for name in MODEL if name in takes], "properties": takes}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}, **told}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}, **responses}

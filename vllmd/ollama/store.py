@@ -81,5 +81,5 @@ def _progress(line: Pulled) -> dict[str, Any]:
     ours is of the source, for the files are several.
     """
     digest = "sha256:" + hashlib.sha256(line.source.encode()).hexdigest()
-    told = {"digest": digest, "total": line.total, "completed": line.completed}
-    return {"status": f"pulling {digest[7:19]}", **told}
+    progress = {"digest": digest, "total": line.total, "completed": line.completed}
+    return {"status": f"pulling {digest[7:19]}", **progress}

@@ -32,7 +32,7 @@ class Server:
     Listeners are never closed or unlinked here: connections that are not accepted wait in their queues for the next
     process that accepts. ``on_exchange`` is called for every request that ended. ``memory`` is for request bodies;
     several servers may share it. A connection whose file descriptor is ``files`` or higher is refused
-    (``limits.clients_files``). ``on_refused`` is told why, of each connection that is refused.
+    (``limits.clients_files``). ``on_refused`` is called with the reason for each connection that is refused.
     """
 
     def __init__(
