@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,13 @@ import pytest
 
 from tests.proxy.fakes import Asked, Engine, until
 from vllmd.admin.models import ModelEndpoints
-from vllmd.config.types import ModelConfig
+from vllmd.config.types import Config, ModelConfig, ReplicaConfig
+from vllmd.daemon.current import Current, Later, RuntimeEnvironment
+from vllmd.daemon.learnt import Learnt
+from vllmd.daemon.offers import Offers
 from vllmd.daemon.self_description import Descriptions, SelfDescription, context_of, modality, tools_of
 from vllmd.daemon.serializers import card
+from vllmd.daemon.status import AT_A_TIME, Status
 from vllmd.engines.base import Listen
 from vllmd.engines.vllm import ROUTES
 from vllmd.ollama.models import abilities
@@ -74,6 +79,10 @@ def test_an_engine_is_asked_once_per_start(tmp_path: Path) -> None:
             process.instance = "m-2"
             assert await told.of([process]) == expected
             assert len(engine.asked) == 4
+            other: Any = SimpleNamespace(**{**vars(process), "name": "n", "instance": "n-1"})
+            assert set(await told.of([other], running=[process, other])) == {"n"}, "one model is looked at"
+            assert await told.of([process]) == expected
+            assert len(engine.asked) == 6, "the first one's description was kept meanwhile"
             assert await told.of([]) == {}
             hasty, process.instance = Descriptions(patience=0.0), "m-3"
             assert await hasty.of([process]) == {}
@@ -141,8 +150,8 @@ def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:
         async def models(self) -> list[dict[str, Any]]:
             return [card(model, ROUTES, None, "") for model in models]
 
-        def resolve(self, name: str, caller: object) -> str:
-            return name
+        async def model(self, name: str) -> dict[str, Any] | None:
+            return next((each for each in await self.models() if each["id"] == name), None)
 
         def called(self, name: str, caller: object) -> str:
             return name
@@ -155,5 +164,36 @@ def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:
         ]
         one = await endpoints.one(Request("GET", "/", "/", "", Headers(), params={"model": "b"}, caller=ANYBODY))
         assert json.loads(one.body)["id"] == "b"  # type: ignore[arg-type]
+
+    asyncio.run(play())
+
+
+def test_a_list_that_is_drawn_up_while_the_configuration_changes_is_of_one_moment(tmp_path: Path) -> None:
+    """A model that a reload gives replicas meanwhile has engines of which the list's moment knows nothing."""
+
+    alone = {name: ModelConfig(name) for name in map(str, range(2 * AT_A_TIME))}
+    pairs = {
+        name: replace(
+            model, replicas=ReplicaConfig(of=tuple(replace(model, name=f"{name}@{n}", replica_of=name) for n in (1, 2)))
+        )
+        for name, model in alone.items()
+    }
+
+    async def play() -> None:
+        current, gate = (
+            Current(Config(models=alone)),
+            SimpleNamespace(refusal=None, requests=0, offers=Offers({}, {}, lambda _: {})),
+        )
+        runtime, resolver = (
+            RuntimeEnvironment(home=tmp_path),
+            lambda model: SimpleNamespace(routes=lambda model: ROUTES),
+        )
+        status = Status(current, runtime, resolver, gate, Learnt(None), Later(), lambda: 0)  # type: ignore[arg-type]
+        await status.models()  # which reads the cache, in a thread
+        listing = asyncio.ensure_future(status.models())
+        await asyncio.sleep(0)
+        assert not listing.done()
+        current.apply(Config(models=pairs))
+        assert len(await listing) == 2 * AT_A_TIME
 
     asyncio.run(play())

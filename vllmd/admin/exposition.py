@@ -102,7 +102,7 @@ def counted(counters: Counters) -> Iterator[Metric]:
     yield from _counter("model_sent_bytes", "Answers relayed to clients, heads included.", model, counters.sent)
     yield from _counter(
         "model_tokens",
-        "Tokens in and out: by the answer's usage, without one reckoned from sizes.",
+        "Tokens in and out: by the answer's usage, without one estimated from sizes.",
         model,
         counters.tokens,
     )

@@ -222,7 +222,7 @@ FORCE_KILL = Param("force", Flag(), "also a process that is no engine's but is o
                    flags=("-f", "--force"))  # fmt: skip
 LEVEL = Param("level", Choice((1, 2, 3)), "how deep; 3 stops it (default: 1)", default=1, flags=("-l", "--level"))
 PINNED = Param("pinned", Flag(), "whether it is to be", "body", default=True)
-MESSAGE = Param("message", Text("a message", 500), "what its clients are told", "body", None,
+MESSAGE = Param("message", Text("a message", 500), "the message that its clients get", "body", None,
                 flags=("-m", "--message"), metavar="TEXT")  # fmt: skip
 LEASE = Param("lease", Text("a name of your choice"), "its name", "body")
 SECONDS = Param("seconds", Seconds(LONGEST_LEASE), "for how long; null: until released", "body", None,

@@ -142,13 +142,14 @@ class ServerManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        holding = self._holding  # another thread may call ``stop`` meanwhile
         if self.auto_terminate == "directly":
             self.stop()
-        elif self.auto_terminate == "delay" and self._holding and self._holding.kept:
+        elif self.auto_terminate == "delay" and holding and holding.kept:
             try:
-                self._holding.count_down(self.resource_timeout)
+                holding.count_down(self.resource_timeout)
             except VllmdError as error:  # the block may have its own error to raise
-                self._forget(self._holding, error)
+                self._forget(holding, error)
 
     # -- clients of the model ------------------------------------------------------------------
 

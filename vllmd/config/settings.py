@@ -363,8 +363,8 @@ REPLICAS = Group(
         Setting(
             "growth",
             Kind("a number above 1", k.real(1, 1000), {"type": "number", "exclusiveMinimum": 1}),
-            "How many times slower than the fastest a replica may be before it is ejected, and by what factor that "
-            "limit grows with each of its attempts to come back.",
+            "How many times slower than the fastest a replica may be before it gets no more requests, and by what "
+            "factor that limit grows with each of its attempts to come back.",
             also=("latency_growing_rate",),
         ),
         Setting(
@@ -802,7 +802,7 @@ SERVER = Group(
         Setting(
             "loading_comment_interval",
             k.PAUSE,
-            "Interval of the comments in a stream whose model is being loaded; 0 sends none.",
+            "Interval of the comments in a stream that waits for its model; 0 sends none.",
         ),
         Setting(
             "loading_as_reasoning",

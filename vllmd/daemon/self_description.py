@@ -102,10 +102,16 @@ class Descriptions:
         self._said: dict[str, SelfDescription] = {}  # by instance
         self._asking: dict[str, asyncio.Task[None]] = {}
 
-    async def of(self, processes: Iterable[EngineProcess]) -> Mapping[str, SelfDescription]:
-        """By the engine's name: what these, which serve, say of themselves."""
+    async def of(
+        self, processes: Iterable[EngineProcess], running: Iterable[EngineProcess] = ()
+    ) -> Mapping[str, SelfDescription]:
+        """By the engine's name: what these, which serve, say of themselves.
+
+        Of engines that are not among them or all those that are ``running`` the descriptions are forgotten.
+        """
         serving = {process.instance or process.name: process for process in processes}
-        self._said = {instance: said for instance, said in self._said.items() if instance in serving}
+        kept = {*serving, *(process.instance or process.name for process in running)}
+        self._said = {instance: said for instance, said in self._said.items() if instance in kept}
         for instance, process in serving.items():
             if instance not in self._said and instance not in self._asking:
                 self._asking[instance] = asyncio.ensure_future(self._ask(instance, process))

@@ -631,9 +631,8 @@ def main(argv: list[str]) -> int:
             status.told |= {"phase": "failed", "error": what, "code": "failed"}
         failed = status.told["phase"] == "failed"
         print(f"{request.get('name', '')}: {status.told['error'] or 'done'}", file=sys.stderr, flush=True)
-    time.sleep(
-        request.get("linger") or 0
-    )  # the status file goes with the scope: the daemon ends us when it has read it
+    # The status file goes with the scope: the daemon ends us when it has read it.
+    time.sleep(request.get("linger") or 0)
     return 1 if failed else 0
 
 

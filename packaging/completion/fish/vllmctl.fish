@@ -86,7 +86,7 @@ complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l user -d 'the vll
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l url -r -d 'over HTTP, such as http://gpu1:33258; needs a key with the scope admin'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l key -r -d 'API key for --url (default: $VLLMD_API_KEY)'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -l json -d 'print JSON instead of a table'
-complete -c vllmctl -n '__fish_seen_subcommand_from disable' -s m -l message -r -d 'what its clients are told'
+complete -c vllmctl -n '__fish_seen_subcommand_from disable' -s m -l message -r -d 'the message that its clients get'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -a '(vllmctl completion models 2>/dev/null)'
 complete -c vllmctl -n '__fish_seen_subcommand_from disable' -F
 complete -c vllmctl -n __fish_use_subcommand -a doctor -d 'Find what is wrong with this machine, and say what helps'
