@@ -36,6 +36,8 @@ def unfit(model: ModelConfig, devices: Sequence[Device]) -> str:
         there = ", ".join(str(device.index) for device in devices)
         return f"there is no device {absent[0]}; this machine has {there}"
     own = [device for device in devices if not model.devices or device.index in model.devices]
+    if len(own) < model.devices_here:
+        return f"it takes {model.devices_here} devices, and may use {len(own)} only"
     fitting = [device for device in own if memory_of(model, device.memory) <= device.memory - device.reserve]
     if len(fitting) >= model.devices_here:
         return ""
