@@ -70,6 +70,15 @@ def test_config_show_and_schema(file: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["title"] == "vllmd.yaml(5)"
 
 
+def test_config_show_of_a_model_that_can_never_fit(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The daemon serves the others by this configuration: it is in effect, and shown."""
+    file.write_text("devices: [{memory: 8GiB}]\nmodels: {big: {gpu_memory: 20GiB}, m: {}}\n")
+    assert main(["config", "show"]) == 0
+    shown = capsys.readouterr()
+    assert "gpu_memory: 20GiB" in shown.out
+    assert shown.err.startswith(f"{file}:2: models.big.gpu_memory: 20GiB does not fit")
+
+
 def test_V_assign_writes_yaml(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Devices and memory; comments stay; an end of the name is enough."""
     file.chmod(0o640)
