@@ -158,6 +158,15 @@ def test_a_program_that_is_missing_is_said_once() -> None:
     assert not is_known(("bad", "m has failed: out of memory", ""), "m: there is no command 'vllm'")
 
 
+def test_a_model_that_can_never_fit_is_said_once() -> None:
+    """Where a file declares the devices the configuration's finding has it; another one about the model has not."""
+    what = "org/m can never be loaded: 'org/m' needs 90 GiB"
+    assert is_known(("bad", what, ""), "/etc/v.yaml:4: models.org/m.gpu_memory: 90GiB does not fit")
+    assert is_known(("bad", what, ""), "/etc/v.yaml:4: models.org/m.devices: there is no device 3")
+    for other in ("models.org/m.env.TOKEN: everybody can read this", "models.org/m2.gpu_memory: 90GiB does not fit"):
+        assert not is_known(("bad", what, ""), f"/etc/v.yaml:4: {other}")
+
+
 def test_a_driver_without_its_device_nodes(tmp_path: Path) -> None:
     """The engines may not load the module by themselves."""
     make(tmp_path, "/proc/driver/nvidia/version", "/dev/nvidia0", "/dev/nvidiactl")

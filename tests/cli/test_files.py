@@ -23,6 +23,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "vllmd.yaml"
     file.write_text("# ours\nmodels:\n  Qwen/Qwen3-0.6B:  # small\n    devices: 0\n")
     monkeypatch.setenv("VLLMD_CONFIG", str(file))
+    monkeypatch.setattr("vllmd.gpu.present.present", lambda config: ())  # whatever the machine of these tests has
     return file
 
 
@@ -67,6 +68,15 @@ def test_config_show_and_schema(file: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["models"]["Qwen/Qwen3-0.6B"]["devices"] == [0]
     assert main(["config", "schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "vllmd.yaml(5)"
+
+
+def test_config_show_of_a_model_that_can_never_fit(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The daemon serves the others by this configuration: it is in effect, and shown."""
+    file.write_text("devices: [{memory: 8GiB}]\nmodels: {big: {gpu_memory: 20GiB}, m: {}}\n")
+    assert main(["config", "show"]) == 0
+    shown = capsys.readouterr()
+    assert "gpu_memory: 20GiB" in shown.out
+    assert shown.err.startswith(f"{file}:2: models.big.gpu_memory: 20GiB does not fit")
 
 
 def test_V_assign_writes_yaml(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +164,30 @@ def test_assign_refuses_what_no_device_has(
     assert capsys.readouterr().err == f"{refused}there is no device 3; this machine has 0, 1\n"
     assert file.read_text() == before
     assert main(["assign", "Qwen3-0.6B", "--devices", "auto", "--gpu-memory", "20GiB"]) == 0
+
+
+def test_assign_mends_one_of_two_models_that_can_never_be_loaded(file: Path) -> None:
+    """The other one is in nobody's way, as when the daemon reads the file; a third one is assigned all the same."""
+    file.write_text(
+        "devices: [{memory: 8GiB}]\nmodels:\n  a: {gpu_memory: 20GiB}\n  b: {gpu_memory: 30GiB}\n  c: {pin: true}\n"
+    )
+    assert main(["assign", "c", "--gpu-memory", "1GiB"]) == 0
+    assert main(["assign", "a", "--gpu-memory", "9GiB"]) == 78
+    for name in "ba":
+        assert main(["assign", name, "--gpu-memory", "4GiB"]) == 0
+    assert load(file, env={}).warnings == ()
+
+
+def test_assign_asks_only_the_devices_of_this_machine(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of another host is no matter of theirs; for one that takes too many their number is the reason."""
+    monkeypatch.setattr("vllmd.gpu.present.present", lambda config: (Device(0, "0", 8 * GiB, GiB // 2),))
+    file.write_text("models:\n  far: {host: elsewhere.example}\n  two: {tensor_parallel_size: 2}\n")
+    assert main(["assign", "far", "--devices", "3", "--gpu-memory", "20GiB"]) == 0
+    capsys.readouterr()
+    assert main(["assign", "two", "--devices", "auto"]) == 78
+    assert capsys.readouterr().err.endswith("two could never be loaded: it takes 2 devices, and may use 1 only\n")
 
 
 def test_assign_on_a_full_disk_leaves_the_file(

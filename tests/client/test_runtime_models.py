@@ -6,6 +6,7 @@ L is the Python library: CONTRIBUTING.md, The five documents.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 
 from tests.client.site import Vllmd, running
 from vllmd import errors
-from vllmd.config.runtime_model import runtime_model
-from vllmd.config.types import Config, ModelConfig
+from vllmd.config.runtime_model import changed, runtime_model
+from vllmd.config.types import Config, DeviceConfig, ModelConfig
+from vllmd.sizes import GiB
 
 TEMPLATE = ModelConfig("", extra_args=("--seed", "1"), env={"A": "1"}, max_model_len=4096)
 CONFIG = Config(template=TEMPLATE, models={"org/known": ModelConfig("org/known", aliases=("k",))})
@@ -53,6 +55,22 @@ def test_what_is_wrong_in_a_file_is_wrong_here(settings: dict[str, Any], why: st
     """The same table, the same words."""
     with pytest.raises(errors.BadRequest, match=why):
         asked(settings, trusted=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"gpu_memory": "100GiB"}, "gpu_memory: 100GiB does not fit"), ({"devices": [3]}, "there is no device 3")],
+)
+def test_what_no_declared_device_has_is_refused(settings: dict[str, Any], why: str) -> None:
+    """At once, not at its first request; a model of a file that can never be loaded either is no reason."""
+    never = ModelConfig("org/never", gpu_memory=200 * GiB)
+    config = replace(CONFIG, devices=(DeviceConfig(80 * GiB),), models={"org/never": never, **CONFIG.models})
+    with pytest.raises(errors.BadRequest, match=why) as error:
+        runtime_model("org/new", settings, config, trusted=True)
+    assert "org/never" not in str(error.value)
+    assert runtime_model("org/new", {"gpu_memory": "10GiB"}, config, trusted=True).gpu_memory == 10 * GiB
+    with pytest.raises(errors.BadRequest, match=why):
+        changed("org/known", settings, config)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 from vllmd.config.loader import load, read
 from vllmd.config.names import instance_name, unit_pattern
 from vllmd.config.offers import lora_modules
+from vllmd.config.reload import shared
 from vllmd.config.types import (
     AdapterConfig,
     Config,
@@ -622,3 +623,24 @@ def test_an_address_to_fetch_from_is_nothing_else(tmp_path: Path, url: str) -> N
     """It becomes a word of a command line, and is shown."""
     (tmp_path / "vllmd.yaml").write_text(f"pull: {{endpoint: '{url}'}}\n")
     assert "no address of HTTP" in str(read(tmp_path / "vllmd.yaml", {}).problems[0])
+
+
+def test_a_reload_shares_models_that_are_the_same_and_takes_every_other(tmp_path: Path) -> None:
+    """As JSON 1 and true are two values, and 1 and 1.0 two texts, which for Python are all equal."""
+    file = tmp_path / "vllmd.yaml"
+    settings = [
+        "options: {a: %s}",
+        "request: {set: {logprobs: %s}}",
+        "variants: {v: {request: {default: {n: %s}}}}",
+        "replicas: [{options: {a: %s}}]",
+    ]
+    for setting in settings:
+        file.write_text("models:\n  same: {}\n  m: {" + setting % "1" + "}\n")
+        running = load(file, env={})
+        assert shared(load(file, env={}), running).models["m"] is running.models["m"]
+        for value in ("true", "1.0"):
+            file.write_text("models:\n  same: {}\n  m: {" + setting % value + "}\n")
+            read_now = load(file, env={})
+            taken = shared(read_now, running).models
+            assert taken["m"] is read_now.models["m"], setting
+            assert taken["same"] is running.models["same"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.gpu.fake_nvml import FakeNvml, GiB, Gpu
 from vllmd.config.types import Config, DeviceConfig
-from vllmd.gpu import Sample, open_devices
+from vllmd.gpu import Sample, open_devices, present
 from vllmd.simengine.device import FakeGpu, make_device
 
 
@@ -66,3 +68,11 @@ def test_what_belongs_to_nobody_is_in_use(tmp_path: Path) -> None:
     FakeGpu(path).lose(2 * GiB)
     device = open_devices(Config(devices=(DeviceConfig(8 * GiB, file=path),)), {}).sample().devices[0]
     assert (device.used, device.ownerless) == (5 * GiB, 2 * GiB)
+
+
+def test_the_variables_of_whoever_asks_hide_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's CUDA_VISIBLE_DEVICES is not the daemon's: vllmctl assign would refuse a device that is there."""
+    two = FakeNvml(Gpu("GPU-a"), Gpu("GPU-b"))
+    monkeypatch.setattr(present, "open_devices", lambda config, env: open_devices(config, env, two))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert [device.index for device in present.present(Config())] == [0, 1]

@@ -51,6 +51,12 @@ def unfit(config: Config) -> Iterator[Finding]:
             yield from fits(each, config)
 
 
+def says_unfit(findings: str, model: str) -> bool:
+    """Whether the text of findings has one of ``unfit`` about a model, and not only others about it."""
+    settings = ("devices", "gpu_memory", "tensor_parallel_size", "local_devices")
+    return any(f": models.{model}.{setting}: " in findings for setting in settings)
+
+
 def warnings_of(config: Config) -> Iterator[Finding]:
     """Everything that works, but hardly as meant."""
     yield from pins(config)

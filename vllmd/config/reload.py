@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vllmd.config.types import Config
+from vllmd.config.types import Config, ModelConfig
 
 LATER = "takes effect at the next start of vllmd"
 BY_SYSTEMD = "is not used: vllmd.socket says where to listen, and vllmd.service who vllmd is"
@@ -42,9 +42,18 @@ def shared(read: Config, running: Config) -> Config:
 
     Of ten thousand models whoever goes on with it then sees at a glance which are others, and none is there twice.
     """
-    before = running.models
-    models = {name: known if (known := before.get(name)) == model else model for name, model in read.models.items()}
+    models = dict(read.models)
+    for name, model in models.items():
+        known = running.models.get(name)
+        if known is not None and known == model and _json_values(known) == _json_values(model):
+            models[name] = known
     return replace(read, models=models)
+
+
+def _json_values(model: ModelConfig) -> str:
+    """The settings of a model whose values are any JSON, as text: for Python ``1 == True == 1.0``, for a client not."""
+    engines = (model, *(model.replicas.of if model.replicas else ()))
+    return repr([(each.options, each.request, each.variants) for each in engines])
 
 
 def _value(config: Any, path: str) -> Any:

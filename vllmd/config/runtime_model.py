@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllmd.config.checks import check
+from vllmd.config.checks import check, unfit
 from vllmd.config.findings import Findings
 from vllmd.config.loader import parse_model
 from vllmd.config.nodes import Node, Where
@@ -56,6 +56,7 @@ def runtime_model(name: str, settings: Mapping[str, Any], config: Config, *, tru
                 problems.append(f"extra_args: {flag} must be configured by your administrator")
         together = replace(config, models={**config.models, name: model})
         problems = [*sorted(problems), *(f"{path}: {what}" for _, path, what in check(together))]
+        problems += _unfit(model, config)
     if problems:
         raise BadRequest("\n".join(problems))
     return model
@@ -71,9 +72,15 @@ def changed(name: str, settings: Mapping[str, Any], config: Config) -> ModelConf
         model = _over(config.models[name], model, given)
         together = replace(config, models={**config.models, name: model})
         problems = [f"{path}: {what}" for _, path, what in check(together) if path.startswith(f"models.{name}")]
+        problems += _unfit(model, config)
     if problems:
         raise BadRequest("\n".join(problems))
     return model
+
+
+def _unfit(model: ModelConfig, config: Config) -> list[str]:
+    """Why one model can never be loaded on the declared devices. Others, which a file may have, are not looked at."""
+    return [f"{path}: {what}" for _, path, what in unfit(replace(config, models={model.name: model}))]
 
 
 def _over(template: ModelConfig, model: ModelConfig, given: frozenset[str]) -> ModelConfig:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from vllmd.api.answers import Reloaded
+from vllmd.config.checks import says_unfit
 from vllmd.config.reload import LATER, in_force
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import commands, events
@@ -88,7 +89,7 @@ async def apply_configuration(
 
 def _unmentioned(problems: Mapping[str, str], warnings: Sequence[str]) -> list[str]:
     """The problems of models, which are in the log already, that no warning names by its line."""
-    return [why for model, why in problems.items() if not any(f": models.{model}." in each for each in warnings)]
+    return [why for model, why in problems.items() if not any(says_unfit(each, model) for each in warnings)]
 
 
 def _outdated(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 
@@ -19,9 +18,8 @@ PATIENCE = 5.0  # seconds for a driver's answer
 def present(config: Config) -> tuple[Device, ...]:
     """The GPUs, or the devices that are declared; none where the driver does not answer (the daemon will say so)."""
     found: list[tuple[Device, ...]] = []
-    asking = threading.Thread(
-        target=lambda: found.append(gpus(open_devices(config, os.environ).inventory())), daemon=True
-    )
+    # Without our variables: CUDA_VISIBLE_DEVICES of the caller's shell hides nothing from the daemon.
+    asking = threading.Thread(target=lambda: found.append(gpus(open_devices(config, {}).inventory())), daemon=True)
     asking.start()
     asking.join(PATIENCE)
     return found[0] if found else ()
@@ -36,6 +34,8 @@ def unfit(model: ModelConfig, devices: Sequence[Device]) -> str:
         there = ", ".join(str(device.index) for device in devices)
         return f"there is no device {absent[0]}; this machine has {there}"
     own = [device for device in devices if not model.devices or device.index in model.devices]
+    if len(own) < model.devices_here:
+        return f"it takes {model.devices_here} devices, and may use {len(own)} only"
     fitting = [device for device in own if memory_of(model, device.memory) <= device.memory - device.reserve]
     if len(fitting) >= model.devices_here:
         return ""

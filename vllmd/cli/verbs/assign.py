@@ -73,6 +73,7 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
     """Change the file that has the model (else the main one), if the result is valid. Returns file and model's name."""
     from vllmd.config import edit
     from vllmd.config.loader import default_file, read
+    from vllmd.config.replicas import engines_of, is_this_host, of_this_host
     from vllmd.gpu.present import present, unfit
 
     main = config_file or default_file()
@@ -90,13 +91,18 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
     except edit.CannotEdit as error:
         raise Failure(f"{path}: {error}", EX_DATAERR) from None
     reading = read(main, texts={path: new})
-    if reading.problems:
-        problems = "\n".join(map(str, reading.problems))
-        raise Failure(f"nothing was changed, for it would not be valid:\n{problems}", EX_CONFIG)
-    assigned = reading.config.models.get(name)
-    why = unfit(assigned, present(reading.config)) if assigned else ""
-    if why:
-        raise Failure(f"nothing was changed, for {name} could never be loaded: {why}", EX_CONFIG)
+    # Another model that can never be loaded is in nobody's way, or two of them could not be mended one by one.
+    own = (f"models.{name}.", f"models.{name}@")
+    problems = [each for each in reading.problems if not each.alone or each.path.startswith(own)]
+    if problems:
+        text = "\n".join(map(str, problems))
+        raise Failure(f"nothing was changed, for it would not be valid:\n{text}", EX_CONFIG)
+    here, _ = of_this_host(reading.config, is_this_host)  # the devices of another machine are not known
+    assigned = [each for each in engines_of(here.models).values() if name in (each.name, each.replica_of)]
+    there = present(reading.config) if assigned else ()
+    for engine in assigned:
+        if why := unfit(engine, there):
+            raise Failure(f"nothing was changed, for {engine.name} could never be loaded: {why}", EX_CONFIG)
     files.replace(path, new)
     return path, name
 

@@ -73,7 +73,9 @@ def is_known(finding: Finding, known: str) -> bool:
     _, what, _ = finding
     name, never, _ = what.partition(" can never be loaded: ")
     if never:
-        return f": models.{name}." in known
+        from vllmd.config.checks import says_unfit
+
+        return says_unfit(known, name)
     name, failed, why = what.partition(" has failed: there is no command ")
     return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in known
 

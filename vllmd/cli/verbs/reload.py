@@ -78,6 +78,6 @@ def check(arguments: argparse.Namespace, *, system: bool) -> int:
     status = config.check(arguments)
     if not arguments.json:
         fails = any(not problem.alone for problem in read(arguments.file).problems)
-        told = "fails on this" if fails else "serves all other models" if status == EX_CONFIG else "reads this"
-        print(f"vllmd does not run: its next start {told}")
+        does = "fails on this" if fails else "serves all other models" if status == EX_CONFIG else "reads this"
+        print(f"vllmd does not run: its next start {does}")
     return status
