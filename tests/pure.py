@@ -28,6 +28,7 @@ PURE = (
     "engines/test_kinds.py",
     "engines/test_known_failures.py",
     "engines/test_loaders.py",
+    "engines/test_looks.py",
     "engines/test_registry.py",
     "engines/test_vllm.py",
     "engines/test_vllm_log.py",

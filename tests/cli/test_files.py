@@ -14,6 +14,7 @@ from tests.cli.fake_daemon import fake_daemon, model, status
 from vllmd.cli import main
 from vllmd.config.loader import load
 from vllmd.core.types import Device
+from vllmd.gpu.inventory import NoDevices
 from vllmd.sizes import GiB
 
 
@@ -23,7 +24,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "vllmd.yaml"
     file.write_text("# ours\nmodels:\n  Qwen/Qwen3-0.6B:  # small\n    devices: 0\n")
     monkeypatch.setenv("VLLMD_CONFIG", str(file))
-    monkeypatch.setattr("vllmd.gpu.present.present", lambda config: ())  # whatever the machine of these tests has
+    monkeypatch.setattr("vllmd.gpu.present.open_devices", lambda config, env: NoDevices("whatever machine this is"))
     return file
 
 
@@ -164,6 +165,39 @@ def test_assign_refuses_what_no_device_has(
     assert capsys.readouterr().err == f"{refused}there is no device 3; this machine has 0, 1\n"
     assert file.read_text() == before
     assert main(["assign", "Qwen3-0.6B", "--devices", "auto", "--gpu-memory", "20GiB"]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why"),
+    [
+        (2, "it would take 12GiB on each of 2 devices, and device 0 has 8GiB less a reserve of 512MiB: 7.5GiB"),
+        (4, "it takes 4 devices, but may use 2 only"),
+    ],
+)
+def test_assign_names_what_several_devices_lack(
+    ranks: int, why: str, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a device that has enough: the one that has not, or that there are too few."""
+    there = tuple(Device(index, str(index), size * GiB, GiB // 2) for index, size in enumerate((8, 24)))
+    monkeypatch.setattr("vllmd.gpu.present.present", lambda config: there)
+    file.write_text(f"models:\n  m:\n    tensor_parallel_size: {ranks}\n")
+    assert main(["assign", "m", "--gpu-memory", "12GiB"]) == 78
+    assert capsys.readouterr().err == f"vllmctl: nothing was changed, for m could never be loaded: {why}\n"
+
+
+def test_assign_heeds_no_variable_of_the_shell(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it hides from the programs of the operator is the daemon's all the same."""
+    environments: list[dict[str, str]] = []
+
+    def open_devices(config: object, env: dict[str, str]) -> NoDevices:
+        environments.append(env)
+        return NoDevices("")
+
+    monkeypatch.setattr("vllmd.gpu.present.open_devices", open_devices)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert main(["assign", "Qwen3-0.6B", "--devices", "0"]) == 0
+    assert environments == [{}]
 
 
 def test_assign_mends_one_of_two_models_that_can_never_be_loaded(file: Path) -> None:
@@ -187,7 +221,7 @@ def test_assign_asks_only_the_devices_of_this_machine(
     assert main(["assign", "far", "--devices", "3", "--gpu-memory", "20GiB"]) == 0
     capsys.readouterr()
     assert main(["assign", "two", "--devices", "auto"]) == 78
-    assert capsys.readouterr().err.endswith("two could never be loaded: it takes 2 devices, and may use 1 only\n")
+    assert capsys.readouterr().err.endswith("two could never be loaded: it takes 2 devices, but may use 1 only\n")
 
 
 def test_assign_on_a_full_disk_leaves_the_file(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,6 +89,21 @@ def test_pids_come_from_the_cgroup_and_below(tmp_path: Path) -> None:
     (tmp_path / "cgroup.procs").write_text("10\n11\n0\n")
     (tmp_path / "child/cgroup.procs").write_text("12\n")
     assert pids_of(tmp_path, 1) == {10, 11, 12}
+
+
+def test_a_cgroup_that_goes_away_meanwhile_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's cgroup is removed while an engine ends: the processes of the others are still told."""
+    (tmp_path / "child").mkdir()
+    (tmp_path / "cgroup.procs").write_text("10\n")
+    look = os.scandir
+
+    def scandir(path: os.PathLike[str] | str) -> object:
+        if str(path).endswith("child"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert pids_of(tmp_path, 1) == {10}
 
 
 def test_without_a_cgroup_the_family_counts(tmp_path: Path) -> None:

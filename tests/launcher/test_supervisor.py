@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllmd.launcher import engines
+from vllmd.launcher import engines, process, spawn
 from vllmd.launcher.backend import Found, Placed
 from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.logs import Pipes
@@ -139,6 +140,30 @@ def test_a_failure_of_any_length_is_the_answer(command: str) -> None:
 def test_what_the_child_says_is_not_believed(data: bytes) -> None:
     """It ran as the engine's user by then, whom another process of that user may have got at."""
     assert read_failure(data).permanent is False
+
+
+def test_a_child_without_a_descriptor_for_it_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait at its gate, and nobody could signal or reap it; the pipes to it are closed as well."""
+    forked: list[int] = []
+
+    def full(pid: int) -> int:
+        forked.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(process, "start_time_of", full)
+    before = os.listdir("/proc/self/fd")
+    with open(os.devnull, "wb") as output, pytest.raises(OSError, match="Too many"):
+        spawn.spawn(StartOrder("a", ("/bin/true",)), OURSELVES, output.fileno(), die_with_us=False)
+    assert os.listdir("/proc/self/fd") == before
+    assert len(forked) == 1 and not os.path.exists(f"/proc/{forked[0]}")
+
+
+def test_a_service_keeps_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name of their own they are false, but may have a range of ids: engines found again have one of them."""
+    loop, users, taken = Loop(), Users(), list[object]()
+    monkeypatch.setattr("vllmd.launcher.service.Supervisor", lambda *given: taken.extend(given))
+    Service(loop, Backend(loop, ""), (), users=users)
+    assert not users and any(each is users for each in taken)
 
 
 def test_users() -> None:

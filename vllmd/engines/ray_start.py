@@ -124,10 +124,10 @@ def what_is_missing(python: str, settings: dict[str, Any]) -> str:
         return f"Ray at {address} does not answer within {LOOK_LIMIT:g} s"
     if look.returncode:
         return f"Ray at {address}: {(look.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-    told_line = next((line for line in look.stdout.splitlines() if line.startswith("CLUSTER ")), "")
-    if not told_line:
+    report = next((line for line in look.stdout.splitlines() if line.startswith("CLUSTER ")), "")
+    if not report:
         return f"Ray at {address} has ended without a word about its nodes"
-    nodes, free = json.loads(told_line.removeprefix("CLUSTER "))
+    nodes, free = json.loads(report.removeprefix("CLUSTER "))
     return "" if free >= settings["needed"] else too_small(address, nodes, free, settings["needed"])
 
 

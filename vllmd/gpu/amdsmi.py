@@ -42,7 +42,7 @@ class SmiDevices(AmdDevices):
                 found[self._smi.amdsmi_get_gpu_device_bdf(handle).lower()] = handle
         return found
 
-    def _told(self, card: Card, read: Callable[[Any], T | None]) -> T | None:
+    def _field(self, card: Card, read: Callable[[Any], T | None]) -> T | None:
         """One field of a device; None where the library does not tell it ("N/A", or an exception)."""
         handle = self._handles.get(card.address)
         if handle is None:
@@ -54,32 +54,32 @@ class SmiDevices(AmdDevices):
 
     def memory(self, card: Card) -> int | None:
         smi = self._smi
-        told = self._told(card, lambda handle: smi.amdsmi_get_gpu_memory_total(handle, smi.AmdSmiMemoryType.VRAM))
-        return told or super().memory(card)
+        figure = self._field(card, lambda handle: smi.amdsmi_get_gpu_memory_total(handle, smi.AmdSmiMemoryType.VRAM))
+        return figure or super().memory(card)
 
     def used(self, card: Card, held: int) -> int:
         smi = self._smi
-        told = self._told(card, lambda handle: smi.amdsmi_get_gpu_memory_usage(handle, smi.AmdSmiMemoryType.VRAM))
-        return super().used(card, held) if told is None else int(told)
+        figure = self._field(card, lambda handle: smi.amdsmi_get_gpu_memory_usage(handle, smi.AmdSmiMemoryType.VRAM))
+        return super().used(card, held) if figure is None else int(figure)
 
     def watts(self, index: int, card: Card) -> float | None:
         names = ("socket_power", "current_socket_power", "average_socket_power")
-        told = self._told(card, lambda handle: _first(self._smi.amdsmi_get_power_info(handle), names))
-        return super().watts(index, card) if told is None else told
+        figure = self._field(card, lambda handle: _first(self._smi.amdsmi_get_power_info(handle), names))
+        return super().watts(index, card) if figure is None else figure
 
     def busy(self, card: Card) -> float | None:
-        told = self._told(card, lambda handle: _first(self._smi.amdsmi_get_gpu_activity(handle), ("gfx_activity",)))
-        return super().busy(card) if told is None else told
+        figure = self._field(card, lambda handle: _first(self._smi.amdsmi_get_gpu_activity(handle), ("gfx_activity",)))
+        return super().busy(card) if figure is None else figure
 
     def fault(self, card: Card) -> str:
-        errors = self._told(card, lambda h: int(self._smi.amdsmi_get_gpu_total_ecc_count(h)["uncorrectable_count"]))
+        errors = self._field(card, lambda h: int(self._smi.amdsmi_get_gpu_total_ecc_count(h)["uncorrectable_count"]))
         return UNCORRECTED.format(errors) if errors else super().fault(card)
 
     def _processes(self) -> tuple[dict[str, dict[int, int]], bool]:
         """The processes that the driver's files show, and those that only the library sees."""
         seen, blind = super()._processes()
         for card in self._cards.values():
-            listed = self._told(card, self._smi.amdsmi_get_gpu_process_list)
+            listed = self._field(card, self._smi.amdsmi_get_gpu_process_list)
             sizes = seen.setdefault(card.address, {})
             for process in listed or ():
                 pid, size = process.get("pid"), _first(process.get("memory_usage", {}), ("vram_mem",))
@@ -88,9 +88,9 @@ class SmiDevices(AmdDevices):
         return seen, blind
 
 
-def _first(told: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
+def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
     """The first of these fields that is a number; the library says "N/A" for what a device does not have."""
-    values = (told.get(name) for name in names)
+    values = (fields.get(name) for name in names)
     return next((float(value) for value in values if isinstance(value, int | float) and value), None)
 
 

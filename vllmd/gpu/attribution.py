@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -82,13 +83,21 @@ def _folder(cgroup: Path | str | None) -> Path | None:
 
 
 def _in_cgroup(folder: Path) -> Iterable[int]:
-    for path in (folder / "cgroup.procs", *folder.rglob("cgroup.procs")):
+    for path, _, _ in os.walk(folder, onerror=_raise_if_out_of_files):
         try:
-            yield from (int(line) for line in path.read_text().split() if line != "0")  # 0: not of our pid namespace
+            lines = Path(path, "cgroup.procs").read_text().split()
+            yield from (int(line) for line in lines if line != "0")  # 0: not of our pid namespace
         except OSError as error:
-            if error.errno in OUT_OF_FILES:  # its memory would be taken for a stranger's
-                raise
-            continue  # it went away while we looked
+            _raise_if_out_of_files(error)
+
+
+def _raise_if_out_of_files(error: OSError) -> None:
+    """Raise only the error of having no file descriptor; else the cgroup or the process went away while we looked.
+
+    The memory of processes that are not found for want of a descriptor would be taken for external memory.
+    """
+    if error.errno in OUT_OF_FILES:
+        raise error
 
 
 def _family(main: int, proc: Path) -> frozenset[int]:
@@ -115,8 +124,8 @@ def _processes(proc: Path) -> dict[int, tuple[int, int]]:
             try:
                 fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 found[int(folder.name)] = (int(fields[1]), int(fields[3]))
-            except (OSError, IndexError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
-                    raise
+            except OSError as error:
+                _raise_if_out_of_files(error)
+            except (IndexError, ValueError):
                 continue  # it went away while we looked
     return found

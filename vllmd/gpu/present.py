@@ -1,4 +1,4 @@
-"""The devices of this machine, for whoever has no daemon to ask: the driver is asked, for a while."""
+"""The devices of this machine, and whether a model's settings fit them, for commands without a daemon."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from vllmd.gpu.cpu import gpus
 from vllmd.gpu.sources import open_devices
 from vllmd.sizes import in_words
 
-PATIENCE = 5.0  # seconds for a driver's answer
+PATIENCE_SECONDS = 5.0  # seconds for a driver's answer
 
 
 def present(config: Config) -> tuple[Device, ...]:
-    """The GPUs, or the devices that are declared; none where the driver does not answer (the daemon will say so)."""
+    """The GPUs, or the devices that are declared; none where the driver does not answer (the daemon will say so).
+
+    All of them: a CUDA_VISIBLE_DEVICES of the caller's shell is not the daemon's.
+    """
     found: list[tuple[Device, ...]] = []
-    # Without our variables: CUDA_VISIBLE_DEVICES of the caller's shell hides nothing from the daemon.
     asking = threading.Thread(target=lambda: found.append(gpus(open_devices(config, {}).inventory())), daemon=True)
     asking.start()
-    asking.join(PATIENCE)
+    asking.join(PATIENCE_SECONDS)
     return found[0] if found else ()
 
 
 def unfit(model: ModelConfig, devices: Sequence[Device]) -> str:
-    """Why the settings of devices and memory can never be met by these devices; "" if they can, or nobody knows."""
+    """Why these devices can never meet the settings of devices and memory; "" if they can, or there is no device."""
     if not devices:
         return ""
     absent = [index for index in model.devices if index not in {device.index for device in devices}]
@@ -34,13 +36,15 @@ def unfit(model: ModelConfig, devices: Sequence[Device]) -> str:
         there = ", ".join(str(device.index) for device in devices)
         return f"there is no device {absent[0]}; this machine has {there}"
     own = [device for device in devices if not model.devices or device.index in model.devices]
-    if len(own) < model.devices_here:
-        return f"it takes {model.devices_here} devices, and may use {len(own)} only"
-    fitting = [device for device in own if memory_of(model, device.memory) <= device.memory - device.reserve]
-    if len(fitting) >= model.devices_here:
+    needed = model.devices_here
+    if len(own) < needed:
+        return f"it takes {needed} devices, but may use {len(own)} only"
+    small = [device for device in own if memory_of(model, device.memory) > device.memory - device.reserve]
+    if len(own) - len(small) >= needed:
         return ""
-    largest = max(own, key=lambda device: device.memory - device.reserve)
-    asked = memory_of(model, largest.memory)
-    sizes = asked, largest.memory, largest.reserve, largest.memory - largest.reserve
+    largest = max(small, key=lambda device: device.memory - device.reserve)
+    taken = memory_of(model, largest.memory)
+    sizes = taken, largest.memory, largest.reserve, largest.memory - largest.reserve
     need, has, reserve, room = (in_words(size, gap="", digits=".4g") for size in sizes)
-    return f"it would take {need}, and device {largest.index} has {has} less a reserve of {reserve}: {room}"
+    each = f" on each of {needed} devices" if needed > 1 else ""
+    return f"it would take {need}{each}, and device {largest.index} has {has} less a reserve of {reserve}: {room}"

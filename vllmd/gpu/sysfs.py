@@ -30,9 +30,9 @@ _SIZE = re.compile(r"(\d+)\s*(KiB|MiB|GiB)?")
 _SCALE = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _VRAM = ("drm-resident-vram", "drm-memory-vram", "drm-total-vram", "drm-resident-local", "drm-total-local")
 BAD = Trouble("", "dmesg has the driver's messages; a reset or a reboot brings the device back")
+UNCORRECTED = "{} uncorrectable ECC errors since its driver was loaded: reset it or reboot"
 # i915's names of reasons for a slowdown; xe's have another prefix. Power limits are left out: a busy device is always
 # at one.
-UNCORRECTED = "{} uncorrectable ECC errors since its driver was loaded: reset it or reboot"
 _SLOWDOWNS = ("thermal", "prochot", "vr_thermalert", "vr_tdc", "ratl")
 
 

@@ -9,7 +9,7 @@ To read in this order::
     spawn      the child: drop privileges, wait at the gate, execute
     backend    what a way of running engines offers
     scopes     ... with systemd
-    bus        ... which it is asked and told on; the only file that knows pystemd
+    bus        ... its manager on D-Bus; the only file that knows pystemd
     orphans    ... and engines without a daemon, which are ended
     sessions   ... without
     cgroup, process, logs, lines, loop    the parts they are made of

@@ -89,7 +89,9 @@ class Service:
         self._idle: Timer | None = None
         self._listeners: list[socket.socket] = []
         self._refused, self._malformed, self._reported = Throttle(log), Throttle(log), Throttle(log, burst=200)
-        self.supervisor = Supervisor(loop, backend, users or Users(), self.report, roots, self.standby_waits)
+        # Not ``users or Users()``: without a name of its own a ``Users`` is false, but may have a range of user ids.
+        users = Users() if users is None else users
+        self.supervisor = Supervisor(loop, backend, users, self.report, roots, self.standby_waits)
 
     # --- connections ---
 

@@ -191,7 +191,7 @@ def spawn(order: StartOrder, user: User, output: int, *, die_with_us: bool, link
 
 
 def _held(pid: int) -> Process:
-    """Our child by its pidfd; one for which there is none is not left to itself. Raises OSError."""
+    """The child just forked, by its pidfd. If there is no descriptor for it, it is killed, and OSError raised."""
     try:
         return Process(pid)
     except OSError:
@@ -203,7 +203,7 @@ def _held(pid: int) -> Process:
 def prepare(order: StartOrder, user: User) -> Process:
     """Fork a child that, as the engine's user, makes the run directory and the home. It ends with status 0 if it could.
 
-    For an engine that becomes of a standby; others do it themselves (``spawn``). Raises OSError.
+    For an engine that is made of a standby; others do it themselves (``spawn``). Raises OSError.
     """
     return _in_child(user, lambda: _prepare_folders(order, user))
 
