@@ -69,16 +69,19 @@ def test_an_engine_is_asked_once_per_start(tmp_path: Path) -> None:
             )
             told = Descriptions(patience=10.0)
             expected = {"m": SelfDescription(512, frozenset(SCHEMA["paths"]))}  # type: ignore[arg-type]
-            assert await told.of([process]) == expected == await told.of([process])
+            there = [process]
+            assert await told.of(there, there) == expected == await told.of(there, there)
+            assert await told.of([], there) == {}  # another model's card was wanted
+            assert await told.of(there, there) == expected
             assert len(engine.asked) == 2
             process.instance = "m-2"
-            assert await told.of([process]) == expected
+            assert await told.of(there, there) == expected
             assert len(engine.asked) == 4
-            assert await told.of([]) == {}
+            assert await told.of([], []) == {}
             hasty, process.instance = Descriptions(patience=0.0), "m-3"
-            assert await hasty.of([process]) == {}
+            assert await hasty.of(there, there) == {}
             await until(lambda: not hasty._asking)
-            assert await hasty.of([process]) == expected
+            assert await hasty.of(there, there) == expected
             await until(lambda: engine.closed == engine.connections)
 
     asyncio.run(play())
@@ -140,6 +143,9 @@ def test_a_hidden_model_is_not_listed_and_answers_by_its_name() -> None:
     class Status:
         async def models(self) -> list[dict[str, Any]]:
             return [card(model, ROUTES, None, "") for model in models]
+
+        async def model(self, name: str) -> dict[str, Any] | None:
+            return next((each for each in await self.models() if each["id"] == name), None)
 
         def resolve(self, name: str, caller: object) -> str:
             return name
