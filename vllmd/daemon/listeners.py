@@ -42,7 +42,7 @@ from vllmd.proxy.peers import register_own_sockets
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 from vllmd.records.ring import Entry
-from vllmd.systemd.throttle import Repeated, Throttle
+from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger("vllmd.http")
 
@@ -86,7 +86,7 @@ class Listeners:
         self._relay = relay
         self._public = PublicListeners(self.keys)
         self._outcome = outcome
-        self._spoken_tls, self._refusals = Repeated(log), Throttle(log)
+        self._spoken_tls, self._refusals = Throttle(log), Throttle(log)  # as often as strangers like
         self._ended = ended
         # Operators do not stand in the clients' line: their connections are counted apart.
         self._operators: list[Server] = []
