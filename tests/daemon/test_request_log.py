@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from vllmd.daemon import listeners
+from vllmd.errors import UpstreamFailed
+from vllmd.proxy import upstream
 
 REQUEST = SimpleNamespace(id="r1", method="POST", path="/v1/chat/completions")
 
@@ -36,3 +38,9 @@ def test_what_failed_is_in_the_log_with_its_model_and_its_cause(
     assert caplog.messages == [told] * bool(told)
     if told:
         assert caplog.records[0].__dict__["journal"]["MODEL"] == "m"
+
+
+def test_an_engine_is_to_blame_for_every_lost_connection_that_is_not_our_fault() -> None:
+    """A request that failed so has the engine looked at. Not for want of our files, or by somebody else's process."""
+    kinds = [kind for kind in vars(upstream).values() if isinstance(kind, type) and issubclass(kind, UpstreamFailed)]
+    assert {kind.__name__ for kind in kinds} - listeners.ENGINES_FAULTS == {"OutOfFiles", "Impostor"}

@@ -27,7 +27,7 @@ from vllmd.daemon.logins import FailedLogins
 from vllmd.daemon.public_listeners import PublicListeners, public_address
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
-from vllmd.errors import SpokenTls, VllmdError
+from vllmd.errors import SpokenTls, UpstreamFailed, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.ollama.store import DaemonStore
 from vllmd.proxy.body_memory import BodyMemory
@@ -41,13 +41,15 @@ from vllmd.proxy.models import add_model_routes
 from vllmd.proxy.peers import register_own_sockets
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
+from vllmd.proxy.upstream import QueueFull, Unreached
 from vllmd.records.ring import Entry
 from vllmd.systemd.throttle import Throttle
 
 log = logging.getLogger("vllmd.http")
 
 ADMIN, READ = "admin", "read"  # what their sockets are called
-ENGINES_FAULTS = frozenset({"UpstreamFailed", "Unreached"})  # errors by which a request failed at its engine
+# Errors by which a request failed at its engine, by the names that exchanges have of them.
+ENGINES_FAULTS = frozenset(kind.__name__ for kind in (UpstreamFailed, Unreached, QueueFull))
 OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to answers for operators, which may be streams without an end
 
 
