@@ -6,15 +6,17 @@ import base64
 import socket
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from vllmd.config.secrets import digest
-from vllmd.config.types import AuthConfig, KeyConfig
+from vllmd.config.types import AuthConfig, Config, KeyConfig, ServerConfig, TlsConfig
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll, PeerCredentialAuth
 from vllmd.daemon.listeners import anybody_can_connect
 from vllmd.daemon.logins import FailedLogins
-from vllmd.daemon.public_listeners import public_address
+from vllmd.daemon.public_listeners import PublicListeners, public_address
 from vllmd.errors import Forbidden, Misdirected, TooManyRequests, Unauthorized, Unavailable, UnknownModel, VllmdError
 from vllmd.proxy.access import Caller, Reach, authorise
 from vllmd.proxy.http import Headers, Peer, Request
@@ -257,6 +259,18 @@ def test_a_closed_door_says_why() -> None:
     """Whatever is asked."""
     with pytest.raises(Unavailable, match="no keys"):
         DenyAll("no keys").identify(request())
+
+
+def test_it_is_closed_even_where_the_certificate_cannot_be_read() -> None:
+    """A reload takes the keys away, and the key of the certificate is gone meanwhile."""
+    router: Any = SimpleNamespace(authenticator=keys())
+    public = PublicListeners(keys())
+    public.add(router, cast(Any, SimpleNamespace(tls=None)), ("192.0.2.1:1",))
+    tls = TlsConfig(Path("/nowhere/cert.pem"), Path("/nowhere/key.pem"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        public.configure(Config(server=ServerConfig(tls=tls)))
+    with pytest.raises(Unavailable, match="without keys"):
+        router.authenticator.identify(request())
 
 
 # -- wrong keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,19 @@ def test_errors_that_the_clients_make_harm_nobody(tmp_path: Path) -> None:
         while process.health.errors:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         assert rig.launcher.signals == []
+
+    tell(story, tmp_path)
+
+
+def test_one_of_several_replicas_is_judged_by_the_core_alone(tmp_path: Path) -> None:
+    """A request that names it (below /upstream) fails: nothing is noted, and nothing looked at, beside that."""
+
+    async def story(rig: Rig) -> None:
+        await rig.ready()
+        process = rig.engine_manager.processes["m"]
+        process.model = replace(process.model, replica_of="several")
+        rig.engine_manager.note_answer("m", 0, failed=True)
+        assert not process.health.doubt.is_set()
 
     tell(story, tmp_path)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -12,8 +14,10 @@ from vllmd.config.types import RecordsConfig
 from vllmd.daemon.records import MOST_AT_ONCE, Records, Watcher
 from vllmd.errors import Unavailable
 from vllmd.proxy.access import ANYBODY, Caller
-from vllmd.records.ring import Filter
+from vllmd.records.ring import Filter, Ring
 from vllmd.records.store import Store, StoreError
+
+ENDED = {"model": "m", "account": None, "status": 200}  # an exchange, as far as it is looked at here
 
 
 def watcher(caller: Caller = ANYBODY, *, failed: bool = False) -> Watcher:
@@ -53,5 +57,24 @@ def test_use_that_a_full_disk_hides_is_told_as_such(tmp_path: Path, monkeypatch:
         records.trouble = "the record of use cannot be used now: database or disk is full"
         with pytest.raises(Unavailable, match="disk is full"):
             await records.usage("key", 0.0, 1.0, "", "")
+
+    asyncio.run(asked())
+
+
+def test_an_access_log_that_is_wanted_no_more_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written was told on every screen; once nobody wants it written it is not."""
+    monkeypatch.setattr(Ring, "note", lambda *_: SERVED)
+    lost, ended = RecordsConfig(access_log=str(tmp_path / "nowhere" / "log")), cast(Any, SimpleNamespace(**ENDED))
+
+    async def asked() -> None:
+        for then in (RecordsConfig(), RecordsConfig(access_log="journal")):
+            records = Records(lost, None)
+            records.ended(ended)
+            await records.flush()
+            assert records.log_trouble.startswith(f"the access log {lost.access_log} cannot be written")
+            records.ended(ended)
+            records.configure(then)
+            await records.flush()
+            assert records.log_trouble == ""
 
     asyncio.run(asked())

@@ -40,6 +40,7 @@ from vllmd.daemon import startup
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.front_end import FrontEnd
+from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import VllmdError
 from vllmd.launcher.protocol import PROTOCOL
@@ -238,12 +239,20 @@ class Living:
 Act = Callable[[Living], Awaitable[None]]
 
 
-def lives(config: Config, folder: Path, act: Act, *, activated: bool = False, learnt: Path | None = None) -> None:
-    """A whole daemon by that configuration, but for its sockets and its launcher."""
+def lives(
+    config: Config,
+    folder: Path,
+    act: Act,
+    *,
+    activated: bool = False,
+    learnt: Path | None = None,
+    again: Callable[[], Config] | None = None,
+) -> None:
+    """A whole daemon by that configuration, but for its sockets and its launcher. ``again``: what a reload reads."""
 
     async def main() -> None:
         around = RuntimeEnvironment(Path("/nowhere"), logs=folder / "logs", activated=activated, learnt=learnt)
-        daemon = Daemon(await for_this_host(config, around), around, lambda: config, {})
+        daemon = Daemon(await for_this_host(config, around), around, again or (lambda: config), {})
         back = await startup.back_end(daemon.front)
         daemon.front.open(back)
         await act(Living(daemon, back))
@@ -553,3 +562,52 @@ def test_many_models_are_told_of_in_turns_of_the_loop(tmp_path: Path) -> None:
         assert await status.model("nobody") is None
 
     lives(config, tmp_path, look)
+
+
+def test_a_key_in_a_file_that_has_changed_counts_after_a_reload(tmp_path: Path) -> None:
+    """The settings are the same as before, and what they name is not; nor is a file that was missing."""
+    key = tmp_path / "key"
+    key.write_text("first-key-of-all")
+    key.chmod(0o600)
+    options = {"url": "http://127.0.0.1:1/v1", "key_file": str(key)}
+
+    def again() -> Config:
+        return read(tmp_path, {"devices": [], "models": {"m": {"engine": "remote", "options": options}}})
+
+    async def reload(living: Living) -> None:
+        def headers() -> list[tuple[str, str]]:
+            return list(living.front.gate.resolve("m").headers)
+
+        assert headers() == [("authorization", "Bearer first-key-of-all")]
+        key.write_text("second-key-of-all")
+        await living.daemon.reload()
+        assert headers() == [("authorization", "Bearer second-key-of-all")]
+        key.unlink()
+        await living.daemon.reload()
+        assert headers() == []
+        key.write_text("third-key-of-all")
+        key.chmod(0o600)
+        await living.daemon.reload()
+        assert headers() == [("authorization", "Bearer third-key-of-all")]
+
+    lives(again(), tmp_path, reload, again=again)
+
+
+def test_a_reload_while_models_are_listed_leaves_the_list_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engines are asked for the list, and meanwhile a model gets replicas."""
+
+    def of(**more: Any) -> Config:
+        return read(tmp_path, {"devices": [], "models": {"m": {"engine": "sim", **more}}})
+
+    async def look(living: Living) -> None:
+        async def said(*_: object) -> dict[str, object]:
+            await living.daemon.apply_configuration(of(replicas=2))
+            return {}
+
+        monkeypatch.setattr(Descriptions, "of", said)
+        assert [card.id for card in await living.front.status.models()] == ["m"]
+        assert len(living.front.current.engines) == 2
+
+    lives(of(), tmp_path, look)

@@ -650,7 +650,8 @@ class EngineManager:
 
         Of a model with replicas nothing is noted here: the scheduler judges each replica by the core's events.
         """
-        if process := self.processes.get(model):
+        process = self.processes.get(model)
+        if process and not process.model.replica_of:
             process.health.note(status, failed)
 
     async def follow(self, process: EngineProcess, lines: int = WHOLE_LOG) -> None:

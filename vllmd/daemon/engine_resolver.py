@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from vllmd.config.types import ModelConfig
-from vllmd.engines import engine_of
+from vllmd.engines import engine_kind, engine_of
 from vllmd.engines.base import Engine
 from vllmd.errors import ConfigError
 
@@ -25,6 +25,20 @@ class EngineResolver:
         if known is None or known[0] is not model:
             known = self._found[model.name] = (model, self._usable(model))
         return known[1]
+
+    def renew(self) -> None:
+        """Make engines anew that are made of more than a model's settings, or could not be made.
+
+        To be called when the configuration is read again: a remote's key is in a file of its own, and what an engine
+        lacked may be there by now. The kinds' own objects, which nearly all models share, stay.
+        """
+        from vllmd.engines.unusable import Unusable
+
+        self._found = {
+            name: (model, engine)
+            for name, (model, engine) in self._found.items()
+            if not isinstance(engine, Unusable) and engine is engine_kind(model.engine)
+        }
 
     def _usable(self, model: ModelConfig) -> Engine:
         try:

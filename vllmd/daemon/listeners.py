@@ -48,8 +48,8 @@ from vllmd.systemd.throttle import Throttle
 log = logging.getLogger("vllmd.http")
 
 ADMIN, READ = "admin", "read"  # what their sockets are called
-# The errors by which a request failed at its engine, by name.
-ENGINES_FAULTS = frozenset(each.__name__ for each in (UpstreamFailed, Unreached, QueueFull))
+# Errors by which a request failed at its engine, by the names that exchanges have of them.
+ENGINES_FAULTS = frozenset(kind.__name__ for kind in (UpstreamFailed, Unreached, QueueFull))
 OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to answers for operators, which may be streams without an end
 
 

@@ -35,16 +35,10 @@ class PublicListeners:
 
     def configure(self, config: Config) -> None:
         """Apply the rules of a configuration, with the certificate's files as they are now."""
-        # 1. TLS, for new connections; ``config.checks`` has seen the files.
-        tls, context = config.server.tls, None
-        if tls is not None and tls.cert and tls.key and self._servers:
-            from vllmd.config.tls import context as made
-
-            context = made(tls.cert, tls.key)
+        # 1. Keys: while there are none every request is refused, unless anonymous use is allowed. They come first, so
+        #    that this holds even where the certificate cannot be read.
         for public in self._servers:
-            public.server.tls = context
             public.router.fenced = bool(config.server.ui)
-            # 2. Keys: while there are none every request is refused, unless anonymous use is allowed.
             if config.auth.keys or config.auth.allow_anonymous:
                 public.router.authenticator = self._keys
                 continue
@@ -54,6 +48,14 @@ class PublicListeners:
             )
             log.error("%s", why)
             public.router.authenticator = DenyAll(why)
+        # 2. TLS, for new connections; ``config.checks`` has seen the files.
+        tls, context = config.server.tls, None
+        if tls is not None and tls.cert and tls.key and self._servers:
+            from vllmd.config.tls import context as made
+
+            context = made(tls.cert, tls.key)
+        for public in self._servers:
+            public.server.tls = context
 
 
 def public_address(listener: socket.socket) -> str:

@@ -122,6 +122,8 @@ class Records:
         self.keeps = self._path is not None and config.usage
         self._ring.resize(config.requests)
         self._bodies.most = config.bodies
+        if config.access_log in (None, "journal"):  # there is no file any more that could not be written
+            self.log_trouble = ""
         self.configure_spans(config)
 
     def configure_spans(self, config: RecordsConfig) -> None:
@@ -261,7 +263,7 @@ class Records:
         """Write what has gathered; what cannot be written stays for the next time."""
         async with self._writing:
             lines, self._lines = self._lines, []
-            if lines and self.config.access_log:
+            if lines and self.config.access_log not in (None, "journal"):  # which it may have become since
                 await asyncio.to_thread(self._append, Path(self.config.access_log), "".join(lines))
             fresh, sums, arrivals = self._fresh, self._sums, self._arrivals
             self._fresh, self._sums, self._arrivals = [], Sums(), []

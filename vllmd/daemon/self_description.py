@@ -91,6 +91,11 @@ def json_of(body: bytes) -> object:
         return None
 
 
+def _key(process: EngineProcess) -> str:
+    """What identifies a start; a remote engine, which is not started here, has only its name."""
+    return process.instance or process.name
+
+
 class Descriptions:
     """Engines' descriptions, by start.
 
@@ -103,15 +108,15 @@ class Descriptions:
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def of(
-        self, processes: Iterable[EngineProcess], running: Iterable[EngineProcess] = ()
+        self, processes: Iterable[EngineProcess], running: Iterable[EngineProcess]
     ) -> Mapping[str, SelfDescription]:
         """By the engine's name: what these, which serve, say of themselves.
 
-        Of engines that are not among them or all those that are ``running`` the descriptions are forgotten.
+        ``running``: all engines that there are; what was said by others is forgotten.
         """
-        serving = {process.instance or process.name: process for process in processes}
-        kept = {*serving, *(process.instance or process.name for process in running)}
-        self._said = {instance: said for instance, said in self._said.items() if instance in kept}
+        serving = {_key(process): process for process in processes}
+        alive = {_key(process) for process in running}
+        self._said = {instance: said for instance, said in self._said.items() if instance in alive}
         for instance, process in serving.items():
             if instance not in self._said and instance not in self._asking:
                 self._asking[instance] = asyncio.ensure_future(self._ask(instance, process))

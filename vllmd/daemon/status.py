@@ -290,19 +290,17 @@ class Status:
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
         kinds = self._kinds[1]
+        # All of one moment: a reload may come while the engines are asked.
         seen = self.status_input(next(iter(names)) if len(names) == 1 else "")
-        engines_of = {name: self._current.engines_of(name) for name in names}  # of the same moment: a reload may come
-        running = seen.back.engines.processes.values() if seen.back else ()
+        engines_of = {name: self._current.engines_of(name) for name in names if name in seen.config.models}
         views = {view.name: view for view in seen.snapshot.models} if seen.snapshot else {}
+        running = seen.back.engines.processes.values() if seen.back else ()
         descriptions = await self._descriptions.of(_serving(seen), running)
         cards = []
-        for number, name in enumerate(names, 1):
+        for number, (name, engines) in enumerate(engines_of.items(), 1):
             if number % AT_A_TIME == 0:
                 await asyncio.sleep(0)
-            if (model := seen.config.models.get(name)) is None:
-                continue
-            engines = engines_of[name]
-            first = seen.engines[engines[0]]
+            model, first = seen.config.models[name], seen.engines[engines[0]]
             description = next((descriptions[engine] for engine in engines if engine in descriptions), None)
             routes, kind = self._resolver(first).routes(first), kinds.get(model.source, "")
             cards.append(card(model, routes, views.get(model.name), kind, description))
