@@ -17,7 +17,7 @@ import pytest
 from tests.daemon.rig import Rig, tell
 from vllmd.core import commands, events
 from vllmd.core.types import Placement
-from vllmd.daemon import calls, device_readings, ports
+from vllmd.daemon import calls, device_readings, ports, processes
 from vllmd.daemon.calls import Liveness, check_liveness, nobody_listens, timed_probe
 from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.ports import PortPool
@@ -217,3 +217,10 @@ def test_a_launcher_that_runs_out_leaks_none(missing: str, monkeypatch: pytest.M
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_process_that_cannot_be_held_for_want_of_files_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator who kills it and reads that it is not there looks no further."""
+    monkeypatch.setattr(os, "pidfd_open", full)
+    with pytest.raises(Unavailable, match="can open no more files, so nothing was done to process 12"):
+        asyncio.run(processes.kill(12, cast(Any, None), cast(Any, None), force=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from tests.daemon.test_spans import SERVED
+from vllmd.api.answers import Usage
 from vllmd.config.types import RecordsConfig
 from vllmd.daemon.records import MOST_AT_ONCE, Records, Watcher
 from vllmd.errors import Unavailable
@@ -59,6 +61,26 @@ def test_use_that_a_full_disk_hides_is_told_as_such(tmp_path: Path, monkeypatch:
             await records.usage("key", 0.0, 1.0, "", "")
 
     asyncio.run(asked())
+
+
+def test_use_that_was_gathered_before_recording_was_switched_off_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a reload between a request and its being written lost it, and at a shutdown ended that with an error."""
+    monkeypatch.setattr(Ring, "note", lambda *_: SERVED._replace(at=time.time()))
+
+    async def asked() -> Usage:
+        records = Records(RecordsConfig(), tmp_path / "usage.db")
+        records.ended(cast(Any, SimpleNamespace(**ENDED)))
+        records.configure(RecordsConfig(usage=False))
+        await records.flush()
+        records.configure(RecordsConfig())
+        try:
+            return await records.usage("key", None, None, None, "")
+        finally:
+            await records.close()
+
+    assert sum(row.requests for row in asyncio.run(asked()).rows) == 1
 
 
 def test_an_access_log_that_is_wanted_no_more_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

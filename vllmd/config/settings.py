@@ -887,7 +887,11 @@ PULL = Group(
             k.BOOL,
             "A request for a model that is not here has it fetched, if owners allows it, and waits for it.",
         ),
-        Setting("owners", k.NAMES, "Owners whose repositories requests may have fetched, such as [Qwen]."),
+        Setting(
+            "owners",
+            k.NAMES,
+            "Owners whose repositories requests may have fetched, such as [Qwen]; with none, no request has any.",
+        ),
         Setting("largest", k.LIMIT_SIZE, "The largest model that a request may have fetched."),
         Setting("keep_free", k.RESERVE, "How much of the disk every download leaves free."),
         Setting("endpoint", k.URL, "Address of the hub, for a mirror (default: https://huggingface.co)."),

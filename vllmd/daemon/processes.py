@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllmd.api.answers import GPUInfo, GPUProcess
-from vllmd.errors import Conflict, Forbidden, NotFound, Unavailable, Unsupported
+from vllmd.errors import OUT_OF_FILES, Conflict, Forbidden, NotFound, Unavailable, Unsupported
 
 if TYPE_CHECKING:
     from vllmd.daemon.engine_manager import EngineManager
@@ -49,7 +49,9 @@ async def kill(pid: int, engine_manager: EngineManager, memory: Memory, *, force
     # 1. A descriptor, which goes on meaning this very process if the id is given to another one.
     try:
         handle = os.pidfd_open(pid)
-    except (OSError, OverflowError, ValueError):  # EINVAL: a thread, or no process at all
+    except (OSError, OverflowError, ValueError) as error:  # EINVAL: a thread, or no process at all
+        if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+            raise Unavailable(f"vllmd can open no more files, so nothing was done to process {pid}") from None
         raise NotFound(f"there is no process {pid}") from None
     try:
         # 2. A process of an engine: the whole engine is killed, for one that has lost a worker is of no use.

@@ -288,7 +288,9 @@ class Records:
         from vllmd.records.store import StoreError
 
         self._add_up(fresh, sums, arrivals)
-        store = self._open_store()
+        if self._path is None:
+            return ""
+        store = self._store_at(self._path)  # also if records.usage was switched off since: it was on when this came
         try:
             store.write(sums.rows, arrivals, self.config.usage_days * DAY, self.config.trace_days * DAY)
         except StoreError as error:
@@ -325,10 +327,14 @@ class Records:
         """The store, opened once. Raises NotFound where none is kept."""
         if self._path is None or not self.config.usage:
             raise NotFound("use is not recorded here: records.usage is off, or the daemon has no state folder")
+        return self._store_at(self._path)
+
+    def _store_at(self, path: Path) -> Store:
+        """The store, which is opened once."""
         if self._store is None:
             from vllmd.records.store import Store  # SQLite is not needed for the first answer
 
-            self._store = Store(self._path)
+            self._store = Store(path)
         return self._store
 
     # -- answers: requests

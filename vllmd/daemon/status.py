@@ -219,16 +219,17 @@ class Status:
         self._descriptions = Descriptions()
         self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once it was needed
 
-    def status_input(self, model: str = "") -> StatusInput:
+    def status_input(self, model: str = "", *, for_lines: bool = False) -> StatusInput:
         """The core's snapshot, counts and the configuration, all of the same moment.
 
-        ``model``: the snapshot is of that model, or the model of that replica, alone.
+        ``model``: the snapshot is of that model, or the model of that replica, alone. ``for_lines``: model lines are
+        drawn from it, which tell of silent engines; to find those takes a look at every request under way.
         """
         current, back = self._current, self._back.now
         return StatusInput(
             current.config, current.engines, current.broken, current.refused, self._gate.requests, self._connections(),
             back, back.snapshot(model) if back else None, name_of(asyncio.get_running_loop()), self._unwritten(),
-            self._unanswered(),
+            self._unanswered() if for_lines else {},
         )  # fmt: skip
 
     async def opened(self) -> None:
@@ -237,7 +238,7 @@ class Status:
 
     async def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """The whole status, of the models that the caller may use."""
-        seen, lines = self.status_input(), list[ModelLine]()
+        seen, lines = self.status_input(for_lines=True), list[ModelLine]()
         for number, view in enumerate(seen.snapshot.models if seen.snapshot else (), 1):
             if number % AT_A_TIME == 0:  # with 10,000 models the list takes time that streams need
                 await asyncio.sleep(0)
@@ -255,7 +256,7 @@ class Status:
     def line(self, model: str) -> ModelLine:
         """One model's line of ``status``, or one replica's. Raises Unavailable while the daemon opens, UnknownModel."""
         self._opened()
-        return line_of(self.status_input(model), model)
+        return line_of(self.status_input(model, for_lines=True), model)
 
     def settings(self, model: str) -> Iterator[str]:
         """The configuration in force, or one model's part, as lines of YAML with each setting's origin; no secrets."""

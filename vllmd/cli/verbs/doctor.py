@@ -98,7 +98,7 @@ def models(status: Status) -> Iterator[Finding]:
             yield (
                 "bad",
                 f"{name} can never be loaded: {line.never}",
-                f"vllmctl assign {name} --gpu-memory gives it less",
+                f"vllmctl assign {name} changes its devices and memory",
             )
         elif line.state == "stopped" and why:
             yield "bad", f"{name} cannot be loaded: {why}", ""
