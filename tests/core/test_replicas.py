@@ -647,7 +647,7 @@ def test_a_probe_that_was_never_sent_tells_nothing_of_the_replica() -> None:
     w.now += 1000.0
     w.do(TimePassed())
     (probe, name) = next(iter(w.probes.items()))
-    w.do(ReplicaProbed(probe, None, "Too many open files", unasked=True))
+    w.do(ReplicaProbed(probe, None, "Too many open files", unsent=True))
     assert health(w, name) == "serving"
     assert w.probes == {}
 
@@ -655,6 +655,6 @@ def test_a_probe_that_was_never_sent_tells_nothing_of_the_replica() -> None:
     w.ask("first", "m")
     w.answer("m@1" if "m@1" in w.pending else next(iter(w.pending)))
     (probe,) = w.probes
-    (again,) = w.do(ReplicaProbed(probe, None, "Too many open files", unasked=True))
+    (again,) = w.do(ReplicaProbed(probe, None, "Too many open files", unsent=True))
     assert isinstance(again, ProbeReplica)
     assert w.probed(again.replica) == [Admit("first", again.replica)]

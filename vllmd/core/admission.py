@@ -126,8 +126,6 @@ class Admission:
             return
         core, now = self._core, self._core.engines.now
         r.used = now
-        if e.request in r.orphans:
-            r.orphans = r.orphans - {e.request}
         run = r.running.pop(e.request, None)
         if r.health:
             self._health.ended(r, e.request, e.failed)
@@ -262,9 +260,8 @@ class Admission:
         idle = [each for each in s.residents if not each.running and not each.queued and each.model != r.id]
         if fits(s, w) is not None or cheapest(s, w, idle, lambda each, option: 1.0) is not None:
             return None
-        return Refusal(
-            RejectReason.UNAVAILABLE, f"{r.model.name!r} needs memory that busy models hold", self._patience(r)
-        )
+        message = f"{r.model.name!r} needs memory that busy models hold"
+        return Refusal(RejectReason.UNAVAILABLE, message, self._patience(r))
 
     def _patience(self, r: Replica) -> float:
         """Seconds after which coming back makes sense: by then something will have moved."""
