@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vllmd.core.balancing import DOUBTFUL, SOONEST, Balancer, back_in, best, in_flight, level, trouble
+from vllmd.core.balancing import DOUBTFUL, SOONEST, Balancer, ailment, back_in, best, in_flight, level
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import PoolAsked, RequestAnswered, RequestArrived, RequestFinished, RequestGone
@@ -218,8 +218,12 @@ class Admission:
         engines.note(Decision(engines.now, "refuse", e.model, refusal.message, {"error": refusal.error}))
 
     def _all_down(self, model: Model) -> Refusal:
-        """8.6: with the reason of each."""
-        message = f"no replica of {model.name!r} serves: {trouble(model.replicas)}"
+        """8.6: with the reason of each; 1.5 where none of them could ever fit, so that no client tries it again."""
+        too_large = {r: why for r in model.replicas if not r.loaded and (why := self._core.fit.never(r))}
+        if too_large and len(too_large) == len(model.replicas):
+            return Refusal(RejectReason.MODEL_TOO_LARGE, next(iter(too_large.values())))
+        reasons = [f"{r.id}: {why}" for r in model.replicas if (why := ailment(r) or too_large.get(r, ""))]
+        message = f"no replica of {model.name!r} serves: {'; '.join(reasons)}"
         return Refusal(RejectReason.UNAVAILABLE, message, back_in(model.replicas, self._core.now))
 
     def _refusal(self, model: Model, r: Replica) -> Refusal | None:
