@@ -174,6 +174,20 @@ def test_a_device_that_is_gone_is_forgotten_once_nobody_holds_any_of_it() -> Non
     assert w.ask("r1", "n") == [StartEngine("n", Placement((1,)), 60 * GiB)]
 
 
+def test_a_swap_to_a_device_that_goes_meanwhile_is_called_off_and_who_waits_is_told() -> None:
+    """The swap would look for room on a device without an account; and nobody is to wait for what cannot be now."""
+    w = World([model("m", 60), model("wide", 60, device_count=2)], PAIR)
+    w.load("m")
+    assert [type(command) for command in w.ask("r", "wide")] == [SleepEngine]
+    assert w.view("m").devices == (0,)
+    (told,) = w.do(DevicesChanged(PAIR[:1]))
+    assert isinstance(told, Reject)
+    assert told.message == "'wide' needs 2 devices, and there is 1 for it"
+    w.answer("m")
+    assert w.state("m") is State.SLEEPING
+    assert [d.what for d in w.seen.decisions if d.model == "wide"][-2:] == ["cancel", "refuse"]
+
+
 def test_what_others_hold_of_a_device_is_not_held_of_another_one_in_its_place() -> None:
     """A GPU, or the CPU, was device 0 until devices were declared, of which nobody reads what others hold."""
     before = Device(0, "GPU-a", 24 * GiB, runtime="cuda")

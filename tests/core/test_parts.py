@@ -26,7 +26,7 @@ def of(name: str, **fields: Any) -> ReplicaSpec:
 
 
 def test_what_is_held_is_not_free() -> None:
-    """Promises, the reserve and strangers are subtracted; a release gives all of it back."""
+    """Promises, the reserve and external memory are subtracted; a release gives all of it back."""
     ledger = Ledger([Device(0, "x", 80 * GiB, 2 * GiB)], 0)
     ledger.hold("m", {0: 50 * GiB})
     ledger.set_external({0: 5 * GiB}, now=1.0)

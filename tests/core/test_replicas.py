@@ -12,13 +12,24 @@ import pytest
 
 from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
-from vllmd.core.commands import AddReplica, Admit, CutRequest, ProbeReplica, RenameReplica, SleepEngine, StartEngine
+from vllmd.core.commands import (
+    AddReplica,
+    Admit,
+    CutRequest,
+    ProbeReplica,
+    Reject,
+    RejectReason,
+    RenameReplica,
+    SleepEngine,
+    StartEngine,
+)
 from vllmd.core.events import (
     EngineExited,
     EngineReady,
     EngineStartFailed,
     EngineStopped,
     LoadAsked,
+    ModelDisabled,
     ModelsChanged,
     ProbeAsked,
     ReplicaProbed,
@@ -32,7 +43,7 @@ from vllmd.core.events import (
     TimePassed,
 )
 from vllmd.core.model import HealthStatus
-from vllmd.core.types import Device, IdleRules, ReplicaRules, State
+from vllmd.core.types import Device, IdleRules, ModelSpec, ReplicaRules, State
 from vllmd.sizes import GiB
 
 REMOTE = {"device_count": 0, "sleep_levels": frozenset()}
@@ -603,6 +614,26 @@ def test_an_answer_to_a_probe_of_an_engine_that_is_gone_means_nothing() -> None:
     assert health(w, "m@1") == "new"
 
 
+def test_a_model_none_of_whose_replicas_can_ever_fit_is_refused_with_the_arithmetic() -> None:
+    """That it is unavailable, for no reason and with a Retry-After, would have clients try it for ever."""
+    w = World(replicas(2, 200), PAIR)
+    (refused,) = w.ask("r", "m")
+    assert isinstance(refused, Reject)
+    assert (refused.error, refused.retry_after) == (RejectReason.MODEL_TOO_LARGE, None)
+    assert refused.message == "'m@1' needs 200 GiB on each of 1 device; devices 0, 1 have 80 GiB each"
+
+
+def test_each_replica_that_is_down_is_named_with_its_reason() -> None:
+    """One is disabled, and the other too large: the client cannot do anything about it, and the operator reads why."""
+    (small,), (_, large) = replicas(1)[0].replicas, replicas(2, 200)[0].replicas
+    w = World([ModelSpec("m", (small, large), ReplicaRules())], [GPU])
+    w.do(ModelDisabled("m@1", "no more of this one"))
+    (refused,) = w.ask("r", "m")
+    assert isinstance(refused, Reject)
+    assert refused.error == RejectReason.UNAVAILABLE
+    assert "m@1: disabled: no more of this one; m@2: 'm@2' needs 200 GiB" in refused.message
+
+
 # -- on a certain device
 
 
@@ -647,7 +678,7 @@ def test_a_probe_that_was_never_sent_tells_nothing_of_the_replica() -> None:
     w.now += 1000.0
     w.do(TimePassed())
     (probe, name) = next(iter(w.probes.items()))
-    w.do(ReplicaProbed(probe, None, "Too many open files", unasked=True))
+    w.do(ReplicaProbed(probe, None, "Too many open files", unsent=True))
     assert health(w, name) == "serving"
     assert w.probes == {}
 
@@ -655,6 +686,6 @@ def test_a_probe_that_was_never_sent_tells_nothing_of_the_replica() -> None:
     w.ask("first", "m")
     w.answer("m@1" if "m@1" in w.pending else next(iter(w.pending)))
     (probe,) = w.probes
-    (again,) = w.do(ReplicaProbed(probe, None, "Too many open files", unasked=True))
+    (again,) = w.do(ReplicaProbed(probe, None, "Too many open files", unsent=True))
     assert isinstance(again, ProbeReplica)
     assert w.probed(again.replica) == [Admit("first", again.replica)]

@@ -94,7 +94,7 @@ def test_who_waits_is_told_the_plan() -> None:
     w.ask("r1", "a")
     w.ask("r2", "b")
     told = next(m.waiting_for for m in w.seen.models if m.name == "b")
-    assert told.startswith("a to be idle (1 requests run there); its requests are no longer let in from ")
+    assert told.startswith("a to be idle (1 request runs there); its requests are no longer let in from ")
     w.pass_time(200.0)
     told = next(m.waiting_for for m in w.seen.models if m.name == "b")
     assert told.startswith("a to leave (1 request runs there), in about ")

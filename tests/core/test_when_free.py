@@ -47,6 +47,7 @@ def test_it_starts_when_the_strangers_have_left(policy: str) -> None:
     assert w.seen.devices[0].promised == 64 * GiB
     assert w.answer("m") == [Admit("r", "m")]
     assert w.seen.devices[0].promised == 64 * GiB
+    assert w.view("m").expected == 0, "64 GiB were given to it; beside its footprint that would look like too much"
 
 
 @pytest.mark.parametrize(
@@ -266,4 +267,5 @@ def test_a_reserve_that_leaves_less_than_the_share_is_said() -> None:
     w = World([model("m", when_free=rule)], [Device(0, "gpu0", 80 * GiB, 10 * GiB)])
     (told,) = w.ask("r", "m")
     assert isinstance(told, Reject)
-    assert told.message.startswith("'m' needs 72 GiB on each of 1 device; device 0 has 80 GiB")
+    needs = "'m' needs 72 GiB on each of 1 device"
+    assert told.message == f"{needs}; device 0 has 80 GiB less a reserve of 10 GiB: 70 GiB"

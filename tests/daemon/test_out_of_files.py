@@ -116,7 +116,7 @@ def test_a_probe_that_was_not_sent_has_not_failed(tmp_path: Path, monkeypatch: p
             await timed_probe(process, 0.1)
         rig.engine_manager.probe(commands.ProbeReplica("p", "m", 0.1))
         told = await rig.event()
-        assert told == events.ReplicaProbed("p", None, told.reason, unasked=True)
+        assert told == events.ReplicaProbed("p", None, told.reason, unsent=True)
 
     connected = upstream.connected
     tell(story, tmp_path)

@@ -163,7 +163,7 @@ def _common(model: ModelLine, line: ModelLine) -> Instance:
         port=int(port) if port.isdecimal() and not line.socket.startswith("/") else None,
         created_at=_moment(line.started_at) if line.started_at else None,
         updated_at=_moment(time.time() - (line.since or 0.0)),
-        message=line.failure,
+        message=line.failure or line.never,
     )
 
 

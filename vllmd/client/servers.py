@@ -239,7 +239,7 @@ class ServerManager:
             if line.state == "error":
                 raise EngineFailed(line.failure)
             if line.state == "stopped" and not line.waiting_for:
-                raise Unavailable(f"{self.server_name} was stopped while it was loaded: {line.failure}")
+                raise Unavailable(f"{self.server_name} was stopped while it was loaded: {line.failure or line.never}")
             if time.monotonic() > deadline:
                 raise TimedOut(
                     f"{self.server_name} was not ready within {self._startup_timeout:g} s: {_progress_text(line)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vllmd.core.balancing import DOUBTFUL, SOONEST, Balancer, back_in, best, in_flight, level, trouble
+from vllmd.core.balancing import DOUBTFUL, SOONEST, Balancer, ailment, back_in, best, in_flight, level
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.events import PoolAsked, RequestAnswered, RequestArrived, RequestFinished, RequestGone
@@ -126,8 +126,6 @@ class Admission:
             return
         core, now = self._core, self._core.engines.now
         r.used = now
-        if e.request in r.orphans:
-            r.orphans = r.orphans - {e.request}
         run = r.running.pop(e.request, None)
         if r.health:
             self._health.ended(r, e.request, e.failed)
@@ -220,8 +218,12 @@ class Admission:
         engines.note(Decision(engines.now, "refuse", e.model, refusal.message, {"error": refusal.error}))
 
     def _all_down(self, model: Model) -> Refusal:
-        """8.6: with the reason of each."""
-        message = f"no replica of {model.name!r} serves: {trouble(model.replicas)}"
+        """8.6: with the reason of each; 1.5 where none of them could ever fit, so that no client tries it again."""
+        too_large = {r: why for r in model.replicas if not r.loaded and (why := self._core.fit.never(r))}
+        if too_large and len(too_large) == len(model.replicas):
+            return Refusal(RejectReason.MODEL_TOO_LARGE, next(iter(too_large.values())))
+        reasons = [f"{r.id}: {why}" for r in model.replicas if (why := ailment(r) or too_large.get(r, ""))]
+        message = f"no replica of {model.name!r} serves: {'; '.join(reasons)}"
         return Refusal(RejectReason.UNAVAILABLE, message, back_in(model.replicas, self._core.now))
 
     def _refusal(self, model: Model, r: Replica) -> Refusal | None:
@@ -262,9 +264,8 @@ class Admission:
         idle = [each for each in s.residents if not each.running and not each.queued and each.model != r.id]
         if fits(s, w) is not None or cheapest(s, w, idle, lambda each, option: 1.0) is not None:
             return None
-        return Refusal(
-            RejectReason.UNAVAILABLE, f"{r.model.name!r} needs memory that busy models hold", self._patience(r)
-        )
+        message = f"{r.model.name!r} needs memory that busy models hold"
+        return Refusal(RejectReason.UNAVAILABLE, message, self._patience(r))
 
     def _patience(self, r: Replica) -> float:
         """Seconds after which coming back makes sense: by then something will have moved."""

@@ -178,11 +178,6 @@ def down(r: Replica, now: float) -> bool:
     return ejected and r.health.failed > r.model.rules.retries
 
 
-def trouble(replicas: Iterable[Replica]) -> str:
-    """What is wrong with each replica that is down, for the client that is refused."""
-    return "; ".join(f"{r.id}: {why}" for r in replicas if (why := ailment(r)))
-
-
 def ailment(r: Replica) -> str:
     """Why a replica does not serve although it should; "" if nothing is wrong with it."""
     if r.disabled_because:

@@ -209,7 +209,7 @@ class CostBook:
         self._learnt: dict[str, Mapping[str, Any]] = {}
 
     def known(self, spec: ReplicaSpec) -> Costs | None:
-        """The same, unless nothing was learnt of it before and so nothing is to be kept: then it need not be open."""
+        """The figures of a replica, as ``open`` gives them; None if it has none yet, and so nothing to keep."""
         return self.open(spec) if spec.id in self._replicas or spec.id in self._learnt else None
 
     def open(self, spec: ReplicaSpec) -> Costs:

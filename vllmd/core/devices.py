@@ -26,10 +26,11 @@ class Devices:
     def changed(self, e: DevicesChanged) -> None:
         """9.1: these are the devices now, or nobody knows; then who waits for one is told, unless an answer may come.
 
-        What runs is booked anew: an engine may have been adopted while its device was not known.
+        What runs is booked anew: an engine may have been adopted while its device was not known. A swap to a device
+        that is not there any more is called off, and of those that wait it is looked at again whether they can fit.
         """
         core, ledger = self._core, self._core.engines.ledger
-        before = ledger.unknown
+        before, there = ledger.unknown, {device.index for device in e.devices}
         was = {index: account.device.runtime for index, account in ledger.accounts.items()}
         ledger.set_devices(e.devices)
         ledger.unknown, ledger.asking = e.unknown, e.asking
@@ -37,11 +38,14 @@ class Devices:
             if r.loaded and not ledger.held(r):
                 ledger.add_gone(r.placement.devices)
                 core.engines.rebook(r)
+            core.waiting.pop(r, None)
             if e.unknown and r.spec.device_count:  # it does not come up now; whether those that wait go on waiting...
-                core.waiting.pop(r, None)
                 core.swaps.cancel(r)
                 if r.at_rest and not e.asking:  # ... depends on whether the answer may still come
                     self._admission.reject_waiters(r, RejectReason.UNAVAILABLE, e.unknown, 5.0)
+            elif (swap := core.swaps.get(r)) and (gone := sorted(set(swap.devices) - there)):
+                core.engines.record("cancel", r, f"device {gone[0]} is not there any more")
+                core.swaps.cancel(r)
             core.mark_for_review(r)
         for index, runtime in was.items():
             now = ledger.accounts[index].device.runtime if index in ledger.accounts else runtime

@@ -13,9 +13,8 @@ from vllmd.sizes import in_words
 
 STABLE = 60.0  # seconds; an engine that served so long has put its failures behind it
 LONGEST_BACKOFF = 300.0  # seconds
-LONGEST_BACKOFF_ELSEWHERE = (
-    5.0  # of one that runs elsewhere: asking costs nothing, and it should be used as soon as it is back
-)
+# Of one that runs elsewhere: asking costs nothing, and it should be used as soon as it is back.
+LONGEST_BACKOFF_ELSEWHERE = 5.0
 
 
 class EngineEvents:

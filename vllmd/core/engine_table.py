@@ -347,7 +347,6 @@ class EngineTable:
         if r.state is State.STOPPING and step is Step.STOPPED:
             self._learn_time(r)
         self._move(r, step)
-        r.orphans = r.orphans.union(r.running)
         r.running.clear()
         r.level, r.placement = 0, Placement()
         r.slept_shallow = False

@@ -199,13 +199,13 @@ class FreezeProved(Event):
 class ReplicaProbed(Event):
     """Answers ``ProbeReplica``: it took so many ``seconds``, or (None) failed, and why.
 
-    ``unasked``: it failed at our end, for want of a file descriptor, and tells nothing of the replica.
+    ``unsent``: it failed at our end, for want of a file descriptor, and tells nothing of the replica.
     """
 
     request: str
     seconds: float | None = None
     reason: str = ""
-    unasked: bool = False
+    unsent: bool = False
 
 
 @frozen

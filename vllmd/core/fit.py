@@ -199,10 +199,10 @@ class Fit:
         most = max(need(r, a, 0) or 0 for a in accounts)
         alike: dict[str, list[str]] = {}
         for a in accounts:
-            reserve = f" less a reserve of {in_words(a.device.reserve)}: {in_words(a.capacity)}" * (
-                a.device.reserve > 0
-            )
-            alike.setdefault(in_words(a.device.memory) + reserve, []).append(str(a.device.index))
+            has = in_words(a.device.memory)
+            if a.device.reserve:
+                has += f" less a reserve of {in_words(a.device.reserve)}: {in_words(a.capacity)}"
+            alike.setdefault(has, []).append(str(a.device.index))
         sizes = "; ".join(
             f"device {on[0]} has {has}" if len(on) == 1 else f"devices {', '.join(on)} have {has} each"
             for has, on in alike.items()

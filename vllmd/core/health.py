@@ -112,14 +112,12 @@ class HealthChecks:
         if r is None:
             return
         r.running.pop(e.request, None)
-        if e.request in r.orphans:
-            r.orphans = r.orphans - {e.request}
         self._core.mark_news(r)
         h = r.health
         if h is None or r.model.rules is None or h.probe != e.request:
             return
         h.probe = ""
-        if e.unasked:
+        if e.unsent:
             h.vouched = self._core.now + self._hang_limit(r, h)  # one that is set aside is asked again at once
         elif e.seconds is not None:
             self._probe_passed(r, h, e.seconds)

@@ -216,7 +216,6 @@ class Replica:
     level: int = 0
     placement: Placement = NOWHERE
     running: dict[str, Run] = field(default_factory=dict)
-    orphans: frozenset[str] = frozenset()  # their engine died; RequestFinished is still owed
     ready_at: float = 0.0  # when it last became ready
     used: float = -INFINITY  # when a request last came or ended
     idle_since: float = 0.0

@@ -274,7 +274,7 @@ class OperatorCommands:
         if model is None:
             model = core.models[spec.name] = Model(spec)
         resting = model.replicas and not model.retired and not any(r in core.active for r in model.replicas)
-        if resting and self._has_no_consequence(model, spec):
+        if resting and self._respec_at_rest(model, spec):
             return
         model.spec = spec
         names = renamed([r.id for r in model.replicas], [each.id for each in spec.replicas])
@@ -303,7 +303,7 @@ class OperatorCommands:
             for ask in asks:
                 core.engines.answer(ask, r.id)
 
-    def _has_no_consequence(self, model: Model, spec: ModelSpec) -> bool:
+    def _respec_at_rest(self, model: Model, spec: ModelSpec) -> bool:
         """Take the specification of a model that nothing runs of and nothing waits for, if it keeps its only replica.
 
         There is no more to do then. Of ten thousand models nearly all are such. Returns whether it was taken.

@@ -10,8 +10,8 @@ events are no news for anybody who waits. So the policy is asked
   rings. And arrivals at models that run change what a victim costs. Both are slow beside a quarter of a second, and a
   swap takes seconds.
 
-What is begun is settled before the policy is asked again, which is why all here are generators: each ``yield`` is a
-step after which ``Scheduler`` finds what follows.
+What is begun is settled before the policy is asked again, which is why ``plan`` and ``preload`` are generators: each
+``yield`` is a step after which ``Scheduler`` finds what follows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vllmd.core.fit import fits
 from vllmd.core.lifecycle import Kind, Reason
 from vllmd.core.model import INFINITY, Job, Replica
 from vllmd.core.policies import tidy
-from vllmd.core.policy import Outlook, Plan, PolicyInput
+from vllmd.core.policy import Outlook, Plan, PolicyInput, running_there
 from vllmd.core.policy_input import PolicyInputBuilder, levels, sleep_deep, waited_since
 from vllmd.core.types import State
 
@@ -206,8 +206,7 @@ class Planner:
         if swap:
             seconds = core.swaps.until_served(swap)
             leaving = ", ".join(v.id for v in swap.victims if v is not r)
-            number = sum(len(v.running) for v in swap.victims)
-            running = f" ({number} request{'s run' if number > 1 else ' runs'} there)" if number else ""
+            running = running_there(sum(len(v.running) for v in swap.victims))
             if r in swap.victims:
                 return Outlook(seconds, f"its move to device {', '.join(map(str, swap.devices))}")
             if leaving:

@@ -43,6 +43,7 @@ from vllmd.core.policy import (
     Waiting,
     drain_time,
     light,
+    running_there,
 )
 from vllmd.core.pricing import Prices, budgets, longest_drain, rate_of
 
@@ -206,9 +207,8 @@ def outlook(s: PolicyInput, w: Waiting, eviction: EvictionSet | None, patience: 
     moving = max(0.0, max(ends, default=0.0) - s.now)
     swap = takes(eviction) + w.load
     if busy:
-        running = sum([r.running for r in busy])
         left = max(moving, patience)
-        why = f"{names} to be idle ({running} requests run there)"
+        why = f"{names} to be idle{running_there(sum([r.running for r in busy]))}"
         why += f"; its requests are no longer let in from {left:.0f} s on" if left >= 0.5 else ""
         return Outlook(left + longest_drain(eviction.members) + swap, why)
     left = max(moving, spared)
@@ -428,9 +428,9 @@ class _Turns:
         if urgent and busy:
             if w.urged:
                 return "an operator asked for it"
-            return (
-                "it waits for nobody (on_busy: evict)" if w.impatient else "it has waited for as long as anybody does"
-            )
+            if w.impatient:
+                return "it waits for nobody (on_busy: evict)"
+            return "it has waited for as long as anybody does"
         if urgent:
             return "the others there are idle"
         if not busy:

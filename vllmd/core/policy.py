@@ -100,7 +100,7 @@ class DeviceSupply(NamedTuple):
     """A device that can be used. Wedged ones are not shown."""
 
     device: int  # its index
-    free: int  # bytes free for a newcomer, reserve, strangers and claims subtracted; may be negative
+    free: int  # bytes free for a newcomer, the reserve, external memory and claims subtracted; may be negative
     sleepable: int  # bytes that would be free if all that are awake or on the move there slept (pinned ones stay)
     until: float  # when the start, wake, sleep or stop under way on it ends, as expected; 0 if none is
     claimed: bool  # a swap is draining or queued there
@@ -220,6 +220,11 @@ class Outlook(NamedTuple):
 
     seconds: float  # until it serves, as expected, at the latest
     why: str  # what it waits for, readable
+
+
+def running_there(number: int) -> str:
+    """So many requests in brackets, to be put behind the names of victims; "" for none."""
+    return f" ({number} request{'s run' if number > 1 else ' runs'} there)" if number else ""
 
 
 class Policy(Protocol):

@@ -95,14 +95,14 @@ def _unused(core: Core, model: Model) -> ModelView | None:
         return None
     if model.disabled_because:
         return None
-    bound, never = r.devices[0] if len(r.devices) == 1 else None, core.fit.never(r)
+    bound, never, expected = r.devices[0] if len(r.devices) == 1 else None, core.fit.never(r), _expected(r)
     at_rest = (State.STOPPED, 0, (), 0, 0, 0, None, None, None, r.pinned, (), "", "")
     model.unused_view = ModelView(
         model.name,
         *at_rest,
-        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never, expected=r.engine_memory),),
+        replicas=(ReplicaView(r.id, *at_rest, bound=bound, never=never, expected=expected),),
         never=never,
-        expected=r.engine_memory,
+        expected=expected,
         balanced=False,
         serving=0,
         degraded=False,
@@ -135,10 +135,15 @@ def _replica(core: Core, r: Replica, now: float, outlook: Outlooks) -> ReplicaVi
         latency=r.health.latency if r.health else None,
         bound=r.devices[0] if len(r.devices) == 1 else None,
         disabled=r.disabled_because,
-        expected=r.engine_memory,
+        expected=_expected(r),
         never="" if r.loaded else core.fit.never(r),
         rests_in=None if (due := idle_due(r)) == INFINITY else max(0.0, due - now),
     )
+
+
+def _expected(r: Replica) -> int:
+    """Bytes per device that its engine is to take; 0 where each start takes a share of what others leave free."""
+    return 0 if r.spec.when_free and r.spec.when_free.shares else r.engine_memory
 
 
 def _waiting_for(core: Core, r: Replica, now: float, outlook: Outlooks) -> str:

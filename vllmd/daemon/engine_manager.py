@@ -225,7 +225,7 @@ class EngineManager:
             try:
                 seconds, why = await timed_probe(process, command.limit)
             except OutOfFiles as error:
-                self._post(events.ReplicaProbed(command.request, None, error.message, unasked=True))
+                self._post(events.ReplicaProbed(command.request, None, error.message, unsent=True))
             else:
                 self._post(events.ReplicaProbed(command.request, seconds, why))
 

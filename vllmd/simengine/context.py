@@ -114,10 +114,11 @@ def lora_modules(words: Sequence[str]) -> dict[str, str]:
     """Adapters by name, from ``NAME=PATH`` or JSON objects."""
     found = {}
     for word in words:
-        told = (
-            json.loads(word) if word.startswith("{") else dict(zip(("name", "path"), word.split("=", 1), strict=True))
-        )
-        found[str(told["name"])] = str(told["path"])
+        if word.startswith("{"):
+            adapter = json.loads(word)
+        else:
+            adapter = dict(zip(("name", "path"), word.split("=", 1), strict=True))
+        found[str(adapter["name"])] = str(adapter["path"])
     return found
 
 

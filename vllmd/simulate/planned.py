@@ -61,14 +61,14 @@ def spec_of(model: ModelConfig, devices: Sequence[Device], home: Path) -> ModelS
     """
     if model.sleep_mode is None and devices:
         model = replace(model, sleep_mode=True)
-    told = _estimated(model, devices, home)
-    why = too_large(model, told, devices)
+    expected = _estimated(model, devices, home)
+    why = too_large(model, expected, devices)
     if why:
         where = f"{model.where}: " if model.where else ""
         raise ConfigError(f"{where}{why}")
     return single(
-        footprint=told.footprint,
-        weights=told.weights,
+        footprint=expected.footprint,
+        weights=expected.weights,
         device_count=engine_of(model).device_count(model),
         sleep_levels=engine_of(model).sleep_levels(model),
         pinned=model.pin,

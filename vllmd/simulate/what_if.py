@@ -56,7 +56,7 @@ def answer(question: Question) -> dict[str, Any]:
     for name, config in cases if rows else ():
         machine = machine_of(config, Physics(seed=0), Warm.STOPPED, cache=question.cache)
         report = simulate(replace(machine, costs=CostBook()), rows, ALL[config.policy], config.policy)
-        runs.append({"name": name, "devices": [device.memory for device in machine.devices], **told(report)})
+        runs.append({"name": name, "devices": [device.memory for device in machine.devices], **_drawn(report)})
     return {"requests": len(rows), "left_out": left_out, "runs": runs}
 
 
@@ -71,7 +71,7 @@ def misfits(config: Config, cache: Path) -> dict[str, str]:
     return found
 
 
-def told(report: Report) -> dict[str, Any]:
+def _drawn(report: Report) -> dict[str, Any]:
     """A report as the page draws it."""
     return {
         "policy": report.policy,
