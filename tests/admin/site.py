@@ -125,7 +125,7 @@ class Site:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, config: str, address: str = "127.0.0.1", names: str = "http:admin:read", limit: float = 20.0
+    folder: Path, config: str, address: str = "127.0.0.1", names: str = "http:admin:read", limit: float = 60.0
 ) -> Iterator[Site]:
     """A daemon with this configuration and these sockets, ready, until the end of the block."""
     (folder / "vllmd.yaml").write_text(config)
@@ -153,7 +153,7 @@ def opened(site: Site) -> bool:
     return bool(site.operate("GET", "/admin/status")["opened"])
 
 
-def until(happened: Any, limit: float = 20.0) -> None:
+def until(happened: Any, limit: float = 60.0) -> None:
     """Wait until ``happened()``, looked at again and again: another process decides when. Fails after ``limit`` s."""
     deadline = time.monotonic() + limit
     while not happened():

@@ -11,23 +11,28 @@ from tests.core.world import World
 from vllmd.core.commands import StartEngine
 from vllmd.core.events import EngineReady, ModelsChanged, RequestArrived, RequestFinished, RequestGone, TimePassed
 from vllmd.core.scheduler import Scheduler
+from vllmd.daemon.collector import paused
 from vllmd.sizes import GiB
 
 
 def calls(function: Callable[..., object], *arguments: object) -> int:
-    """How many functions it calls, builtin ones and list comprehensions included."""
+    """How many functions it calls, builtin ones and list comprehensions included.
+
+    Not those that Python's cycle collector calls, whenever it comes: Hypothesis has one note how long that takes.
+    """
     number = 0
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         nonlocal number
         number += event in ("call", "c_call")
 
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        function(*arguments)
-    finally:
-        sys.setprofile(before)
+    with paused():
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            function(*arguments)
+        finally:
+            sys.setprofile(before)
     return number
 
 

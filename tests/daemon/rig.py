@@ -32,7 +32,7 @@ OK = (200, b"{}")
 
 async def soon(awaitable: Awaitable[Any]) -> Any:
     """Its result, in a time that only a defect exceeds."""
-    return await asyncio.wait_for(awaitable, 10)
+    return await asyncio.wait_for(awaitable, 60)
 
 
 @dataclass
@@ -257,4 +257,4 @@ def tell(story: Story, folder: Path) -> None:
             for engine in rig.launcher.engines.values():
                 engine.close()
 
-    asyncio.run(asyncio.wait_for(told(), 20))
+    asyncio.run(asyncio.wait_for(told(), 120))

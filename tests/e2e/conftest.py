@@ -42,6 +42,7 @@ models:
       structured_outputs_config: '{{"backend": "xgrammar", "disable_any_whitespace": true}}'
     env: {json.dumps({**ENV, "VLLM_ENABLE_RESPONSES_API_STORE": "1"})}
     start_timeout: 14m
+    queue_timeout: 14m
   lab/embedder:
     engine: vllm
     command: [{VLLM_INSIDE}/bin/vllm]
@@ -50,6 +51,7 @@ models:
     extra_args: {{runner: pooling, enforce_eager: true, max_num_seqs: 8}}
     env: {json.dumps({**ENV, "PYTHONPATH": FORKING_INSIDE})}
     start_timeout: 14m
+    queue_timeout: 14m
   lab/wrong:
     engine: vllm
     command: [{VLLM_INSIDE}/bin/vllm]

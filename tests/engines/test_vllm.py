@@ -204,6 +204,12 @@ def test_probes_never_touch_the_model() -> None:
     assert (ON_GPU.ready(ModelConfig("m")).path, asleep.path) == ("/health", "/is_sleeping")
 
 
+@pytest.mark.parametrize("runner", [(), ("--runner", "pooling")])
+def test_it_lists_the_route_of_embeddings(runner: tuple[str, ...]) -> None:
+    """Whatever it is started for: which of them a model serves vLLM says itself once it runs."""
+    assert "/v1/embeddings" in ON_CPU.routes(ModelConfig("m", extra_args=runner))
+
+
 def test_development_routes_are_not_public() -> None:
     """/sleep for everybody would be a way to stop everybody's work."""
     public = ON_GPU.routes(ModelConfig("m"))

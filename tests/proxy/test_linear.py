@@ -182,9 +182,7 @@ def renamed() -> Callable[[bytes], object]:
 def usage() -> Callable[[bytes], object]:
     """The meter of tokens."""
     exchange, account = SimpleNamespace(request=SimpleNamespace(path="")), Account(stream=True)
-    answer_relay = forward.AnswerRelay(exchange, account, *[Wire()] * 4)  # type: ignore[arg-type]
-    answer_relay._tail = CountingBuffer()
-    return answer_relay.data
+    return forward.AnswerRelay(exchange, account, *[Wire()] * 4).data  # type: ignore[arg-type]
 
 
 def events() -> Callable[[bytes], object]:
