@@ -315,7 +315,5 @@ def test_a_description_is_filled_anew_where_its_lines_are_too_long(
         with pytest.raises(SystemExit):
             main(["lease", "--help"])
         told[columns] = capsys.readouterr().out
-    assert (
-        "\nA model with a lease is not evicted and does not sleep. When the deadline\npasses it goes by" in told["80"]
-    )
-    assert "When the deadline passes\nit goes by" in told["120"]
+    assert "does not sleep. After the lease its\nidle rules apply" in told["80"]
+    assert "does not sleep. After the lease its idle\nrules apply" in told["120"]

@@ -111,7 +111,7 @@ class FakeLauncher:
     """Takes orders. ``refusal`` refuses a start, ``held_up`` delays it; signals and kills end an engine unless deaf."""
 
     def __init__(self) -> None:
-        self.launch_planner: list[StartOrder] = []
+        self.orders: list[StartOrder] = []
         self.engines: dict[str, FakeEngine] = {}
         self.notes: dict[str, dict[str, str]] = {}
         self.signals: list[str] = []
@@ -126,7 +126,7 @@ class FakeLauncher:
         self.dying: Callable[[], None] = lambda: None
 
     async def start(self, order: StartOrder) -> Running:
-        self.launch_planner.append(order)
+        self.orders.append(order)
         self.ordered.set()
         if self.held_up:
             await self.held_up.wait()
@@ -220,7 +220,7 @@ class Rig:
 
     @property
     def instance(self) -> str:
-        return self.launcher.launch_planner[-1].instance
+        return self.launcher.orders[-1].instance
 
     async def event(self) -> events.Event:
         """The next event that is posted."""

@@ -87,7 +87,7 @@ def test_a_start_orders_waits_and_measures(tmp_path: Path) -> None:
         assert isinstance(ready, events.EngineReady)
         assert ready.footprint
         assert (ready.footprint.awake, ready.footprint.source) == (AWAKE, Source.MEASURED)
-        (order,) = rig.launcher.launch_planner
+        (order,) = rig.launcher.orders
         assert order.argv[order.argv.index("--device-file") + 1] == str(rig.gpu.path)
         assert order.argv[order.argv.index("--memory") + 1] == str(AWAKE)
         assert json.loads(order.metadata["listen"])["uds"] == order.listen_uds
@@ -107,7 +107,7 @@ def test_an_engine_is_told_where_what_it_compiles_is_kept(tmp_path: Path, monkey
         rig.configure(env={"HOME": "/h", "TRITON_CACHE_DIR": "/mine"})
         await rig.start()
         await rig.event()
-        (order,) = rig.launcher.launch_planner
+        (order,) = rig.launcher.orders
         assert order.env["VLLM_CACHE_ROOT"] == "/h/.cache/vllmd/vllm/0.33.0/vllm"
         assert order.env["TRITON_CACHE_DIR"] == "/mine"
 
@@ -138,7 +138,7 @@ def test_settings_that_cannot_work_ask_nothing_of_the_launcher(tmp_path: Path) -
             assert isinstance(failed, events.EngineStartFailed)
             assert failed.permanent
             assert "unknown engine 'nonesuch'" in failed.reason
-        assert not rig.launcher.launch_planner
+        assert not rig.launcher.orders
 
     tell(story, tmp_path)
 
@@ -170,6 +170,33 @@ def test_an_exit_during_the_start_is_told_with_the_last_words(tmp_path: Path) ->
         assert "ValueError: no such dtype" in failed.reason
         assert not failed.memory
         assert not rig.engine_manager.processes
+        await rig.nothing_more()
+
+    tell(story, tmp_path)
+
+
+@pytest.mark.parametrize("lost", [2, 4])
+def test_a_port_that_another_process_takes_meanwhile_costs_no_request(lost: int, tmp_path: Path) -> None:
+    """The kernel gives the ports of outgoing connections while engines look for theirs; but not for ever."""
+
+    async def story(rig: Rig) -> None:
+        rig.configure(engine="tei", command="/bin/true")
+        await rig.start()
+        ports = []
+        for _ in range(min(lost, 1 + engine_manager.MOST_PORTS_LOST)):
+            await soon(rig.launcher.started.wait())
+            rig.launcher.started.clear()
+            ports.append(rig.engine_manager.processes["m"].listen.port)
+            rig.launcher.exit(rig.instance, 3, "[Errno 98] error while attempting to bind: address already in use")
+        assert ports[0] != ports[1]
+        if lost > engine_manager.MOST_PORTS_LOST:
+            failed = await rig.event()
+            assert isinstance(failed, events.EngineStartFailed) and "another process has its port" in failed.reason
+            assert not rig.engine_manager.processes
+        else:
+            await soon(rig.launcher.started.wait())
+            rig.engine_manager.stop(STOP)
+            assert await rig.event() == events.EngineStopped("m", {})
         await rig.nothing_more()
 
     tell(story, tmp_path)

@@ -50,7 +50,7 @@ class Here(Loaders):
 
 def last(rig: Rig) -> list[str]:
     """The end of the last order's command."""
-    return list(rig.launcher.launch_planner[-1].argv[-2:])
+    return list(rig.launcher.orders[-1].argv[-2:])
 
 
 async def started(rig: Rig, *lines: str) -> EngineProcess:
@@ -156,16 +156,16 @@ def test_what_fails_without_it_as_well_is_not_its_fault(tmp_path: Path) -> None:
         here.slow(process.loading.place)
         rig.prepare = lambda engine: engine.answers.update({"/health": (503, b"")})
         for orders in (2, 2, 1):
-            before = len(rig.launcher.launch_planner)
+            before = len(rig.launcher.orders)
             await rig.start()
             for number in range(orders):
                 async with asyncio.timeout(10):
-                    while len(rig.launcher.launch_planner) <= before + number or not rig.launcher.engines:  # noqa: ASYNC110
+                    while len(rig.launcher.orders) <= before + number or not rig.launcher.engines:  # noqa: ASYNC110
                         await asyncio.sleep(0.01)
                 rig.launcher.exit(rig.instance, 1, "ValueError: no such model")
                 await asyncio.sleep(0)
             assert isinstance(await rig.event(), events.EngineStartFailed)
-            assert len(rig.launcher.launch_planner) == before + orders
+            assert len(rig.launcher.orders) == before + orders
 
     tell(story, tmp_path)
 
@@ -187,7 +187,7 @@ def test_a_stop_before_the_order_gives_up_the_standby(tmp_path: Path) -> None:
         await soon(looking.wait())
         rig.engine_manager.stop(commands.StopEngine("m", "an operator"))
         assert isinstance(await rig.event(), events.EngineStopped)
-        assert (unused, rig.launcher.launch_planner) == (["s-1"], [])
+        assert (unused, rig.launcher.orders) == (["s-1"], [])
 
     tell(story, tmp_path)
 

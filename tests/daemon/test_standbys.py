@@ -323,7 +323,7 @@ def test_what_fails_both_ways_is_the_models_own_fault(tmp_path: Path) -> None:
         rig.prepare = lambda engine: engine.answers.update({"/health": (503, b"{}")})
         rig.engine_manager.start(commands.StartEngine("m", Placement((0,)), GiB))
         for number in (1, 2):
-            while len(rig.launcher.launch_planner) < number or not rig.launcher.engines:  # noqa: ASYNC110
+            while len(rig.launcher.orders) < number or not rig.launcher.engines:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
             rig.launcher.exit(orders[-1].instance, 1, "ValueError: no such model")

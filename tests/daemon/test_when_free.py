@@ -96,7 +96,7 @@ class Site:
     @property
     def shares(self) -> list[str]:
         """The utilization that each engine was started with."""
-        launch_planner = [order.argv for order in self.launcher.launch_planner]
+        launch_planner = [order.argv for order in self.launcher.orders]
         return [argv[argv.index("--gpu-memory-utilization") + 1] for argv in launch_planner]
 
     def waiting_for(self) -> str:
@@ -140,7 +140,7 @@ def test_S_is_gpu_free_looks_at_all_gpus_of_a_model(tmp_path: Path) -> None:
         await site.sample(0, 8)
         await soon(asked)
         assert site.shares == ["0.7"]
-        assert rig.launcher.launch_planner[0].env["CUDA_VISIBLE_DEVICES"] == "0,1"
+        assert rig.launcher.orders[0].env["CUDA_VISIBLE_DEVICES"] == "0,1"
 
     tell(story, tmp_path)
 

@@ -24,6 +24,7 @@ BODY = {"model": "a", "prompt": "one two three four five six seven eight", "max_
 # The leader of a session, as a shell is, with vllmd in the foreground of its terminal.
 SHELL = """
 import os, signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
 os.setsid()
 terminal = os.open(os.environ["TERMINAL"], os.O_RDWR)
 child = subprocess.Popen(sys.argv[1:], stdin=terminal)

@@ -15,10 +15,11 @@ pytestmark = pytest.mark.machine
 USER = "ada"
 CONFIG = """
 server: {idle_exit: 2s}
-idle: {sleep_after: 2s, stop_after: 4s}
+idle: {sleep_after: IDLE, stop_after: IDLE}
 devices: []
 models: {mine: {engine: sim, options: {load_time: 0.2s}}}
 """
+FILE = f"/home/{USER}/.config/vllmd/vllmd.yaml"
 CHAT = (
     "curl -sf http://127.0.0.1:33258/v1/chat/completions -H 'Content-Type: application/json' "
     """-d '{"model": "mine", "messages": [{"role": "user", "content": "hello from home"}]}'"""
@@ -31,7 +32,7 @@ def home(installed_machine: Machine) -> Iterator[Machine]:
     machine = installed_machine
     machine.run("systemctl disable --now vllmd.socket vllmd-admin.socket")
     machine.add_user(USER)
-    machine.write(f"/home/{USER}/.config/vllmd/vllmd.yaml", CONFIG, owner=USER)
+    machine.write(FILE, CONFIG.replace("IDLE", "10m"), owner=USER)
     machine.run(f"chown -R {USER}: /home/{USER}/.config")
     machine.run("systemctl --user start vllmd.socket", user=USER)
     yield machine
@@ -69,7 +70,8 @@ def test_the_engine_survives_a_restart_and_goes_with_a_stop(home: Machine) -> No
 
 def test_it_goes_idle_by_itself(home: Machine) -> None:
     """Asleep, stopped, exited: her session pays nothing either."""
+    home.write(FILE, CONFIG.replace("IDLE", "2s"), owner=USER)
     home.run(CHAT, user=USER)
-    home.wait_until("! pgrep -f [v]llmd.simengine", timeout=20)
-    home.wait_until("systemctl --user is-active vllmd.service | grep -x inactive", timeout=20, user=USER)
+    home.wait_until("! pgrep -f [v]llmd.simengine", timeout=60)
+    home.wait_until("systemctl --user is-active vllmd.service | grep -x inactive", timeout=60, user=USER)
     assert "hello" in home.out(CHAT, user=USER)

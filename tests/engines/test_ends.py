@@ -29,14 +29,14 @@ def stop(rig: Rig, *, kill: bool = False) -> None:
 
 def helpers(rig: Rig) -> list[tuple[str, ...]]:
     """The command lines of the stop commands that were run."""
-    return [order.argv for order in rig.launcher.launch_planner if order.instance.endswith("-stop")]
+    return [order.argv for order in rig.launcher.orders if order.instance.endswith("-stop")]
 
 
 def let_stop_command_work(rig: Rig, instance: str) -> None:
     """``podman stop``: the container's client and the command itself both end."""
 
     def prepare(engine: FakeEngine) -> None:
-        if rig.launcher.launch_planner[-1].instance.endswith("-stop"):
+        if rig.launcher.orders[-1].instance.endswith("-stop"):
             asyncio.get_running_loop().call_soon(rig.launcher.exit, instance, 0)
             asyncio.get_running_loop().call_soon(rig.launcher.exit, f"{instance}-stop", 0)
 

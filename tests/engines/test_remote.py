@@ -142,7 +142,7 @@ def test_it_serves_at_once_when_it_answers_and_is_gone_when_it_does_not(tmp_path
         assert await started(rig) == events.EngineReady("m", None)
         assert there.heads[0].startswith(b"GET /deep/v1/models HTTP/1.1\r\n")
         assert b"authorization: Bearer sk-1\r\n" in there.heads[0]
-        assert rig.launcher.launch_planner == []
+        assert rig.launcher.orders == []
         await there.close()
         assert isinstance(await rig.event(), events.ServerSilent)
         gone = await rig.event()

@@ -266,7 +266,7 @@ async def test_a_name_in_use_is_refused_and_free_after_the_end(site: Machine) ->
     async with driving(site) as driver:
         for _ in range(10):
             await driver.start("sleep 1000 & exec sleep 1000", instance=name)
-            with pytest.raises(LauncherFailed, match="is in use"):
+            with pytest.raises(LauncherFailed, match="is still in use"):
                 await driver.start("true", instance=name)
             await driver.client.kill(name)
             await driver.exit()

@@ -76,6 +76,7 @@ KILL_LIMIT = 10.0  # seconds for a killed cgroup to become empty before the engi
 LOG_BACKLOG = 1000  # lines for a reader of the log that does not keep up; the rest it misses
 WATCH_FAILURES = 2  # failed liveness checks after which a remote server may count as gone
 SILENCE = 5.0  # seconds for which a remote server may leave liveness checks without an answer
+MOST_PORTS_LOST = 3  # attempts at one start that may lose their TCP port to another process
 ENDS_KEPT = 256  # reports of ends of engines that are not known here
 # The time limit of a start of a standby or with a fast loader: so many times the seconds that the replica's starts
 # usually take, and at least so many seconds.
@@ -379,6 +380,13 @@ class EngineManager:
             log.warning("%s: it failed to start %s, and is started without: %s", process.name, how, failure.reason,
                         extra=log_fields(process))  # fmt: skip
             return await self._start_plainly(process, process.command)
+        # The kernel may give a port to an outgoing connection between our look and the engine's bind().
+        if process.command and failure.port and process.listen.port and process.ports_lost < MOST_PORTS_LOST:
+            process.ports_lost += 1
+            log.warning("%s: another process took its port %d while it was starting; it is started on another one",
+                        process.name, process.listen.port, extra=log_fields(process))  # fmt: skip
+            self._discard(process)
+            return await self._start_again(process, process.command)
         if process.phase.detail and "phase" not in what:
             what = f"{what} in its phase {process.phase.phase!r}"
         reason = with_last_lines(with_root(what, failure) if lines else what, lines, failure.reason)
@@ -412,6 +420,16 @@ class EngineManager:
         elif process.standby:
             self.standbys.note_outcome(process.standby, good=False)
         self._discard(process)
+        event = await self._start_again(process, command)
+        if isinstance(event, events.EngineStartFailed):  # so neither was at fault
+            if loading:
+                self.loaders.failed_without(process.model.name, loading)
+            elif process.standby:
+                self.standbys.note_outcome(process.standby, good=True)
+        return event
+
+    async def _start_again(self, process: EngineProcess, command: commands.StartEngine) -> events.Event:
+        """Start an engine that was discarded once more: as another instance, and in the plain way."""
         try:
             fresh, order = self.launch_planner.prepare(command)
         except VllmdError as error:
@@ -420,13 +438,9 @@ class EngineManager:
             self._forget(process)
             return events.EngineStartFailed(process.name, why)
         process.restart_as(fresh)
-        event = await self._start(process, order)
-        if isinstance(event, events.EngineStartFailed):  # so neither was at fault
-            if loading:
-                self.loaders.failed_without(process.model.name, loading)
-            elif process.standby:
-                self.standbys.note_outcome(process.standby, good=True)
-        return event
+        if process.ports_lost:  # the next port may be lost as well; a plain attempt that failed is not made again
+            process.command = command
+        return await self._start(process, order)
 
     async def _probe_until_ready(self, process: EngineProcess) -> None:
         """Send readiness probes until one is answered: no event tells when another process is ready.

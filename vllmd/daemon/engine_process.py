@@ -80,6 +80,7 @@ class EngineProcess:
     standby: Standby | None = None  # what a standby has to be to become it
     given: str = ""  # the instance of the standby that its order names
     command: StartEngine | None = None  # that it was started by; None: it cannot be started once more
+    ports_lost: int = 0  # attempts at this start whose TCP port another process took before the engine listened
     loading: Loading | None = None  # how its weights are read, where that is to be measured
     is_first_start: bool = False  # no start of such an engine is known that came through
     ending: bool = False  # it has been ordered to stop

@@ -101,7 +101,8 @@ class Progress:
 class Failure:
     """What a failed start's log lines say. ``needed``: the bytes per device that it asked for, where it said so.
 
-    ``hint``: what would help, such as the command that installs what is missing.
+    ``hint``: what would help, such as the command that installs what is missing. ``port``: another process had taken
+    the engine's TCP port.
     """
 
     reason: str
@@ -109,6 +110,7 @@ class Failure:
     permanent: bool = False
     needed: int | None = None
     hint: str = ""
+    port: bool = False
 
 
 @dataclass(frozen=True, slots=True)

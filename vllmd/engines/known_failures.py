@@ -7,6 +7,7 @@ place: that line is what people look for on the web. Words of vLLM 0.22 to 0.33 
 
 ``{1}`` in an advice stands for the pattern's first group. ``memory``: more room on the device may help, so the
 scheduler makes some and tries again. ``permanent``: no further attempt can help before an operator changes something.
+``port``: another process has the engine's port, so that another attempt with another port may help.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Known:
     advice: str
     memory: bool = False
     permanent: bool = False
+    port: bool = False
 
     def of(self, line: str) -> str:
         """The advice for a line of this failure; "" for any other line."""
@@ -226,6 +228,7 @@ TABLE: tuple[Known, ...] = (
     _row(
         r"Address already in use|couldn't bind HTTP server socket|Errno 98",
         "another process has its port; engines.port_start and port_end move the range",
+        port=True,
     ),
 )
 

@@ -127,7 +127,7 @@ class Plain:
         reason, advice, row = match or (reason, "", None)
         memory = any(_MEMORY.search(line) for line in texts) or (row is not None and row.memory)
         wrong = bool(_WRONG.search(reason)) or (row is not None and row.permanent)
-        return Failure(reason, memory, permanent=wrong and not memory, hint=advice)
+        return Failure(reason, memory, permanent=wrong and not memory, hint=advice, port=row is not None and row.port)
 
     def _absent(self, lines: Sequence[str]) -> str:
         """The line that says that its program is not there; "" if none does."""
