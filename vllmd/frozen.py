@@ -29,10 +29,10 @@ def frozen(cls: type[T]) -> type[T]:
 
 
 def _show(cls: type, names: list[str]) -> None:
-    def told(self: object) -> str:
+    def represent(self: object) -> str:
         return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
-    cls.__repr__ = told  # type: ignore[assignment]
+    cls.__repr__ = represent  # type: ignore[assignment]
 
 
 def _compare(cls: type, values: Callable[[Any], Any]) -> None:

@@ -46,7 +46,7 @@ NUDGE = Verb(
     "nudge", "POST", "/admin/models/{model:path}/nudge", "Nudge a model", ModelLine,
     (MODEL, Param("times", Count(1, 9), "how often", default=1, flags=("-n", "--times"))), event="Nudged",
     python=Method("nudge_model", "Nudge it."),
-    commands=(Command("nudge", "Nudge models", said="{model} was nudged {times} times"),),
+    commands=(Command("nudge", "Nudge models", printed="{model} was nudged {times} times"),),
 )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_both_clients_have_a_method_of_a_new_row(one_more: None) -> None:
     assert (
         "    async def nudge_model(self, model: str, times: int = 1) -> answers.ModelLine:\n"
         '        """Nudge it."""\n'
-        '        return await self._told("nudge", answers.ModelLine, model=model, times=times)\n'
+        '        return await self._perform("nudge", answers.ModelLine, model=model, times=times)\n'
     ) in made["asynchronous.py"]
     assert "    def nudge_model(self, model: str, times: int = 1) -> answers.ModelLine:\n" in made["sync.py"]
     call = NUDGE.call({"model": "org/a b", "times": 2})

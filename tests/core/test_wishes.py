@@ -274,7 +274,7 @@ def test_an_operators_pin_outlives_a_reload_and_the_configurations_own_does_not(
     w.do(PinSet("m", True))
     w.do(ModelsChanged((model("m", 20), model("n", 20))))
     assert [m.pinned for m in w.seen.models] == [True, False]
-    said = [command.said for verb in VERBS if verb.name == "pin" for command in verb.commands]
+    said = [command.printed for verb in VERBS if verb.name == "pin" for command in verb.commands]
     assert said and not any("reload" in each for each in said)  # and what vllmctl says is what is so
 
 

@@ -118,7 +118,7 @@ class Method:
 class Command:
     """A verb of vllmctl. ``about``: its line of help, ``more``: the rest of its description.
 
-    ``fixed``: values of parameters that the command line does not take. ``said``: the line that is printed for each
+    ``fixed``: values of parameters that the command line does not take. ``printed``: the line that is printed for each
     thing done, with parameters and fields of the answer in braces; of a verb that settles, the end of the line
     "MODEL is running after 3s".
     """
@@ -128,7 +128,7 @@ class Command:
     more: str = ""
     aliases: tuple[str, ...] = ()
     fixed: Mapping[str, object] = field(default_factory=dict)
-    said: str = ""
+    printed: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -271,7 +271,7 @@ VERBS: tuple[Verb, ...] = (
          python=Method("load_model",
                        "Start or wake a model. Raises EngineFailed if the caller waits and the model does not start."),
          commands=(Command("start", "Start or wake models, and wait until they serve", aliases=("load",),
-                           said="; its output: vllmctl logs {model}"),)),
+                           printed="; its output: vllmctl logs {model}"),)),
     Verb("wake", "POST", f"{ON_MODEL}/wake", "Wake or start a model", ModelLine, (MODEL,),
          does="commands.load", settles=True,
          python=Method("wake_model", "Wake the model, or start it where it is not loaded."),
@@ -290,9 +290,9 @@ VERBS: tuple[Verb, ...] = (
     Verb("pin", "POST", f"{ON_MODEL}/pin", "Pin or unpin a model", ModelLine, (MODEL, PINNED), event="PinSet",
          python=Method("pin_model", "Keep a model loaded once it is, or let it be evicted again."),
          commands=(Command("pin", "Keep models loaded: they are never evicted and never sleep", fixed={"pinned": True},
-                           said="{model} is pinned until vllmctl unpin, or until the daemon restarts"),
+                           printed="{model} is pinned until vllmctl unpin, or until the daemon restarts"),
                    Command("unpin", "Let models be evicted and sleep again", fixed={"pinned": False},
-                           said="{model} is not pinned any more; a restart of the daemon pins what the "
+                           printed="{model} is not pinned any more; a restart of the daemon pins what the "
                                 "configuration pins"))),
     Verb("disable", "POST", f"{ON_MODEL}/disable", "Take a model out of use until it is enabled", ModelLine,
          (MODEL, MESSAGE), does="commands.disable", refuses=(503,),
@@ -303,12 +303,12 @@ VERBS: tuple[Verb, ...] = (
                            "Running requests are finished, then the engine is stopped; waiting and new ones get status "
                            "503 with the message. Nothing loads the model, over restarts as well, until vllmctl "
                            "enable. Of a model with replicas one may be named, such as MODEL@2.",
-                           said="{model} is disabled; clients get the message: {disabled}"),)),
+                           printed="{model} is disabled; clients get the message: {disabled}"),)),
     Verb("enable", "POST", f"{ON_MODEL}/enable", "Serve a disabled model again", ModelLine, (MODEL,),
          does="commands.enable", refuses=(503,),
          python=Method("enable_model", "Serve a disabled model again, with all its replicas."),
          commands=(Command("enable", "Put models in use again that were disabled",
-                           said="{model} is in use again; the next request loads it"),)),
+                           printed="{model} is in use again; the next request loads it"),)),
     Verb("probe", "POST", f"{ON_MODEL}/probe", "How soon a model's engines answer", Probed,
          (MODEL, ALL, LIMIT), does="commands.probe", patient=True, refuses=(409,),
          python=Method("probe", PROBES)),
@@ -343,24 +343,24 @@ VERBS: tuple[Verb, ...] = (
          python=Method("kill_process", "Kill the whole engine that a process belongs to."),
          commands=(Command("kill", "Kill the whole engine that a process belongs to, where nothing else ends it",
              "Models end properly with vllmctl stop. A process that is no engine's, but holds a GPU, is killed with "
-             "--force, as far as the daemon's user may.", said="{message}"),)),
+             "--force, as far as the daemon's user may.", printed="{message}"),)),
     Verb("drain", "POST", "/admin/devices/{device}/drain", "Take a device out of use for maintenance, or give it back",
          Device, (DEVICE, DRAINED), does="commands.drain",
          python=Method("drain_device", "Take a device out of use, or give it back."),
          commands=(Command("drain", "Take GPUs out of use for maintenance: engines there end after their requests, and "
                            "no new one starts", fixed={"drained": True},
-                           said="device {device} is drained until vllmctl undrain, or until the daemon restarts; "
+                           printed="device {device} is drained until vllmctl undrain, or until the daemon restarts; "
                                 "vllmctl gpus shows what still runs there"),
                    Command("undrain", "Give drained GPUs back", fixed={"drained": False},
-                           said="device {device} is in use again"))),
+                           printed="device {device} is in use again"))),
     Verb("suspend", "POST", "/admin/suspend", "Take the engines off the GPUs before the machine sleeps, or let them "
          "back", Suspended, (SUSPENDED,), does="commands.suspend", patient=True,
          about="Requests have five seconds, then they are cut; CPU models go on. vllmd-sleep.service calls it.",
          python=Method("suspend", "Take the engines off the GPUs, or let them back. Returns those that were there."),
          commands=(Command("suspend", "Take the engines off the GPUs, before the machine sleeps",
-                           fixed={"suspended": True}, said="no engine is on a GPU until vllmctl resume"),
+                           fixed={"suspended": True}, printed="no engine is on a GPU until vllmctl resume"),
                    Command("resume", "Let engines use the GPUs again, after the machine's sleep",
-                           fixed={"suspended": False}, said="the GPUs are in use again"))),
+                           fixed={"suspended": False}, printed="the GPUs are in use again"))),
     Verb("cached", "GET", "/admin/store", "What the engines' caches hold", Cached, does="store.contents", scope="read",
          python=Method("cached_models", "The models in the engines' caches, and which served models use each.",
                        "cached")),
@@ -400,7 +400,7 @@ VERBS: tuple[Verb, ...] = (
          commands=(Command("cancel", "Cancel requests that are under way, by their ids in vllmctl requests",
                            "Their clients get status 403 with the code request_cancelled, after which they do not try "
                            "again by themselves; where an answer has begun, it is broken off. The engine is free at "
-                           "once; the model stays loaded.", said="request {request_id} is cancelled"),)),
+                           "once; the model stays loaded.", printed="request {request_id} is cancelled"),)),
     Verb("recordings", "GET", "/admin/recordings", "The recordings of bodies that are under way", Recordings,
          does="records.recorded", scope="read",
          python=Method("recordings", "The recordings of bodies under way, and the size of what they have kept.")),

@@ -112,7 +112,7 @@ class Admin:
             call.method, call.path, dict(call.query), call.body, None if call.method == "POST" else ANSWER_SECONDS
         )
 
-    def told(self, verb: Verb, kind: type[T], arguments: Mapping[str, object]) -> T:
+    def perform(self, verb: Verb, kind: type[T], arguments: Mapping[str, object]) -> T:
         """The same as an answer. Raises Failure for one that is none of vllmd's."""
         return understood(kind, self.ask(verb, arguments))
 

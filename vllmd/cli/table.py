@@ -34,7 +34,7 @@ class TableVerb:
         """Call the verb for each thing named on the command line, and print a line for each."""
         values = given(arguments, self._verb)
         if self._verb.settles:
-            return models.follow(arguments, self._verb, values, self._command.said)
+            return models.follow(arguments, self._verb, values, self._command.printed)
         admin, answers, values = Admin(arguments), list[object](), {**values, **self._command.fixed}
         several = next((each for each in self._verb.params if each.many), None)
         for each in getattr(arguments, dest(several)) if several else [None]:
@@ -43,7 +43,7 @@ class TableVerb:
             answers.append(answer)
             if not arguments.json:
                 fields = answer if isinstance(answer, dict) else {}
-                text = self._command.said
+                text = self._command.printed
                 # An older daemon's answer may lack a field that the text has.
                 show.say(text.format_map(defaultdict(str, {**fields, **values})) if text else show.pairs(fields))
         if arguments.json:

@@ -127,31 +127,31 @@ class AsyncClient:
 
     async def load_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
         """Start or wake a model. Raises EngineFailed if the caller waits and the model does not start."""
-        return await self._told("load", answers.ModelLine, model=model, wait=wait)
+        return await self._perform("load", answers.ModelLine, model=model, wait=wait)
 
     async def wake_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
         """Wake the model, or start it where it is not loaded."""
-        return await self._told("wake", answers.ModelLine, model=model, wait=wait)
+        return await self._perform("wake", answers.ModelLine, model=model, wait=wait)
 
     async def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> answers.ModelLine:
         """Stop a model, after its requests unless ``force``."""
-        return await self._told("unload", answers.ModelLine, model=model, force=force, wait=wait)
+        return await self._perform("unload", answers.ModelLine, model=model, force=force, wait=wait)
 
     async def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> answers.ModelLine:
         """Put a model to sleep at level 1 or 2, or stop it (3)."""
-        return await self._told("sleep", answers.ModelLine, model=model, level=level, wait=wait)
+        return await self._perform("sleep", answers.ModelLine, model=model, level=level, wait=wait)
 
     async def pin_model(self, model: str, pinned: bool = True) -> answers.ModelLine:
         """Keep a model loaded once it is, or let it be evicted again."""
-        return await self._told("pin", answers.ModelLine, model=model, pinned=pinned)
+        return await self._perform("pin", answers.ModelLine, model=model, pinned=pinned)
 
     async def disable_model(self, model: str, message: str | None = None) -> answers.ModelLine:
         """Take a model out of use, after its requests; clients get ``message`` then."""
-        return await self._told("disable", answers.ModelLine, model=model, message=message)
+        return await self._perform("disable", answers.ModelLine, model=model, message=message)
 
     async def enable_model(self, model: str) -> answers.ModelLine:
         """Serve a disabled model again, with all its replicas."""
-        return await self._told("enable", answers.ModelLine, model=model)
+        return await self._perform("enable", answers.ModelLine, model=model)
 
     async def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
         """Probe the model's engines, all at once. Returns the ``fastest``, and the seconds of each of the ``replicas``.
@@ -159,31 +159,31 @@ class AsyncClient:
         Without ``all`` none is waited for once another has answered; with it each has ``limit`` seconds.
         Raises Conflict where none of them serves.
         """
-        return await self._told("probe", answers.Probed, model=model, all=all, limit=limit)
+        return await self._perform("probe", answers.Probed, model=model, all=all, limit=limit)
 
     async def lease_model(self, model: str, lease: str, seconds: float | None = None) -> answers.ModelLine:
         """Keep a model loaded under the name ``lease``, for ``seconds``; the last lease to end stops it."""
-        return await self._told("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
+        return await self._perform("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
 
     async def release_model(self, model: str, lease: str, *, stop: bool = False) -> answers.ModelLine:
         """Give a lease back; ``stop``: if it was the last, stop the model at once."""
-        return await self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
+        return await self._perform("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
     async def preview(self, model: str, action: str) -> answers.Preview:
         """What the verb ``action`` would do with a model now; nothing is done."""
-        return await self._told("preview", answers.Preview, model=model, action=action)
+        return await self._perform("preview", answers.Preview, model=model, action=action)
 
     async def preview_device(self, device: int, action: str) -> answers.Preview:
         """What draining the device, or giving it back, would do; nothing is done."""
-        return await self._told("preview_device", answers.Preview, device=device, action=action)
+        return await self._perform("preview_device", answers.Preview, device=device, action=action)
 
     async def status(self) -> answers.Status:
         """The status of the daemon, its devices and its models."""
-        return await self._told("status", answers.Status)
+        return await self._perform("status", answers.Status)
 
     async def decisions(self, model: str = "") -> tuple[answers.Decision, ...]:
         """The last decisions with their numbers, oldest first."""
-        return (await self._told("decisions", answers.Decisions, model=model)).decisions
+        return (await self._perform("decisions", answers.Decisions, model=model)).decisions
 
     async def plan(
         self,
@@ -194,53 +194,53 @@ class AsyncClient:
         models: Mapping[str, object] = {},
     ) -> answers.Plan:
         """Simulate the recorded traffic as it is, and with other devices, models or rules."""
-        return await self._told(
+        return await self._perform(
             "plan", answers.Plan, since=since, devices=devices, policy=policy, host_memory=host_memory, models=models
         )
 
     async def reload(self) -> answers.Reloaded:
         """Read the configuration again. Raises ConfigError where it is invalid."""
-        return await self._told("reload", answers.Reloaded)
+        return await self._perform("reload", answers.Reloaded)
 
     async def kill_process(self, pid: int, *, force: bool = False) -> answers.Killed:
         """Kill the whole engine that a process belongs to."""
-        return await self._told("kill", answers.Killed, pid=pid, force=force)
+        return await self._perform("kill", answers.Killed, pid=pid, force=force)
 
     async def drain_device(self, device: int, drained: bool = True) -> answers.Device:
         """Take a device out of use, or give it back."""
-        return await self._told("drain", answers.Device, device=device, drained=drained)
+        return await self._perform("drain", answers.Device, device=device, drained=drained)
 
     async def suspend(self, suspended: bool = True) -> answers.Suspended:
         """Take the engines off the GPUs, or let them back. Returns those that were there."""
-        return await self._told("suspend", answers.Suspended, suspended=suspended)
+        return await self._perform("suspend", answers.Suspended, suspended=suspended)
 
     async def cached_models(self) -> tuple[answers.CachedModel, ...]:
         """The models in the engines' caches, and which served models use each."""
-        return (await self._told("cached", answers.Cached)).cached
+        return (await self._perform("cached", answers.Cached)).cached
 
     async def stop_download(self, model: str) -> answers.Download:
         """End a download; the part that is here is kept for the next one."""
-        return await self._told("stop-download", answers.Download, model=model)
+        return await self._perform("stop-download", answers.Download, model=model)
 
     async def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
         """Remove an added model, and with ``files`` its files; ``dry``: only say what would go."""
-        return await self._told("remove", answers.Removed, model=model, files=files, dry=dry)
+        return await self._perform("remove", answers.Removed, model=model, files=files, dry=dry)
 
     async def keys(self) -> tuple[answers.KeyLine, ...]:
         """All keys, without their text."""
-        return (await self._told("keys", answers.Keys)).keys
+        return (await self._perform("keys", answers.Keys)).keys
 
     async def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
         """Make a key; only this answer has its text."""
-        return await self._told("create_key", answers.NewKey, name=name, settings=settings)
+        return await self._perform("create_key", answers.NewKey, name=name, settings=settings)
 
     async def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
         """Change the named settings of a key, and no others."""
-        return await self._told("limit_key", answers.KeyLine, name=name, settings=settings)
+        return await self._perform("limit_key", answers.KeyLine, name=name, settings=settings)
 
     async def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
         """Revoke a key. Returns the keys that are left."""
-        return (await self._told("revoke_key", answers.Keys, name=name)).keys
+        return (await self._perform("revoke_key", answers.Keys, name=name)).keys
 
     async def requests(
         self,
@@ -253,7 +253,7 @@ class AsyncClient:
         limit: int = 100,
     ) -> answers.Requests:
         """The last requests and those under way that match the filters."""
-        return await self._told(
+        return await self._perform(
             "requests",
             answers.Requests,
             model=model,
@@ -267,27 +267,27 @@ class AsyncClient:
 
     async def request(self, request_id: str) -> answers.RequestInFull:
         """One of the last requests, with its head. Raises NotFound."""
-        return await self._told("request", answers.RequestInFull, request_id=request_id)
+        return await self._perform("request", answers.RequestInFull, request_id=request_id)
 
     async def cancel_request(self, request_id: str) -> tuple[answers.RequestEntry, ...]:
         """Cancel a request that waits or runs. Raises NotFound."""
-        return (await self._told("cancel", answers.Cancelled, request_id=request_id)).cancelled
+        return (await self._perform("cancel", answers.Cancelled, request_id=request_id)).cancelled
 
     async def recordings(self) -> answers.Recordings:
         """The recordings of bodies under way, and the size of what they have kept."""
-        return await self._told("recordings", answers.Recordings)
+        return await self._perform("recordings", answers.Recordings)
 
     async def record(
         self, model: str | None = None, key: str | None = None, seconds: float = 600.0, most_bytes: int = 65536
     ) -> answers.Recordings:
         """Keep bodies, in memory, of a model's requests, a key's, or of both together."""
-        return await self._told(
+        return await self._perform(
             "record", answers.Recordings, model=model, key=key, seconds=seconds, most_bytes=most_bytes
         )
 
     async def stop_recording(self, number: int | None = None) -> answers.Recordings:
         """End one recording, or all."""
-        return await self._told("stop-recording", answers.Recordings, number=number)
+        return await self._perform("stop-recording", answers.Recordings, number=number)
 
     async def usage(
         self,
@@ -298,7 +298,7 @@ class AsyncClient:
         model: str = "",
     ) -> answers.Usage:
         """Sums of use; ``since`` and ``until``: Unix time, the last 30 days without them."""
-        return await self._told("usage", answers.Usage, by=by, since=since, until=until, key=key, model=model)
+        return await self._perform("usage", answers.Usage, by=by, since=since, until=until, key=key, model=model)
 
     # -- end
 
@@ -322,7 +322,7 @@ class AsyncClient:
             raise of_transport(error, str(self.address), begun=begun) from error
         events.end()
 
-    async def _told(self, verb: str, kind: type[T], **arguments: object) -> T:
+    async def _perform(self, verb: str, kind: type[T], **arguments: object) -> T:
         """The answer to a verb of the table. Raises UpstreamFailed for one that is not as the table says."""
         return answer_of(kind, await self._object(calls.verb(verb, arguments)))
 

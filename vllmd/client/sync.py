@@ -128,31 +128,31 @@ class Client:
 
     def load_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
         """Start or wake a model. Raises EngineFailed if the caller waits and the model does not start."""
-        return self._told("load", answers.ModelLine, model=model, wait=wait)
+        return self._perform("load", answers.ModelLine, model=model, wait=wait)
 
     def wake_model(self, model: str, *, wait: bool = True) -> answers.ModelLine:
         """Wake the model, or start it where it is not loaded."""
-        return self._told("wake", answers.ModelLine, model=model, wait=wait)
+        return self._perform("wake", answers.ModelLine, model=model, wait=wait)
 
     def unload_model(self, model: str, *, force: bool = False, wait: bool = True) -> answers.ModelLine:
         """Stop a model, after its requests unless ``force``."""
-        return self._told("unload", answers.ModelLine, model=model, force=force, wait=wait)
+        return self._perform("unload", answers.ModelLine, model=model, force=force, wait=wait)
 
     def sleep_model(self, model: str, level: int = 1, *, wait: bool = True) -> answers.ModelLine:
         """Put a model to sleep at level 1 or 2, or stop it (3)."""
-        return self._told("sleep", answers.ModelLine, model=model, level=level, wait=wait)
+        return self._perform("sleep", answers.ModelLine, model=model, level=level, wait=wait)
 
     def pin_model(self, model: str, pinned: bool = True) -> answers.ModelLine:
         """Keep a model loaded once it is, or let it be evicted again."""
-        return self._told("pin", answers.ModelLine, model=model, pinned=pinned)
+        return self._perform("pin", answers.ModelLine, model=model, pinned=pinned)
 
     def disable_model(self, model: str, message: str | None = None) -> answers.ModelLine:
         """Take a model out of use, after its requests; clients get ``message`` then."""
-        return self._told("disable", answers.ModelLine, model=model, message=message)
+        return self._perform("disable", answers.ModelLine, model=model, message=message)
 
     def enable_model(self, model: str) -> answers.ModelLine:
         """Serve a disabled model again, with all its replicas."""
-        return self._told("enable", answers.ModelLine, model=model)
+        return self._perform("enable", answers.ModelLine, model=model)
 
     def probe(self, model: str, all: bool = False, *, limit: float | None = None) -> answers.Probed:
         """Probe the model's engines, all at once. Returns the ``fastest``, and the seconds of each of the ``replicas``.
@@ -160,31 +160,31 @@ class Client:
         Without ``all`` none is waited for once another has answered; with it each has ``limit`` seconds.
         Raises Conflict where none of them serves.
         """
-        return self._told("probe", answers.Probed, model=model, all=all, limit=limit)
+        return self._perform("probe", answers.Probed, model=model, all=all, limit=limit)
 
     def lease_model(self, model: str, lease: str, seconds: float | None = None) -> answers.ModelLine:
         """Keep a model loaded under the name ``lease``, for ``seconds``; the last lease to end stops it."""
-        return self._told("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
+        return self._perform("lease", answers.ModelLine, model=model, lease=lease, seconds=seconds)
 
     def release_model(self, model: str, lease: str, *, stop: bool = False) -> answers.ModelLine:
         """Give a lease back; ``stop``: if it was the last, stop the model at once."""
-        return self._told("release", answers.ModelLine, model=model, lease=lease, stop=stop)
+        return self._perform("release", answers.ModelLine, model=model, lease=lease, stop=stop)
 
     def preview(self, model: str, action: str) -> answers.Preview:
         """What the verb ``action`` would do with a model now; nothing is done."""
-        return self._told("preview", answers.Preview, model=model, action=action)
+        return self._perform("preview", answers.Preview, model=model, action=action)
 
     def preview_device(self, device: int, action: str) -> answers.Preview:
         """What draining the device, or giving it back, would do; nothing is done."""
-        return self._told("preview_device", answers.Preview, device=device, action=action)
+        return self._perform("preview_device", answers.Preview, device=device, action=action)
 
     def status(self) -> answers.Status:
         """The status of the daemon, its devices and its models."""
-        return self._told("status", answers.Status)
+        return self._perform("status", answers.Status)
 
     def decisions(self, model: str = "") -> tuple[answers.Decision, ...]:
         """The last decisions with their numbers, oldest first."""
-        return (self._told("decisions", answers.Decisions, model=model)).decisions
+        return (self._perform("decisions", answers.Decisions, model=model)).decisions
 
     def plan(
         self,
@@ -195,53 +195,53 @@ class Client:
         models: Mapping[str, object] = {},
     ) -> answers.Plan:
         """Simulate the recorded traffic as it is, and with other devices, models or rules."""
-        return self._told(
+        return self._perform(
             "plan", answers.Plan, since=since, devices=devices, policy=policy, host_memory=host_memory, models=models
         )
 
     def reload(self) -> answers.Reloaded:
         """Read the configuration again. Raises ConfigError where it is invalid."""
-        return self._told("reload", answers.Reloaded)
+        return self._perform("reload", answers.Reloaded)
 
     def kill_process(self, pid: int, *, force: bool = False) -> answers.Killed:
         """Kill the whole engine that a process belongs to."""
-        return self._told("kill", answers.Killed, pid=pid, force=force)
+        return self._perform("kill", answers.Killed, pid=pid, force=force)
 
     def drain_device(self, device: int, drained: bool = True) -> answers.Device:
         """Take a device out of use, or give it back."""
-        return self._told("drain", answers.Device, device=device, drained=drained)
+        return self._perform("drain", answers.Device, device=device, drained=drained)
 
     def suspend(self, suspended: bool = True) -> answers.Suspended:
         """Take the engines off the GPUs, or let them back. Returns those that were there."""
-        return self._told("suspend", answers.Suspended, suspended=suspended)
+        return self._perform("suspend", answers.Suspended, suspended=suspended)
 
     def cached_models(self) -> tuple[answers.CachedModel, ...]:
         """The models in the engines' caches, and which served models use each."""
-        return (self._told("cached", answers.Cached)).cached
+        return (self._perform("cached", answers.Cached)).cached
 
     def stop_download(self, model: str) -> answers.Download:
         """End a download; the part that is here is kept for the next one."""
-        return self._told("stop-download", answers.Download, model=model)
+        return self._perform("stop-download", answers.Download, model=model)
 
     def remove_model(self, model: str, *, files: bool = False, dry: bool = False) -> answers.Removed:
         """Remove an added model, and with ``files`` its files; ``dry``: only say what would go."""
-        return self._told("remove", answers.Removed, model=model, files=files, dry=dry)
+        return self._perform("remove", answers.Removed, model=model, files=files, dry=dry)
 
     def keys(self) -> tuple[answers.KeyLine, ...]:
         """All keys, without their text."""
-        return (self._told("keys", answers.Keys)).keys
+        return (self._perform("keys", answers.Keys)).keys
 
     def create_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.NewKey:
         """Make a key; only this answer has its text."""
-        return self._told("create_key", answers.NewKey, name=name, settings=settings)
+        return self._perform("create_key", answers.NewKey, name=name, settings=settings)
 
     def limit_key(self, name: str, settings: Mapping[str, object] = {}) -> answers.KeyLine:
         """Change the named settings of a key, and no others."""
-        return self._told("limit_key", answers.KeyLine, name=name, settings=settings)
+        return self._perform("limit_key", answers.KeyLine, name=name, settings=settings)
 
     def revoke_key(self, name: str) -> tuple[answers.KeyLine, ...]:
         """Revoke a key. Returns the keys that are left."""
-        return (self._told("revoke_key", answers.Keys, name=name)).keys
+        return (self._perform("revoke_key", answers.Keys, name=name)).keys
 
     def requests(
         self,
@@ -254,7 +254,7 @@ class Client:
         limit: int = 100,
     ) -> answers.Requests:
         """The last requests and those under way that match the filters."""
-        return self._told(
+        return self._perform(
             "requests",
             answers.Requests,
             model=model,
@@ -268,25 +268,25 @@ class Client:
 
     def request(self, request_id: str) -> answers.RequestInFull:
         """One of the last requests, with its head. Raises NotFound."""
-        return self._told("request", answers.RequestInFull, request_id=request_id)
+        return self._perform("request", answers.RequestInFull, request_id=request_id)
 
     def cancel_request(self, request_id: str) -> tuple[answers.RequestEntry, ...]:
         """Cancel a request that waits or runs. Raises NotFound."""
-        return (self._told("cancel", answers.Cancelled, request_id=request_id)).cancelled
+        return (self._perform("cancel", answers.Cancelled, request_id=request_id)).cancelled
 
     def recordings(self) -> answers.Recordings:
         """The recordings of bodies under way, and the size of what they have kept."""
-        return self._told("recordings", answers.Recordings)
+        return self._perform("recordings", answers.Recordings)
 
     def record(
         self, model: str | None = None, key: str | None = None, seconds: float = 600.0, most_bytes: int = 65536
     ) -> answers.Recordings:
         """Keep bodies, in memory, of a model's requests, a key's, or of both together."""
-        return self._told("record", answers.Recordings, model=model, key=key, seconds=seconds, most_bytes=most_bytes)
+        return self._perform("record", answers.Recordings, model=model, key=key, seconds=seconds, most_bytes=most_bytes)
 
     def stop_recording(self, number: int | None = None) -> answers.Recordings:
         """End one recording, or all."""
-        return self._told("stop-recording", answers.Recordings, number=number)
+        return self._perform("stop-recording", answers.Recordings, number=number)
 
     def usage(
         self,
@@ -297,7 +297,7 @@ class Client:
         model: str = "",
     ) -> answers.Usage:
         """Sums of use; ``since`` and ``until``: Unix time, the last 30 days without them."""
-        return self._told("usage", answers.Usage, by=by, since=since, until=until, key=key, model=model)
+        return self._perform("usage", answers.Usage, by=by, since=since, until=until, key=key, model=model)
 
     # -- end
 
@@ -320,7 +320,7 @@ class Client:
             raise of_transport(error, str(self.address), begun=begun) from error
         events.end()
 
-    def _told(self, verb: str, kind: type[T], **arguments: object) -> T:
+    def _perform(self, verb: str, kind: type[T], **arguments: object) -> T:
         """The answer to a verb of the table. Raises UpstreamFailed for one that is not as the table says."""
         return answer_of(kind, self._object(calls.verb(verb, arguments)))
 

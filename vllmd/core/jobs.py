@@ -35,26 +35,26 @@ def new(job: Job) -> New:
     return New.MUST
 
 
-def merge(job: Job | None, runs: bool, asked: Job) -> Job | None:
-    """The job of a replica that had ``job`` when ``asked`` was asked for. Changes both of them."""
-    verb = MERGES[current(job, runs)][new(asked)]
-    if asked.leaves and asked.reason in BY_HAND:
+def merge(job: Job | None, runs: bool, requested: Job) -> Job | None:
+    """The job of a replica that had ``job`` when ``requested`` was asked for. Changes both of them."""
+    verb = MERGES[current(job, runs)][new(requested)]
+    if requested.leaves and requested.reason in BY_HAND:
         job = unwanted(job, runs)
     if job is None or verb is Merge.TAKE:
-        if job and asked.leaves:
-            asked.target = asked.target or job.target
-            asked.then = asked.then or wanted_start(job)
-        return asked
+        if job and requested.leaves:
+            requested.target = requested.target or job.target
+            requested.then = requested.then or wanted_start(job)
+        return requested
     if verb is Merge.JOIN:
         job.then = None
-        if job.reason not in WANTS or asked.reason is Reason.OPERATOR:
-            job.since = job.since if job.reason in WANTS else asked.since
-            job.reason, job.why = asked.reason, asked.why
+        if job.reason not in WANTS or requested.reason is Reason.OPERATOR:
+            job.since = job.since if job.reason in WANTS else requested.since
+            job.reason, job.why = requested.reason, requested.why
     elif verb is Merge.AFTER:
-        job.then = merge(job.then, False, asked)
+        job.then = merge(job.then, False, requested)
     elif verb is Merge.FIRST:
-        asked.then = job
-        return asked
+        requested.then = job
+        return requested
     return job
 
 

@@ -161,9 +161,9 @@ class Use:
             self.quota.spent.add(self.quota.wall(), tokens.total, 0.0)
             self.quota.charge(tokens.total - self.prompt)
         elif size:
-            reckoned = max(1, size // BYTES_PER_EVENT)
-            self.quota.spent.add(self.quota.wall(), reckoned, 0.0)
-            self.quota.charge(reckoned)
+            estimate = max(1, size // BYTES_PER_EVENT)
+            self.quota.spent.add(self.quota.wall(), estimate, 0.0)
+            self.quota.charge(estimate)
 
 
 class Quotas:

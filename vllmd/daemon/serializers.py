@@ -54,11 +54,15 @@ def state_of(view: ModelView | ReplicaView) -> str:
 
 
 def card(
-    model: ModelConfig, routes: Iterable[str], view: ModelView | None, kind: str, said: SelfDescription | None = None
+    model: ModelConfig,
+    routes: Iterable[str],
+    view: ModelView | None,
+    kind: str,
+    description: SelfDescription | None = None,
 ) -> Card:
     """A model for ``/v1/models``.
 
-    ``kind``: the kind of model that its files in the cache are of, "" if unknown. ``said``: its running engine's
+    ``kind``: the kind of model that its files in the cache are of, "" if unknown. ``description``: its running engine's
     description of itself, which is surer than configuration and files.
     """
     return Card(
@@ -70,8 +74,8 @@ def card(
         state=state_of(view) if view else State.STOPPED.value,
         disabled=view.disabled if view else "",
         engine=model.engine,
-        max_model_len=(said.context if said else None) or model.max_model_len,
-        capabilities=tuple(sorted(model.capabilities or _abilities(model, routes, kind, said))),
+        max_model_len=(description.context if description else None) or model.max_model_len,
+        capabilities=tuple(sorted(model.capabilities or _abilities(model, routes, kind, description))),
         limits=Limits(model.concurrency, model.queue_limit, model.queue_timeout),
         memory=view.memory if view else 0,
         discovered=model.where.startswith("found in "),
@@ -80,33 +84,33 @@ def card(
     )
 
 
-def _abilities(model: ModelConfig, routes: Iterable[str], kind: str, said: SelfDescription | None) -> set[str]:
+def _abilities(model: ModelConfig, routes: Iterable[str], kind: str, description: SelfDescription | None) -> set[str]:
     """The abilities of a model whose configuration does not name them: by its engine kind's routes, and what is known
     of the model.
     """
     abilities = {ability for route in routes if (ability := ABILITIES.get(route))}
-    served = {ability for route, ability in ABILITIES.items() if said and route in said.routes}
+    served = {ability for route, ability in ABILITIES.items() if description and route in description.routes}
     if served:
         abilities &= served
     elif kind:
         abilities &= BY_KIND[kind]
-    if said and said.takes_audio is False:
+    if description and description.takes_audio is False:
         abilities -= {"transcription", "translation"}
-    if said and said.takes_images and "chat" in abilities:
+    if description and description.takes_images and "chat" in abilities:
         abilities.add("vision")
-    if "chat" in abilities and calls_tools(model, said):
+    if "chat" in abilities and calls_tools(model, description):
         abilities.add("tools")
     return abilities
 
 
-def calls_tools(model: ModelConfig, said: SelfDescription | None) -> bool:
+def calls_tools(model: ModelConfig, description: SelfDescription | None) -> bool:
     """Whether the model can choose to call tools. True where the engine does not tell.
 
     vLLM and SGLang look for calls in an answer only if a flag names the form in which the model writes them.
     """
     if model.engine in TOOL_FLAGS:
         return bool(argument(model, TOOL_FLAGS[model.engine]))
-    return said is None or said.tools is not False
+    return description is None or description.tools is not False
 
 
 def line(

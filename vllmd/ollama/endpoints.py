@@ -104,27 +104,37 @@ class ModelRoutes:
     async def embed(self, exchange: Exchange) -> None:
         """``POST /api/embed``, by the engine's embeddings route: a vector for each input."""
 
-        def answer(asked: Translated, timing: Timing) -> Whole:
-            return lambda body: embed_answer(body, asked.inputs, asked.model, timing.durations({}))
+        def answer(translated: Translated, timing: Timing) -> Whole:
+            return lambda body: embed_answer(body, translated.inputs, translated.model, timing.durations({}))
 
-        await self._embed(exchange, requests.embed, answer, lambda asked: {"model": asked.model, "embeddings": []})
+        await self._embed(
+            exchange, requests.embed, answer, lambda translated: {"model": translated.model, "embeddings": []}
+        )
 
     async def embeddings(self, exchange: Exchange) -> None:
         """``POST /api/embeddings``, likewise, for one input."""
         parse = requests.embeddings
-        await self._embed(exchange, parse, lambda asked, timing: embeddings_answer, lambda asked: {"embedding": []})
+        await self._embed(
+            exchange, parse, lambda translated, timing: embeddings_answer, lambda translated: {"embedding": []}
+        )
 
     async def _generate(self, exchange: Exchange, parse: Parse, piece: Piece) -> None:
         timing = Timing()
-        asked, target = await self._read(exchange, parse)
-        if asked.load:
-            reason = await self._load(exchange, asked, target)
-            answer = {"model": asked.model, "created_at": stamp(), **piece(""), "done": True, "done_reason": reason}
+        translated, target = await self._read(exchange, parse)
+        if translated.load:
+            reason = await self._load(exchange, translated, target)
+            answer = {
+                "model": translated.model,
+                "created_at": stamp(),
+                **piece(""),
+                "done": True,
+                "done_reason": reason,
+            }
             await exchange.respond(json_response(answer))
             return
-        reply = Reply(piece, timing, thinking=asked.thinking, turns=None if asked.files else asked.turns)
-        lines = Lines(asked.model, reply)
-        await self._forward(exchange, asked, target, lines if asked.stream else None, lines.whole, timing)
+        reply = Reply(piece, timing, thinking=translated.thinking, turns=None if translated.files else translated.turns)
+        lines = Lines(translated.model, reply)
+        await self._forward(exchange, translated, target, lines if translated.stream else None, lines.whole, timing)
 
     async def _embed(
         self,
@@ -134,12 +144,12 @@ class ModelRoutes:
         nothing: Callable[[Translated], Mapping[str, Any]],
     ) -> None:
         timing = Timing()
-        asked, target = await self._read(exchange, lambda members, target: parse(members))
-        if asked.load:
-            await self._load(exchange, asked, target)
-            await exchange.respond(json_response(nothing(asked)))
+        translated, target = await self._read(exchange, lambda members, target: parse(members))
+        if translated.load:
+            await self._load(exchange, translated, target)
+            await exchange.respond(json_response(nothing(translated)))
             return
-        await self._forward(exchange, asked, target, None, answer(asked, timing), timing)
+        await self._forward(exchange, translated, target, None, answer(translated, timing), timing)
 
     async def _read(self, exchange: Exchange, parse: Parse) -> tuple[Translated, Target]:
         """Translate the request, and find its model. Raises BadRequest, UnknownModel, Forbidden."""
@@ -148,21 +158,21 @@ class ModelRoutes:
         files = Files() if len(request.body) > LARGE_BYTES else None
         members = read(request.body if files is None else await in_turns(files.take_out(request.body)))
         target = self._relay.requests.target(request, requests.model_of(members), "")
-        asked = replace(parse(members, target), files=files)
-        if not asked.load and target.routes is not None and asked.path not in target.routes:
-            raise BadRequest(f"the model {target.model!r} does not {ABLE[asked.path]}", param="model")
-        if asked.ignored:
+        translated = replace(parse(members, target), files=files)
+        if not translated.load and target.routes is not None and translated.path not in target.routes:
+            raise BadRequest(f"the model {target.model!r} does not {ABLE[translated.path]}", param="model")
+        if translated.ignored:
             request.answer_fields = (
                 *request.answer_fields,
-                ("x-vllmd-ignored", ", ".join(map(quoted, asked.ignored))[:1000]),
+                ("x-vllmd-ignored", ", ".join(map(quoted, translated.ignored))[:1000]),
             )
         exchange.model, exchange.offer = target.model, target.offer
-        return asked, target
+        return translated, target
 
-    async def _load(self, exchange: Exchange, asked: Translated, target: Target) -> str:
+    async def _load(self, exchange: Exchange, translated: Translated, target: Target) -> str:
         """Load the model, or let it go if the keep-alive is 0. Returns the ``done_reason``, ``load`` or ``unload``."""
         gate, request = self._relay.gate, exchange.request
-        seconds = requested_keep_alive(request, _keeps(asked))
+        seconds = requested_keep_alive(request, _keeps(translated))
         if seconds != 0:
             if self._relay.limits.now.request_timeout is not None:
                 exchange.expire(self._relay.limits.now.request_timeout)
@@ -173,14 +183,24 @@ class ModelRoutes:
         return "unload" if seconds == 0 else "load"
 
     async def _forward(
-        self, exchange: Exchange, asked: Translated, target: Target, lines: Lines | None, whole: Whole, timing: Timing
+        self,
+        exchange: Exchange,
+        translated: Translated,
+        target: Target,
+        lines: Lines | None,
+        whole: Whole,
+        timing: Timing,
     ) -> None:
         request = exchange.request
-        body = openai_body(asked, target)
+        body = openai_body(translated, target)
         if target.rules is not None:
-            body = await parse_after_rules(body.raw, target.rules, asked.path)
+            body = await parse_after_rules(body.raw, target.rules, translated.path)
         upstream_request = UpstreamRequest(
-            target, body, asked.path, public_path=asked.path, keep_alive=requested_keep_alive(request, _keeps(asked))
+            target,
+            body,
+            translated.path,
+            public_path=translated.path,
+            keep_alive=requested_keep_alive(request, _keeps(translated)),
         )
         request.body = b""  # the translated body takes its place
         exchange.charge_body(len(body.raw))
@@ -188,7 +208,7 @@ class ModelRoutes:
         async def parse(_: Exchange) -> UpstreamRequest:
             return upstream_request
 
-        inner = Inner(exchange, asked.path, lines, whole, timing.sent)
+        inner = Inner(exchange, translated.path, lines, whole, timing.sent)
         exchange.follow_pauses(inner.pause)
         try:
             await self._relay.forward(parse, inner)
@@ -200,22 +220,24 @@ class ModelRoutes:
             await exchange.respond(inner.response)
 
 
-def openai_body(asked: Translated, target: Target) -> ParsedBody:
+def openai_body(translated: Translated, target: Target) -> ParsedBody:
     """The body that an engine gets, with its own name for the model."""
-    members = dict(asked.body)
-    if asked.stream:
+    members = dict(translated.body)
+    if translated.stream:
         members["stream"] = True
     name = json.dumps(target.served_name)
     start = len('{"model":')
     body = f'{{"model":{name},{json.dumps(members, separators=(",", ":"))[1:]}'.encode()
-    if asked.files is not None:
-        body = asked.files.put_back(body)
+    if translated.files is not None:
+        body = translated.files.put_back(body)
     options = (members["stream_options"],) if "stream_options" in members else ()
-    return ParsedBody(target.served_name, asked.stream, body, start, start + len(name), True, stream_options=options)
+    return ParsedBody(
+        target.served_name, translated.stream, body, start, start + len(name), True, stream_options=options
+    )
 
 
-def _keeps(asked: Translated) -> ParsedBody:
-    return ParsedBody(asked.model, asked.stream, b"", keep_alive=(asked.keep_alive,))
+def _keeps(translated: Translated) -> ParsedBody:
+    return ParsedBody(translated.model, translated.stream, b"", keep_alive=(translated.keep_alive,))
 
 
 class ListRoutes:

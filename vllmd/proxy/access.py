@@ -68,10 +68,10 @@ class Caller:
         """Whether the caller may use ``model``, a configured name."""
         return self.models is None or model in self.models
 
-    def check(self, model: str, asked: str = "") -> None:
-        """Raise Forbidden unless the caller may use ``model``, which it called ``asked``."""
+    def check(self, model: str, requested: str = "") -> None:
+        """Raise Forbidden unless the caller may use ``model``, which it called ``requested``."""
         if not self.may_use(model):
-            raise Forbidden(f"the key {self.name!r} may not use the model {asked or model!r}", param="model")
+            raise Forbidden(f"the key {self.name!r} may not use the model {requested or model!r}", param="model")
 
     def may_see_key(self, name: str) -> bool:
         """Whether the caller may see what the key ``name`` did: its own key, or any with the scope read."""

@@ -20,14 +20,14 @@ AFTER_KEY = re.compile(rb'"model"[ \t]{0,16}(:[ \t]{0,16})?')
 
 
 class Rewriter:
-    """Replaces the name ``served`` by ``asked`` in the bytes of one answer."""
+    """Replaces the name ``served`` by ``requested`` in the bytes of one answer."""
 
-    def __init__(self, served: str, asked: str) -> None:
+    def __init__(self, served: str, requested: str) -> None:
         self._forms = sorted(form.encode() for form in {json.dumps(served), json.dumps(served, ensure_ascii=False)})
         names = b"|".join(re.escape(form) for form in self._forms)
         self._pattern = re.compile(rb'(?<!\\)"model"([ \t]{0,16}):([ \t]{0,16})(?:' + names + rb")")
         self._longest = len(KEY) + 1 + 2 * MOST_SPACE + max(map(len, self._forms))
-        self._asked = json.dumps(asked).encode()
+        self._requested = json.dumps(requested).encode()
         self._held = b""  # perhaps the beginning of a name
         self._escape = b""  # the backslash before it, if there is one
 
@@ -46,7 +46,7 @@ class Rewriter:
 
     def renamed(self, data: bytes) -> bytes:
         """``data`` with the name replaced."""
-        return self._pattern.sub(lambda m: b'"model"' + m[1] + b":" + m[2] + self._asked, data)
+        return self._pattern.sub(lambda m: b'"model"' + m[1] + b":" + m[2] + self._requested, data)
 
     def _tail(self, text: bytes) -> int:
         """The index in ``text`` where an unfinished name may begin; its length if there is none."""

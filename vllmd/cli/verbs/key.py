@@ -67,12 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     if word == "limit":
         if not given:
             raise Failure("say what to change, such as --tokens-per-day 1000000", EX_USAGE)
-        answer = Keys((admin.told(verb("limit_key"), KeyLine, {"name": name, "settings": given}),))
+        answer = Keys((admin.perform(verb("limit_key"), KeyLine, {"name": name, "settings": given}),))
         warn_of_unknown_models(admin, given)
     elif word == "list":
-        answer = admin.told(verb("keys"), Keys, {})
+        answer = admin.perform(verb("keys"), Keys, {})
     else:
-        answer = admin.told(verb("revoke_key"), Keys, {"name": name})
+        answer = admin.perform(verb("revoke_key"), Keys, {"name": name})
     if arguments.json:
         print(show.as_json(answer))
     elif word == "revoke":
@@ -89,10 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def create(admin: Admin, arguments: argparse.Namespace, given: Mapping[str, object]) -> int:
     """Make a key and print its text; warn where the key changes more than its owner may think."""
-    made = admin.told(verb("create_key"), NewKey, {"name": arguments.name, "settings": given})
+    made = admin.perform(verb("create_key"), NewKey, {"name": arguments.name, "settings": given})
     print(show.as_json(made) if arguments.json else made.key, flush=True)
     # The first key locks out every client without one, the administrator's own programs included.
-    if len(admin.told(verb("keys"), Keys, {}).keys) == 1:
+    if len(admin.perform(verb("keys"), Keys, {}).keys) == 1:
         show.say(FIRST, sys.stderr)
     warn_of_unknown_models(admin, given)
     return 0

@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    status, cached = admin.status(), admin.told(verb("cached"), Cached, {}).cached
+    status, cached = admin.status(), admin.perform(verb("cached"), Cached, {}).cached
     rows: list[tuple[str, ...]] = []
     for line in status.models:
         source = line.config.model or line.name

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     named = arguments.models or [line.name for line in admin.status().models if line.serving]
     given = {"all": arguments.all, "limit": arguments.limit}
-    answers = [admin.told(verb("probe"), Probed, {**given, "model": model}) for model in named]
+    answers = [admin.perform(verb("probe"), Probed, {**given, "model": model}) for model in named]
     rows = [row(line) for answer in answers for line in answer.replicas]
     if arguments.json:
         print(show.as_json(answers))

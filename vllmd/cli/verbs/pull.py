@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     admin, answers = Admin(arguments), list[Answer]()
     for model in arguments.models:
         if arguments.stop:
-            answers.append(admin.told(verb("stop-download"), Download, {"model": model}))
+            answers.append(admin.perform(verb("stop-download"), Download, {"model": model}))
             text = f"{model}: ended; what has come is kept"
         elif arguments.no_wait:
             answers.append(understood(Pulled, admin.post("/admin/store/pull", {"model": model, "detach": True})))

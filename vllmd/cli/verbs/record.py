@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         name, given = "stop-recording", {"number": None if arguments.stop == "all" else arguments.stop}
     else:
         name = "record" if given else "recordings"
-    answer = admin.told(verb(name), Recordings, given)
+    answer = admin.perform(verb(name), Recordings, given)
     print(show.as_json(answer)) if arguments.json else show.say(in_words(answer))
     return 0
 

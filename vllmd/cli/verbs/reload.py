@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not admin.url and not runs(admin.path):
         return check(arguments, system=admin.path in SYSTEMS)
     try:
-        answer = admin.told(verb("reload"), Reloaded, {})
+        answer = admin.perform(verb("reload"), Reloaded, {})
     except Failure as failure:
         if arguments.quiet and failure.status == EX_CONFIG:
             return EX_CONFIG

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise Failure("say which: vllmctl requests show ID --curl", EX_USAGE)
     query = {"model": arguments.model, "key": arguments.of_key, "status": arguments.status, "since": arguments.since,
              "failed": arguments.failed, "slower": arguments.slower}  # fmt: skip
-    last = admin.told(verb("requests"), Requests, {**query, "limit": max(0, arguments.lines)})
+    last = admin.perform(verb("requests"), Requests, {**query, "limit": max(0, arguments.lines)})
     if arguments.json and not arguments.follow:
         print(show.as_json(last))
         return 0
@@ -70,7 +70,7 @@ def show_one(admin: Admin, arguments: argparse.Namespace) -> int:
     """``requests show ID``: one request with its head, or the command that sends it again."""
     if len(arguments.words) != 2 or arguments.words[0] != "show":
         raise Failure("vllmctl requests lists them, vllmctl requests show ID shows one", EX_USAGE)
-    entry = admin.told(verb("request"), RequestInFull, {"request_id": arguments.words[1]})
+    entry = admin.perform(verb("request"), RequestInFull, {"request_id": arguments.words[1]})
     if arguments.curl:
         print(curl(entry, admin.url or "http://127.0.0.1:33258"))
     elif arguments.json:

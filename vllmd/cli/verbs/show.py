@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
-    status, cached = admin.status(), admin.told(verb("cached"), Cached, {}).cached
+    status, cached = admin.status(), admin.perform(verb("cached"), Cached, {}).cached
     try:
         line, facts = models.find(status, arguments.model), dict[str, object]()
     except Failure:

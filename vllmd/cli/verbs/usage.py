@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     query = {"since": arguments.since, "until": arguments.until, "key": arguments.of_key, "model": arguments.model}
-    usage = Admin(arguments).told(verb("usage"), Usage, {"by": arguments.by, **query})
+    usage = Admin(arguments).perform(verb("usage"), Usage, {"by": arguments.by, **query})
     if arguments.json:
         print(show.as_json(usage))
         return 0

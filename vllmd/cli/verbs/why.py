@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     admin = Admin(arguments)
     line = models.find(admin.status(), arguments.model)
-    made = admin.told(verb("decisions"), Decisions, {"model": line.name}).decisions[-max(0, arguments.lines) :]
+    made = admin.perform(verb("decisions"), Decisions, {"model": line.name}).decisions[-max(0, arguments.lines) :]
     if arguments.json:
         print(show.as_json({"model": line, "decisions": made}))
         return 0
