@@ -96,7 +96,7 @@ MUTATIONS = (
     Mutation(
         "who is made to leave comes back if it was wanted",
         "core/jobs.py",
-        "asked.then = asked.then or wanted_start(job)",
+        "requested.then = requested.then or wanted_start(job)",
         "pass",
         JOBS,
     ),
