@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -314,6 +315,37 @@ _counting = threading.Lock()
 _guarded = threading.local()  # has ``by_whoever_waits`` in a thread of ``each_within``
 
 
+class _Thread:
+    """A thread that reads files and may be left behind. Until it ends it is counted then, in ``_stuck``."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()  # the work has ended, or nobody waits for it any more
+        self.failure: BaseException | None = None
+        self._late = False
+
+    def start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            global _stuck
+            try:
+                work()
+            except BaseException as error:  # whatever it is, it belongs to whoever waits
+                self.failure = error
+            with _counting:
+                self.over.set()
+                _stuck -= self._late
+
+        threading.Thread(target=run, name="files", daemon=True).start()
+
+    def leave(self) -> bool:
+        """Wait no longer. Returns whether the work has not ended."""
+        global _stuck
+        with _counting:
+            self._late = not self.over.is_set()
+            _stuck += self._late
+            self.over.set()
+        return self._late
+
+
 def each_within(seconds: float, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """What ``function`` returns for each item; what it raises is raised. In one thread as long as that comes along.
 
@@ -321,38 +353,25 @@ def each_within(seconds: float, function: Callable[[S], T], items: Sequence[S]) 
     ``seconds`` is tried once more by itself, as are those behind it: what reads files there has limits of its own
     (``within``), which are not heeded in the common thread. One that hangs counts as one of theirs that do.
     """
-    global _stuck
     if _stuck >= STUCK:
         return [function(item) for item in items]
     came: list[T] = []
-    failed: list[BaseException] = []
-    over = threading.Event()
-    late = False
 
-    def run() -> None:
-        global _stuck
+    def work() -> None:
         _guarded.by_whoever_waits = True
-        try:
-            for item in items:
-                if over.is_set():
-                    break
-                came.append(function(item))
-        except BaseException as error:  # whatever it is, it belongs to whoever waits
-            failed.append(error)
-        with _counting:
-            over.set()
-            _stuck -= late
+        for item in items:
+            if thread.over.is_set():
+                break
+            came.append(function(item))
 
-    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="files", daemon=True).start()
+    thread = _Thread()
+    thread.start(partial(contextvars.copy_context().run, work))
     before = -1
-    while not over.wait(seconds) and len(came) > before:
+    while not thread.over.wait(seconds) and len(came) > before:
         before = len(came)
-    with _counting:
-        late = not over.is_set()
-        _stuck += late
-        over.set()
-    if failed:
-        raise failed[0]
+    thread.leave()
+    if thread.failure:
+        raise thread.failure
     done = came[: len(items)]
     return [*done, *(function(item) for item in items[len(done) :])]
 
@@ -362,33 +381,16 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
     To be called from a thread: it waits.
     """
-    global _stuck
     if getattr(_guarded, "by_whoever_waits", False):
         return function()
     if _stuck >= STUCK:
         raise Unreadable("the file system does not answer: nothing more is read")
     came: list[T] = []
-    failed: list[BaseException] = []
-    over = threading.Event()
-    late = False
-
-    def run() -> None:
-        global _stuck
-        try:
-            came.append(function())
-        except BaseException as error:  # whatever it is, it belongs to whoever waits
-            failed.append(error)
-        with _counting:
-            over.set()
-            _stuck -= late
-
-    threading.Thread(target=run, name="files", daemon=True).start()
-    over.wait(seconds)
-    with _counting:
-        if not over.is_set():
-            late = True
-            _stuck += 1
-            raise Unreadable(f"its files could not be read within {seconds:g} s")
-    if failed:
-        raise failed[0]
+    thread = _Thread()
+    thread.start(lambda: came.append(function()))
+    thread.over.wait(seconds)
+    if thread.leave():
+        raise Unreadable(f"its files could not be read within {seconds:g} s")
+    if thread.failure:
+        raise thread.failure
     return came[0]

@@ -6,12 +6,12 @@ report the same in other words.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from vllmd.cli.examined import Finding, Host
 from vllmd.gpu import Devices, Presence, Sample, gpus
+from vllmd.gpu.thread import answer_within
 from vllmd.sizes import in_words
 
 PATIENCE_SECONDS = 10.0  # for a driver's answer: without persistence mode it takes a few
@@ -118,19 +118,16 @@ def driver_answers(host: Host, *, quiet: bool) -> Iterator[Finding]:
     """The devices and a reading of them, as the daemon would get them now."""
     if declared(host):
         return
-    answers: list[tuple[Devices, Sample]] = []
 
-    def ask() -> None:
+    def ask() -> tuple[Devices, Sample]:
         opened = host.devices(Presence(host.root))
-        answers.append((opened, opened.sample() if opened.readable else Sample()))
+        return opened, opened.sample() if opened.readable else Sample()
 
-    thread = threading.Thread(target=ask, daemon=True)  # a driver that hangs cannot be interrupted: it is left behind
-    thread.start()
-    thread.join(PATIENCE_SECONDS)
-    if not answers:
+    answer = answer_within(PATIENCE_SECONDS, ask)
+    if answer is None:
         yield "bad", f"the GPU driver has not answered for {PATIENCE_SECONDS:.0f} s", UNKNOWN
         return
-    devices, sample = answers[0]
+    devices, sample = answer
     if devices.trouble:
         yield "bad", devices.trouble.why, devices.trouble.remedy or UNKNOWN
     elif not gpus(devices.inventory()) and quiet:

@@ -13,9 +13,9 @@ memory to the next one when it hears that the engine is gone. So the one thing t
 * An engine's end comes from the launcher (``on_exit``), at any time. While a task runs, that task reports it; else it
   is reported at once. Ends of engines that nobody here knows are kept for a while: they may be about to be adopted.
 
-Nothing here decides when an engine starts or stops. One thing is decided: a start that was to be quicker than usual, of
-a standby or with a fast loader, and fails, is done once more without them (``_start_plainly``), and the core hears of
-one start only.
+Nothing here decides when an engine starts or stops. One thing is decided: whether a start that failed is made once more
+(``_start_again``), of which the core hears nothing. One that was to be quicker than usual, of a standby or with a fast
+loader, is made without them; one whose TCP port another process took is made on another port.
 
 Log lines of an engine that is starting tell its phase and, if it fails, why. They are dropped once it is ready.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 from vllmd.config.checks import memory_of
@@ -10,9 +9,10 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import Device
 from vllmd.gpu.cpu import gpus
 from vllmd.gpu.sources import open_devices
+from vllmd.gpu.thread import answer_within
 from vllmd.sizes import in_words
 
-PATIENCE_SECONDS = 5.0  # seconds for a driver's answer
+PATIENCE_SECONDS = 5.0  # for a driver's answer
 
 
 def present(config: Config) -> tuple[Device, ...]:
@@ -20,11 +20,7 @@ def present(config: Config) -> tuple[Device, ...]:
 
     All of them: a CUDA_VISIBLE_DEVICES of the caller's shell is not the daemon's.
     """
-    found: list[tuple[Device, ...]] = []
-    asking = threading.Thread(target=lambda: found.append(gpus(open_devices(config, {}).inventory())), daemon=True)
-    asking.start()
-    asking.join(PATIENCE_SECONDS)
-    return found[0] if found else ()
+    return answer_within(PATIENCE_SECONDS, lambda: gpus(open_devices(config, {}).inventory())) or ()
 
 
 def unfit(model: ModelConfig, devices: Sequence[Device]) -> str:

@@ -16,6 +16,18 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def answer_within(seconds: float, function: Callable[[], T]) -> T | None:
+    """What ``function`` returns, None if it has not returned by then: a driver that hangs cannot be interrupted.
+
+    Its thread is left behind.
+    """
+    answers: list[T] = []
+    thread = threading.Thread(target=lambda: answers.append(function()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
 def in_thread(function: Callable[[], T], name: str = "gpu") -> asyncio.Future[T]:
     """Call ``function`` in a thread of its own; its result or exception comes by the future, if it ever does.
 
