@@ -35,6 +35,7 @@ from vllmd.config.types import (
 )
 from vllmd.config.value_types import Kind
 from vllmd.core.types import IdleRules, WhenFree
+from vllmd.frozen import frozen
 
 
 class Reload(Enum):
@@ -994,7 +995,7 @@ def mebibytes(node: Node) -> Node:
     return replace(node, value=f"{node.text}MiB", text=f"{node.text}MiB")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Legacy:
     """A setting under another system's name, in the file (``key``) or the environment (``env``)."""
 
@@ -1022,7 +1023,7 @@ COMBINED = frozenset({"idle", "env", "limits", "options", "extra_args"})  # merg
 # ---- views of the table ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Leaf:
     """A row with its full path, which has ``[]`` or ``NAME`` where a list or a map of groups is on the way."""
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
 from vllmd.errors import TooManyRequests
+from vllmd.frozen import frozen
 from vllmd.proxy.tokens import BYTES_PER_EVENT, Tokens, prompt_tokens
 
 MINUTE, DAY = 60.0, 86400  # seconds
@@ -135,7 +136,7 @@ class Quota:
             self.tokens.take(tokens)
 
 
-@dataclass(frozen=True)
+@frozen
 class Use:
     """What one request takes of its key's quota. ``prompt``: tokens taken at its arrival."""
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from vllmd.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Known:
     """A failure, its meaning, and what would help."""
 

@@ -8,7 +8,8 @@ import fcntl
 import os
 import signal
 import struct
-from dataclasses import dataclass
+
+from vllmd.frozen import frozen
 
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_INFO_SIZE = 64  # struct pidfd_info up to and with exit_code
@@ -17,7 +18,7 @@ _EXIT_CODE_OFFSET = 8 + 8 + 11 * 4  # after mask, cgroupid and eleven ids
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ending:
     """How a process ended; both None if that cannot be known."""
 

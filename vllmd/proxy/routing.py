@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from urllib.parse import quote
 
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound
+from vllmd.frozen import frozen
 from vllmd.proxy import paths
 from vllmd.proxy.access import ADMIN, HEALTH, MODELS, OPEN, READ, Reach, authorise
 from vllmd.proxy.cors import Cors
@@ -35,7 +36,7 @@ MAX_LOCAL_BODY_BYTES = 1 << 20  # of a body that the daemon itself reads: settin
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Route:
     """One row of the table.
 
