@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.proxy.engine_routes import LLAMA_SERVER_ROUTES, VLLM_ROUTES, table
-from vllmd.admin.routes import add_operator, add_public
+from vllmd.admin.public import add_public
+from vllmd.admin.routes import add_metrics, add_operator
 from vllmd.config.types import ServerConfig
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
@@ -44,6 +45,7 @@ def router() -> Router:
     """All routes of a listener."""
     found = Router(ByScope())
     add_public(found, Anything())  # type: ignore[arg-type]
+    add_metrics(found, Anything())  # type: ignore[arg-type]
     add_operator(found, Anything())  # type: ignore[arg-type]
     relay = Relay(SimpleNamespace(), Limits(ServerConfig()))  # type: ignore[arg-type]
     add_model_routes(found, relay)

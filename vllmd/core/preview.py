@@ -13,10 +13,8 @@ from vllmd.core.fit import freed
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy_input import remaining
-from vllmd.core.types import State
+from vllmd.core.types import COMING, State
 from vllmd.frozen import frozen
-
-COMING = frozenset({State.STARTING, State.WAKING})
 
 
 @frozen

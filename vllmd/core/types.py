@@ -28,6 +28,9 @@ class State(enum.Enum):
     FAILED = "error"
 
 
+COMING = frozenset({State.STARTING, State.WAKING})  # on its way up
+
+
 class Source(enum.IntEnum):
     """Where a figure comes from; a higher one wins."""
 

@@ -11,21 +11,23 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
-from vllmd.core.commands import StartEngine
-from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
-from vllmd.daemon.loaders import Loading
-from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
-from vllmd.engines.base import Engine, Listen, Progress
-from vllmd.engines.standby import Standby
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
-from vllmd.launcher.client import ExitReport, Running
+
+if TYPE_CHECKING:
+    from vllmd.core.commands import StartEngine
+    from vllmd.core.types import Placement
+    from vllmd.daemon.loaders import Loading
+    from vllmd.daemon.logfile import LogFile
+    from vllmd.engines.base import Engine, Listen, Progress
+    from vllmd.engines.standby import Standby
+    from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
