@@ -1,4 +1,4 @@
-"""Values that nobody changes, cheap to make and cheap to declare.
+"""Values, cheap to make and cheap to declare. Nobody changes those that are ``frozen``.
 
 ``dataclass(frozen=True)`` sets each field by a call past its own guard: a value of six fields takes five times as long
 to make as without, and a request makes eight of them. So mypy is the guard here, and at run time there is none.
@@ -25,19 +25,44 @@ _MADE = object()  # stands for a default that is made for each value
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def frozen(cls: type[T]) -> type[T]:
     """A dataclass with slots, compared and hashed by its fields, which mypy lets nobody set."""
+    return _with_slots(cls, _hash)
+
+
+@dataclass_transform(field_specifiers=(field,))
+def mutable(cls: type[T]) -> type[T]:
+    """A dataclass with slots, compared by its fields; since they change it cannot be hashed."""
+    return _with_slots(cls, None)
+
+
+def declare(cls: type) -> dict[str, Any]:
+    """Note the fields of a class that has slots of its own, or none, for ``dataclasses``.
+
+    Returns those that it has itself: the default, the ``field()`` or MISSING of each.
+    """
+    annotated = inspect.get_annotations(cls)
+    known: Any = cls
+    known._declared = {
+        name: cls.__dict__.get(name, MISSING) for name in annotated if "ClassVar" not in str(annotated[name])
+    }
+    known.__dataclass_fields__ = _FIELDS
+    return dict(known._declared)
+
+
+def _with_slots(cls: type[T], hashed: Callable[[Any], int] | None) -> type[T]:
     body = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
-    names = [name for name, kind in body.get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
-    declared = {name: body.pop(name, MISSING) for name in names}
+    declared = declare(cls)
+    for name in declared:
+        body.pop(name, None)
     before = getattr(cls, "__match_args__", ())
     by_place = [name for name, default in declared.items() if _by_place(default) and name not in before]
     inherited = {name for base in cls.__mro__[1:] for name in base.__dict__.get("__slots__", ())}
-    body["__slots__"] = tuple([name for name in names if name not in inherited])
+    body["__slots__"] = tuple([name for name in declared if name not in inherited])
     body["__match_args__"] = (*before, *by_place)
     body["_declared"], body["__dataclass_fields__"], body["_compared"] = declared, _FIELDS, _COMPARED
     for name, shared in _SHARED.items():
         body.setdefault(name, shared)
     if "__eq__" not in body:
-        body["__eq__"], body["__hash__"] = _equal, _hash
+        body["__eq__"], body["__hash__"] = _equal, hashed
     metaclass: Any = type(cls)
     made: type[T] = metaclass(cls.__name__, cls.__bases__, body)
     made.__qualname__ = cls.__qualname__

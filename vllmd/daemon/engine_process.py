@@ -9,7 +9,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines
 from vllmd.engines import environments
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
+from vllmd.frozen import mutable
 
 if TYPE_CHECKING:
     from vllmd.core.commands import StartEngine
@@ -34,7 +35,7 @@ LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
 
 
-@dataclass
+@mutable
 class Health:
     """What is known of one engine's health; times by ``time.monotonic``."""
 
@@ -54,7 +55,7 @@ class Health:
             self.heard, self.errors = time.monotonic(), 0
 
 
-@dataclass
+@mutable
 class EngineProcess:
     """One engine and what the daemon knows of it; owned by the EngineManager."""
 

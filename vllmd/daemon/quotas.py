@@ -13,19 +13,18 @@ import calendar
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
 from vllmd.errors import TooManyRequests
-from vllmd.frozen import frozen
+from vllmd.frozen import frozen, mutable
 from vllmd.proxy.tokens import BYTES_PER_EVENT, Tokens, prompt_tokens
 
 MINUTE, DAY = 60.0, 86400  # seconds
 Clock = Callable[[], float]
 
 
-@dataclass
+@mutable
 class Spent:
     """What a key has used of this day and this month (UTC), by their numbers since 1970."""
 
@@ -94,7 +93,7 @@ class Bucket:
         self._level -= amount
 
 
-@dataclass
+@mutable
 class Quota:
     """One key's limits and use. Limits that are not set are not kept account of."""
 
