@@ -498,9 +498,13 @@ def test_each_models_settings_have_their_own_origin(tmp_path: Path) -> None:
     origins = read(file, env={"VLLMD_SERVER_PORT": "8000"}).origins
     lines = {path: f"{where.source.removeprefix(f'{tmp_path}/')}:{where.line}" for path, where in origins.items()}
     assert {path: line for path, line in lines.items() if path[:9] in ("models.a.", "models.b.")} == {
-        **{"models.a.engine": "vllmd.yaml:1", "models.a.dtype": "vllmd.yaml:3", "models.a.pin": "vllmd.yaml:4"},
-        **{"models.a.idle.level": "vllmd.yaml:3", "models.b.dtype.engine": "vllmd.yaml:1"},
-        **{"models.b.dtype.max_model_len": "vllmd.yaml:5", "models.b.dtype.variants.v.w": "vllmd.yaml:5"},
+        "models.a.engine": "vllmd.yaml:1",
+        "models.a.dtype": "vllmd.yaml:3",
+        "models.a.pin": "vllmd.yaml:4",
+        "models.a.idle.level": "vllmd.yaml:3",
+        "models.b.dtype.engine": "vllmd.yaml:1",
+        "models.b.dtype.max_model_len": "vllmd.yaml:5",
+        "models.b.dtype.variants.v.w": "vllmd.yaml:5",
         "models.b.dtype.variants.v.w.request.set": "vllmd.yaml:5",
     }
     assert str(origins["server.listen"]) == "environment VLLMD_SERVER_PORT"

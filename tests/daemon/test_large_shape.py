@@ -6,8 +6,11 @@ something of each model, or an object for what nobody has used yet.
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import logging
 import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -37,26 +40,43 @@ def configured(folder: Path, kind: str, number: int) -> Config:
     return load(file, {})
 
 
-async def whole(folder: Path, kind: str, number: int) -> tuple[Config, EngineResolver, Expectations, Scheduler]:
+@dataclass
+class Whole:
     """What a daemon has of its models."""
+
+    config: Config
+    resolver: EngineResolver
+    expected: Expectations
+    scheduler: Scheduler
+
+
+def whole(folder: Path, kind: str, number: int) -> Whole:
+    """Read so many models, and make of them what a start makes."""
     config, resolver = configured(folder, kind, number), EngineResolver(quiet=True)
     runtime = RuntimeEnvironment(environment={"HOME": str(folder)}, home=folder, run_dir=folder)
-    expected = await expect(config, runtime, DEVICES, resolver)
-    return config, resolver, expected, Scheduler(expected.specs, DEVICES, settings_of(config, DEVICES))
+    came = list[Expectations]()
+
+    async def look() -> None:
+        came.append(await expect(config, runtime, DEVICES, resolver))
+
+    asyncio.run(look())
+    (expected,) = came
+    return Whole(config, resolver, expected, Scheduler(expected.specs, DEVICES, settings_of(config, DEVICES)))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("remote", 2400), ("vllm", 2400)])
-async def test_one_more_model_costs_little(tmp_path: Path, kind: str, most: int) -> None:
+def test_one_more_model_costs_little(tmp_path: Path, kind: str, most: int, caplog: pytest.LogCaptureFixture) -> None:
     """Bytes of a model that nobody has used: its settings, its engine and its place in the scheduler."""
-    await whole(tmp_path, kind, 10)  # what is imported, and made once
+    caplog.set_level(logging.CRITICAL, "vllmd")  # pytest would keep what is said of each
+    whole(tmp_path, kind, 10)  # what is imported, and made once
     gc.collect()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        kept = await whole(tmp_path, kind, MODELS)
+        kept = whole(tmp_path, kind, MODELS)
         gc.collect()
         each = (tracemalloc.get_traced_memory()[0] - before) / MODELS
     finally:
         tracemalloc.stop()
-    assert len(kept[3].core.models) == MODELS
+    assert len(kept.scheduler.core.models) == MODELS
     assert each < most, f"{each:.0f} bytes"

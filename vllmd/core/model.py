@@ -206,14 +206,14 @@ class Model:
         return self.spec.name
 
     def enqueue(self, request: str, key: str, now: float, rank: Rank = USUAL) -> None:
-        """``request`` waits from ``now`` on, see ``Queue.add``."""
+        """Have ``request`` wait from ``now`` on, see ``Queue.add``."""
         if self.queue is _NOBODY:
             self.queue = Queue()
         self.queue.add(request, key, now, rank)
 
-    def balance(self) -> None:
-        """Its replicas share its requests by rules from now on, and there may be more or fewer of them."""
-        if self.scale is _ALONE:
+    def scale_by(self, rules: ReplicaRules | None) -> None:
+        """Scale from now on by these rules, if there are any."""
+        if rules and self.scale is _ALONE:
             self.scale = Scale()
 
     @property
@@ -269,7 +269,7 @@ class Replica:
         self.id = self.spec.id
 
     def touch(self, now: float) -> None:
-        """It is in another state from ``now`` on."""
+        """Note that the replica is in another state from ``now`` on."""
         if self.untouched:
             self.untouched, self.running = False, {}
         self.changed = now

@@ -292,8 +292,7 @@ class OperatorCommands:
             r.health = (r.health or Health()) if spec.balancing else None
             replicas.append(r)
         model.replicas = tuple(replicas)
-        if spec.balancing:
-            model.balance()
+        model.scale_by(spec.balancing)
         model.retired = tuple([r for r in known.values() if r in retired])
         for r in known.values():
             self._retire(r)

@@ -8,7 +8,6 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import compress

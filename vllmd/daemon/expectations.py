@@ -27,8 +27,8 @@ class Expectations:
     """What a configuration comes to on these devices.
 
     ``specs``: what the core knows of the models. ``estimates``: what each engine is told of the memory for it, such as
-    the size of its cache: as estimated, never as measured, and without words, which have been logged. ``kinds``: what each engine's model is for, as its files
-    tell. ``problems``: why a model can never be loaded here, by model.
+    the size of its cache: as estimated, never as measured, and without the words, which have been logged. ``kinds``:
+    what each engine's model is for, as its files tell. ``problems``: why a model can never be loaded here, by model.
     """
 
     paths: Paths

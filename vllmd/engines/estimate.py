@@ -74,7 +74,7 @@ class Estimate:
     context: int = 0
 
     def in_numbers(self) -> Estimate:
-        """The same without words."""
+        """The estimate without its words."""
         return replace(self, why="", notes=()) if self.why or self.notes else self
 
 
