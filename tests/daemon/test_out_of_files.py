@@ -186,7 +186,9 @@ def test_the_memory_of_an_engine_is_no_strangers(tmp_path: Path, monkeypatch: py
         raise AssertionError("it was read all the same")
 
     readings = DeviceReadings(
-        cast(Any, SimpleNamespace(report=report, devices=NoDevices(""))), cast(Any, None), cast(Any, SimpleNamespace(post=posted.append))
+        cast(Any, SimpleNamespace(report=report, devices=NoDevices(""))),
+        cast(Any, None),
+        cast(Any, SimpleNamespace(post=posted.append)),
     )
     monkeypatch.setattr(device_readings, "out_of_files", lambda: True)
     asyncio.run(readings.look())
