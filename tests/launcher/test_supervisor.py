@@ -149,9 +149,10 @@ def test_a_standby_is_noted_as_an_engine_when_it_has_taken_the_order(tmp_path: P
 
     def look() -> None:
         if len(backend.groups) < 2 or not backend.groups[1].noted:
-            return loop.later(0.01, look) and None
+            loop.later(0.01, look)
+            return
         noted_before.append({*backend.groups[1].noted})
-        return os.kill(backend.groups[0].process.pid, signal.SIGCONT)
+        os.kill(backend.groups[0].process.pid, signal.SIGCONT)
 
     def answered(answer: Started | Failed) -> None:
         answers.append(answer)

@@ -95,8 +95,6 @@ def test_a_clock_that_was_wrong_for_a_day_has_nothing_deleted(tmp_path: Path) ->
     assert asked(store, "day") == []
 
 
-
-
 def test_a_store_from_the_future_is_left_alone(tmp_path: Path) -> None:
     """Neither written nor read, and one word says so."""
     path = tmp_path / "usage.db"
