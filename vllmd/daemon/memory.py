@@ -39,9 +39,9 @@ class Memory:
 
     def __init__(self, devices: Devices, files: Mapping[int, Path] | None = None) -> None:
         self.files = files or {}  # of declared devices, for stand-in engines
-        self.last: Sample | None
+        self.last: Sample | None = None
         self.power = Power()
-        self._reading: asyncio.Future[Sample] | None
+        self._reading: asyncio.Future[Sample] | None = None
         self._began = 0.0
         self._silent = ""  # why no device at all could be read, the last times
         self._failures = 0  # of whole readings, in a row
