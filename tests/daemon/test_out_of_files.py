@@ -24,6 +24,7 @@ from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Listen
 from vllmd.errors import OUT_OF_FILES, Unavailable, out_of_files
+from vllmd.gpu import NoDevices
 from vllmd.gpu.attribution import pids_of
 from vllmd.launcher import spawn as spawning
 from vllmd.launcher.protocol import StartOrder
@@ -185,7 +186,9 @@ def test_the_memory_of_an_engine_is_no_strangers(tmp_path: Path, monkeypatch: py
         raise AssertionError("it was read all the same")
 
     readings = DeviceReadings(
-        cast(Any, SimpleNamespace(report=report)), cast(Any, None), cast(Any, SimpleNamespace(post=posted.append))
+        cast(Any, SimpleNamespace(report=report, devices=NoDevices(""))),
+        cast(Any, None),
+        cast(Any, SimpleNamespace(post=posted.append)),
     )
     monkeypatch.setattr(device_readings, "out_of_files", lambda: True)
     asyncio.run(readings.look())

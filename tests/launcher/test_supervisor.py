@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -124,6 +126,47 @@ def test_the_launchers_notes_are_written_first() -> None:
     assert isinstance(start(loop, backend, StartOrder("a", ("sleep", "1000"), metadata={"k": "v"})), Started)
     (group,) = backend.groups
     assert list(group.noted) == ["launcher.pid", "launcher.start", "launcher.run_dir", "launcher.user", "k"]
+
+
+WAITS = (
+    "import os, socket, time; link = socket.socket(fileno=int(os.environ['VLLMD_STANDBY_LINK'])); "
+    "link.send(b'ready'); link.recv(1 << 20); link.send(b'taken'); time.sleep(1000)"
+)
+
+
+def test_a_standby_is_noted_as_an_engine_when_it_has_taken_the_order(tmp_path: Path) -> None:
+    """Before, a launcher that dies leaves a scope without a main process: the next one ends it, and takes no standby
+    that waits for ever, or hangs, for an engine that starts."""
+    loop = Loop()
+    backend = Backend(loop, "")
+    answers, noted_before = list[Started | Failed](), list[set[str]]()
+
+    def ready(instance: str, memory: int) -> None:
+        backend.groups[0].location = lambda: ""  # type: ignore[method-assign]  # its process leaves it
+        os.kill(backend.groups[0].process.pid, signal.SIGSTOP)
+        supervisor.start(StartOrder("b", ("x",), run_dir=str(tmp_path / "b"), standby=instance), answered)
+        loop.later(0, look)
+
+    def look() -> None:
+        if len(backend.groups) < 2 or not backend.groups[1].noted:
+            loop.later(0.01, look)
+            return
+        noted_before.append({*backend.groups[1].noted})
+        os.kill(backend.groups[0].process.pid, signal.SIGCONT)
+
+    def answered(answer: Started | Failed) -> None:
+        answers.append(answer)
+        if len(answers) == 2:
+            loop.stop()
+
+    supervisor = Supervisor(loop, backend, Users(), lambda report: None, waiting=ready)
+    supervisor.start(StartOrder("s", (sys.executable, "-c", WAITS), waits=True), answered)
+    loop.run()
+    supervisor.kill_all()
+    assert isinstance(answers[1], Started)
+    assert answers[1].engine.standby == "s"
+    assert noted_before == [{"launcher.run_dir", "launcher.user"}]
+    assert {"launcher.pid", "launcher.start"} <= {*backend.groups[1].noted}
 
 
 @pytest.mark.parametrize("command", ["/" + "y" * 4000, "/tmp/" + "é" * 900, "/nosuch\x20" * 400])

@@ -53,7 +53,7 @@ class Devices:
                 for r in self._on(index):  # the CPU has the number that a GPU had, or the other way round
                     why = f"device {index} is another one now: {ledger.accounts[index].device.name}"
                     core.send_away(r, Reason.DEVICE, why)
-        if e.unknown != before:
+        if e.unknown != before and not e.asking:  # asked for an instant at each start, which is no decision
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.news_for_all = True
 

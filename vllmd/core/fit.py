@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vllmd.core.ledger import Account, Ledger
+from vllmd.core.ledger import NEVER, Account, Ledger
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import NOBODY, DeviceSupply, PolicyInput, Resident, Tenants, Waiting
 from vllmd.core.types import State
@@ -285,7 +285,7 @@ class Fit:
 
 
 def _read(a: Account, since: float) -> bool:
-    return a.read_at is None or a.read_at >= since
+    return a.read_at is None or (a.read_at != NEVER and a.read_at >= since)
 
 
 def _reason(r: Replica, a: Account, others: int, since: float) -> str:

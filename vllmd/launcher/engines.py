@@ -17,7 +17,8 @@ The invariants:
 
 - The gate opens only after the job's result was `done`, and after the notes for the next launcher (main process, user,
   run directory) are written on the control group, where only root writes. A launcher that dies before has started
-  nothing: its end of the gate closes, and the child exits.
+  nothing: its end of the gate closes, and the child exits. Of a standby the main process is noted when it has taken the
+  order: a launcher that dies before leaves a scope without one, which the next launcher ends.
 - An order has one answer, and an engine that ran has one report of its end. A failed start is answered only after every
   process of it is gone, so that the daemon may use its memory and its name again.
 - A failure or the time limit leads from PLACING and EXECUTING to ENDING, with SIGKILL at once.
@@ -364,14 +365,10 @@ class Supervisor:
         if engine.ending or engine.process is None:
             return self._fail(engine, Failed("the process ended while its scope was made"))
         assert engine.user
-        pid, start = str(engine.process.pid), str(engine.process.start_time)
-        try:
-            # The launcher's notes first: without them no next launcher finds the engine.
-            group.annotate({PID: pid, START: start, RUN_DIR: engine.run_dir, USER: engine.user.name})
-            group.annotate(engine.metadata)
-        except OSError as error:
-            if not self._backend.dies_with_us:  # else there is no next launcher
-                return self._fail(engine, Failed(f"cannot write the engine's notes on its cgroup: {error.strerror}"))
+        # The launcher's notes first: without them no next launcher finds the engine.
+        notes = {RUN_DIR: engine.run_dir, USER: engine.user.name, **engine.metadata}
+        if not self._note(engine, notes if engine.handover else {**_main_process(engine.process), **notes}):
+            return None
         engine.phase = Phase.EXECUTING
         if engine.handover:
             return self._hand_over(engine, engine.handover)
@@ -379,6 +376,17 @@ class Supervisor:
         with contextlib.suppress(BrokenPipeError):  # the child has just ended; its pidfd reports that
             os.write(engine.child.gate, b"G")
         return None
+
+    def _note(self, engine: Engine, notes: Mapping[str, str]) -> bool:
+        """Write notes on the engine's cgroup. If that fails, so does the start."""
+        assert engine.group
+        try:
+            engine.group.annotate(notes)
+        except OSError as error:
+            if not self._backend.dies_with_us:  # else there is no next launcher
+                self._fail(engine, Failed(f"cannot write the engine's notes on its cgroup: {error.strerror}"))
+                return False
+        return True
 
     # --- standbys ---
 
@@ -443,6 +451,10 @@ class Supervisor:
             return None
         if word != TAKEN or engine.phase is not Phase.EXECUTING:
             return self._fail(engine, Failed(refusal(word)))
+        # Only now: a next launcher that finds a scope without a main process in its notes ends what is in it. A standby
+        # that has not taken the order is no engine, and might wait for ever.
+        if engine.process is None or not self._note(engine, _main_process(engine.process)):
+            return None
         self._end_handover(engine)
         engine.phase = Phase.RUNNING
         _forget_start(self._loop, engine)
@@ -674,6 +686,11 @@ class Supervisor:
             child.close()
 
         self._loop.watch(child.fd, reap)
+
+
+def _main_process(process: Process) -> dict[str, str]:
+    """The notes by which the next launcher finds an engine's main process."""
+    return {PID: str(process.pid), START: str(process.start_time)}
 
 
 def _process_of(notes: Mapping[str, str], group: Group) -> Process | None:
