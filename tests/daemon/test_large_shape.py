@@ -53,7 +53,7 @@ class Whole:
 def whole(folder: Path, kind: str, number: int) -> Whole:
     """Read so many models, and make of them what a start makes."""
     config, resolver = configured(folder, kind, number), EngineResolver(quiet=True)
-    runtime = RuntimeEnvironment(environment={"HOME": str(folder)}, home=folder, run_dir=folder)
+    runtime = RuntimeEnvironment(environment={"HOME": str(folder)}, home=folder)
     came = list[Expectations]()
 
     async def look() -> None:
