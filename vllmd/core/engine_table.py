@@ -421,7 +421,7 @@ class EngineTable:
 
     def _move(self, r: Replica, step: Step) -> None:
         r.state = follow(r.id, r.state, step)
-        r.changed, r.untouched = self.now, False
+        r.touch(self.now)
         self.for_review[r.model] = None
         self.displaced.pop(r, None)  # it is no sleeper any more, or has just become one
         self._track(r)
