@@ -83,6 +83,21 @@ def test_a_start_says_so_and_is_no_defect(tmp_path: Path, monkeypatch: pytest.Mo
     tell(story, tmp_path)
 
 
+def test_a_version_that_cannot_be_looked_for_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model would have failed for good, as one whose settings are wrong."""
+
+    async def story(rig: Rig) -> None:
+        rig.configure(engine="sglang", model="some/model", engine_version="1.0")
+        with monkeypatch.context() as out:
+            out.setattr(Path, "iterdir", full)
+            rig.engine_manager.start(commands.StartEngine("m", Placement((0,)), 1 << 30))
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineStartFailed)
+        assert failed.reason == "m: vllmd cannot start it now: Too many open files" and not failed.permanent
+
+    tell(story, tmp_path)
+
+
 def test_a_start_waits_for_an_engine_that_cannot_be_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether anybody listens there is unknown then."""
     monkeypatch.setattr(calls.socket, "socket", full)

@@ -80,11 +80,14 @@ class Devices:
         self._core.news_for_all = True
 
     def drained(self, e: DeviceDrained) -> None:
-        """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end."""
-        account = self._core.engines.ledger.accounts.get(e.device)
-        if account is None:
+        """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end.
+
+        A device that goes and comes back meanwhile is still drained.
+        """
+        ledger = self._core.engines.ledger
+        if e.drained and e.device not in ledger.accounts:
             return
-        account.drained = (e.why or "an operator drained it") if e.drained else ""
+        ledger.drain(e.device, (e.why or "an operator drained it") if e.drained else "")
         whose = e.why or "by an operator"
         numbers = {"device": e.device}
         self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}: {whose}", numbers)

@@ -82,6 +82,7 @@ class Ledger:
         self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
         self.standbys = 0  # host bytes of processes that are given up for whoever is promised them
+        self._drained: dict[int, str] = {}  # why; also of devices that are not there just now, and may come back
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
 
@@ -98,14 +99,24 @@ class Ledger:
             if index in self.accounts:
                 self.accounts[index].redefine(now[index])
             else:
-                self.accounts[index] = Account(now[index])
+                self._open(now[index])
 
     def add_gone(self, indices: Iterable[int]) -> None:
         """Have an account, marked as gone, for each device that is not there although an adopted engine is on it."""
         for index in indices:
             if index not in self.accounts and not self.unknown:
-                account = self.accounts[index] = Account(Device(index, "", 0))
-                account.gone = True
+                self._open(Device(index, "", 0)).gone = True
+
+    def _open(self, device: Device) -> Account:
+        account = self.accounts[device.index] = Account(device)
+        account.drained = self._drained.get(device.index, "")
+        return account
+
+    def drain(self, index: int, why: str) -> None:
+        """Have nothing put on this device, whenever it is there; with "" as ``why`` it is given back."""
+        self._drained[index] = why
+        if index in self.accounts:
+            self.accounts[index].drained = why
 
     def hold(self, holder: Hashable, shares: Mapping[int, int]) -> None:
         """``holder`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""

@@ -13,7 +13,16 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from vllmd.credentials import credentials
-from vllmd.errors import BadRequest, InternalError, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
+from vllmd.errors import (
+    OUT_OF_FILES,
+    BadRequest,
+    InternalError,
+    RequestTimeout,
+    TookTooLong,
+    TooLarge,
+    Unavailable,
+    VllmdError,
+)
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
 from vllmd.proxy.departures import CONTINUE, VANISHED_SECONDS, HalfClosed, has_vanished
 from vllmd.proxy.exchange import Exchange
@@ -329,11 +338,8 @@ class Connection:
         except asyncio.CancelledError:
             exchange.error = exchange.error or "ClientGone"
             exchange.abort()
-        except Exception:
-            log.exception("%s %s failed", exchange.request.method, exchange.request.path)
-            exchange.fail(
-                InternalError(f"a fault in vllmd; its log has the reason, under request {exchange.request.id}")
-            )
+        except Exception as error:
+            exchange.fail(_fault(error, exchange.request))
         finally:
             self._host.ended(exchange)
 
@@ -533,3 +539,15 @@ def peer_of(transport: asyncio.BaseTransport) -> Peer:
         return Peer("", 0, *credentials(sock))
     name = transport.get_extra_info("peername")
     return Peer(name[0], name[1]) if name else Peer()
+
+
+def _fault(error: Exception, request: Request) -> VllmdError:
+    """What a client is told of an error that no handler expects; it is logged.
+
+    That this process can open no more files is none: any handler may meet it, and in a moment it may be over.
+    """
+    if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+        log.error("%s %s failed: %s", request.method, request.path, error.strerror)
+        return Unavailable(f"vllmd cannot do it now: {error.strerror}", retry_after=5)
+    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    return InternalError(f"a fault in vllmd; its log has the reason, under request {request.id}")
