@@ -75,7 +75,7 @@ class Admission:
             self._refuse(e, refusal)
         else:
             self._queued[e.request] = model  # 1.8
-            model.queue.add(e.request, e.key, core.now, e.rank)
+            model.enqueue(e.request, e.key, core.now, e.rank)
 
     def _only_there(self, model: Model, e: RequestArrived) -> None:
         """8.1: what one replica alone has is to be had while its engine is up; it does not come back with another."""
