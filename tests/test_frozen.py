@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -87,6 +88,7 @@ def test_it_inherits_as_a_dataclass_does() -> None:
     assert repr(derived) == "Derived(x=1, y=2, z=(3,), total=3)"
     assert Base(1) == Base(1, 1) != derived
     assert asdict(replace(derived, x=5)) == {"x": 5, "y": 2, "z": (3,), "total": 7}
+    assert str(inspect.signature(Derived)) == "(x, y=2, *, z=())"
     assert (Derived.kind, Derived.__match_args__) == ("base", ("x", "y"))
     with pytest.raises(TypeError, match=r"Derived.__init__\(\) missing 1 required positional argument: 'x'"):
         Derived()  # type: ignore[call-arg]

@@ -59,6 +59,7 @@ def _with_slots(cls: type[T], hashed: Callable[[Any], int] | None) -> type[T]:
     body["__slots__"] = tuple([name for name in declared if name not in inherited])
     body["__match_args__"] = (*before, *by_place)
     body["_declared"], body["__dataclass_fields__"], body["_compared"] = declared, _FIELDS, _COMPARED
+    body["__signature__"] = _SIGNATURE
     for name, shared in _SHARED.items():
         body.setdefault(name, shared)
     if "__eq__" not in body:
@@ -136,6 +137,11 @@ def _write_init(cls: type) -> Callable[..., None]:
     return init
 
 
+def _write_signature(cls: type) -> inspect.Signature:
+    whole = inspect.signature(_write_init(cls))
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
 def _write_fields(cls: type) -> dict[str, Field[Any]]:
     """Have ``dataclasses`` describe a class without slots that has the same fields."""
     kinds: dict[str, object] = {}
@@ -167,3 +173,4 @@ class _Later:
 
 
 _FIELDS, _COMPARED = _Later("__dataclass_fields__", _write_fields), _Later("_compared", _write_compared)
+_SIGNATURE = _Later("__signature__", _write_signature)

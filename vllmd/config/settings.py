@@ -8,7 +8,7 @@ show, and in ``--help``: in it "it" is the thing that has the settings, such as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, fields, replace
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -47,7 +47,7 @@ class Reload(Enum):
     NEXT_START = "At a reload it is only checked: it takes effect at the next start of vllmd."
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Setting:
     """One row of the table.
 
@@ -68,8 +68,10 @@ class Setting:
     secret: bool = False
     reload: Reload | None = None
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a row is no other one
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@frozen
 class Group:
     """Settings that fill one dataclass, ``target``.
 
@@ -84,6 +86,8 @@ class Group:
     accepts: str = "a mapping"
     optional: bool = False
     forms: tuple[Mapping[str, Any], ...] = ()
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def row(self, name: str) -> Setting | None:
         """The row of this name or other spelling."""
