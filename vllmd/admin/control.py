@@ -11,16 +11,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
 
+from vllmd.admin.counters import Counters
+from vllmd.api import answers
+from vllmd.core.types import Snapshot
 from vllmd.frozen import frozen
 from vllmd.proxy.access import ANYBODY, Caller
+from vllmd.records.ring import Filter
 
 if TYPE_CHECKING:
     from vllmd.admin.adapters import RuntimeAdapters
-    from vllmd.admin.counters import Counters
     from vllmd.admin.runtime_models import RuntimeModels
-    from vllmd.api import answers
-    from vllmd.core.types import Snapshot
-    from vllmd.records.ring import Filter
 
 
 @frozen

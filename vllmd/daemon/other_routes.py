@@ -18,7 +18,7 @@ __all__ = ["PageEndpoints", "add_others"]
 
 
 def add_others(router: Router, page: PageEndpoints, relay: Relay, control: Control) -> None:
-    """Add them all."""
+    """Put the routes of the file's head into ``router``, in the order in which they are matched."""
     add_page(router, page)
     add_metrics(router, control)
     add_operator(router, control)
