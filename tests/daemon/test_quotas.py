@@ -282,6 +282,22 @@ def test_the_month_outlives_the_day() -> None:
     act.wall += wait
     act.use(1)
     act.wall -= 1
+    assert "per month" in act.refused()[0]
+
+
+def test_a_clock_that_is_set_forward_and_back_gives_nothing_twice() -> None:
+    """What was used of a day and of a month is known when the clock comes back to them."""
+    act = Days(tokens_per_day=100, tokens_per_month=150)
+    act.use(90)
+    for jump in (86400, 40 * 86400, 365 * 86400):
+        act.wall += jump
+        act.use(5)
+        act.wall -= jump
+    act.use(10)
+    assert act.refused()[1] == 43200
+    act.wall += 43200  # a true midnight; the day has 5 of the wrong one
+    act.use(45)
+    assert "150 tokens per month" in act.refused()[0]
 
 
 def test_devices_count_too() -> None:

@@ -62,6 +62,18 @@ def test_a_python_without_the_engines_module_does_not_start(tmp_path: Path) -> N
     assert all("vllmctl engine install vllm" in trouble.advice for trouble in found)
 
 
+def test_a_module_is_looked_for_where_the_models_env_says(tmp_path: Path) -> None:
+    """As at the start itself; a model without that variable is told apart."""
+    (tmp_path / "lib/vllm").mkdir(parents=True)
+    (tmp_path / "lib/vllm/__init__.py").write_text("raise SystemExit(3)\n")
+    own = script(tmp_path / "vllm", f"#!{sys.executable}\nraise SystemExit(3)\n")
+    models = [
+        ModelConfig("a", command=(str(own),), env={"PYTHONPATH": str(tmp_path / "lib")}),
+        ModelConfig("b", command=(str(own),)),
+    ]
+    assert [trouble.models for trouble in troubles(models, system=False)] == [("b",)]
+
+
 def test_what_may_not_be_executed(tmp_path: Path) -> None:
     """A file without the bit, and a llama-server that says what it lacks."""
     closed = script(tmp_path / "closed", "#!/bin/sh\n", 0o644)

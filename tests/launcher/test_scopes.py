@@ -123,6 +123,18 @@ async def test_nothing_is_left_of_a_standby_that_nobody_can_use_any_more(site: M
         one = await standby(site, driver)
         kill_launcher(site)
         await until(lambda: driver.lost.is_set() and units(site) == "")
+        # The launcher dies, and the standby in the engine's scope hears nothing of it: it is no engine all the same.
+        one = await standby(site, driver)
+        site.run(["kill", "-STOP", str(one.pid)])
+        starting = asyncio.ensure_future(driver.client.start(made_of(one, "anew")))
+        await until(lambda: one.unit not in units(site))
+        kill_launcher(site)
+        engine = await starting
+        assert engine.standby == ""
+        assert engine.pid != one.pid
+        await driver.client.kill(engine.instance)
+        await driver.exit()
+        await until(lambda: units(site) == "")
     for ordered in (False, True):
         async with driving(site) as driver:
             one = await standby(site, driver)

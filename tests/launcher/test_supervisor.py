@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import errno
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vllmd.launcher import engines, process, spawn
 from vllmd.launcher.backend import Found, Placed
+from vllmd.launcher.cgroup import cgroup_of
 from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.logs import Pipes
 from vllmd.launcher.loop import Loop
@@ -19,6 +25,11 @@ from vllmd.launcher.process import Process
 from vllmd.launcher.protocol import ExitReport, Failed, Started, StartOrder, decode
 from vllmd.launcher.service import Service
 from vllmd.launcher.spawn import OURSELVES, Users, read_failure
+
+
+def full(*_: object, **__: object) -> Any:
+    """What the kernel says where this process has no file descriptor left."""
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 class Group:
@@ -117,6 +128,42 @@ def test_a_start_that_failed_is_answered_without_its_log(monkeypatch: pytest.Mon
     assert isinstance(start(loop, backend, StartOrder("a", ("sleep", "1000"))), Failed)
 
 
+@pytest.mark.parametrize(("missing", "known"), [("", True), ("pidfd_open", False), ("open", False)])
+def test_an_engine_that_cannot_be_looked_at_is_not_taken_for_one_that_has_ended(
+    missing: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that is started anew without a descriptor to spare would end every engine that runs."""
+    main = Process(os.getpid())
+    group = Group(main, "")
+    group.noted = {"launcher.pid": str(main.pid), "launcher.start": str(main.start_time), "launcher.user": "root"}
+    killed: list[int] = []
+    monkeypatch.setattr(group, "kill", lambda: killed.append(main.pid))
+    monkeypatch.setattr(group, "location", lambda: str(found.path.parent) if (found := cgroup_of("self")) else "/")
+    loop = Loop()
+    backend = Backend(loop, "")
+    monkeypatch.setattr(backend, "adopt", lambda: [Found("a", group)])
+    supervisor = Supervisor(loop, backend, Users(), lambda report: None)
+    with monkeypatch.context() as out:
+        if missing:
+            out.setattr(os if missing == "pidfd_open" else builtins, missing, full)
+        with contextlib.nullcontext() if known else pytest.raises(OSError, match="Too many"):
+            supervisor.adopt()
+    assert [engine.pid for engine in supervisor.list()] == [main.pid] * known
+    assert killed == []
+    main.close()
+
+
+def test_a_failed_start_ends_although_its_processes_cannot_be_killed_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would hear of it, and its name and port would be taken for ever."""
+    loop = Loop()
+    backend = Backend(loop, "model")
+    monkeypatch.setattr(Group, "kill", full)
+    order = StartOrder("a", ("sleep", "1000"), metadata={"model": "m"})
+    assert start(loop, backend, order) == Failed(
+        "cannot write the engine's notes on its cgroup: No space left on device"
+    )
+
+
 def test_the_launchers_notes_are_written_first() -> None:
     """Whatever the metadata is, there is room for them."""
     loop = Loop()
@@ -124,6 +171,47 @@ def test_the_launchers_notes_are_written_first() -> None:
     assert isinstance(start(loop, backend, StartOrder("a", ("sleep", "1000"), metadata={"k": "v"})), Started)
     (group,) = backend.groups
     assert list(group.noted) == ["launcher.pid", "launcher.start", "launcher.run_dir", "launcher.user", "k"]
+
+
+WAITS = (
+    "import os, socket, time; link = socket.socket(fileno=int(os.environ['VLLMD_STANDBY_LINK'])); "
+    "link.send(b'ready'); link.recv(1 << 20); link.send(b'taken'); time.sleep(1000)"
+)
+
+
+def test_a_standby_is_noted_as_an_engine_when_it_has_taken_the_order(tmp_path: Path) -> None:
+    """Before, a launcher that dies leaves a scope without a main process: the next one ends it, and takes no standby
+    that waits for ever, or hangs, for an engine that starts."""
+    loop = Loop()
+    backend = Backend(loop, "")
+    answers, noted_before = list[Started | Failed](), list[set[str]]()
+
+    def ready(instance: str, memory: int) -> None:
+        backend.groups[0].location = lambda: ""  # type: ignore[method-assign]  # its process leaves it
+        os.kill(backend.groups[0].process.pid, signal.SIGSTOP)
+        supervisor.start(StartOrder("b", ("x",), run_dir=str(tmp_path / "b"), standby=instance), answered)
+        loop.later(0, look)
+
+    def look() -> None:
+        if len(backend.groups) < 2 or not backend.groups[1].noted:
+            loop.later(0.01, look)
+            return
+        noted_before.append({*backend.groups[1].noted})
+        os.kill(backend.groups[0].process.pid, signal.SIGCONT)
+
+    def answered(answer: Started | Failed) -> None:
+        answers.append(answer)
+        if len(answers) == 2:
+            loop.stop()
+
+    supervisor = Supervisor(loop, backend, Users(), lambda report: None, waiting=ready)
+    supervisor.start(StartOrder("s", (sys.executable, "-c", WAITS), waits=True), answered)
+    loop.run()
+    supervisor.kill_all()
+    assert isinstance(answers[1], Started)
+    assert answers[1].engine.standby == "s"
+    assert noted_before == [{"launcher.run_dir", "launcher.user"}]
+    assert {"launcher.pid", "launcher.start"} <= {*backend.groups[1].noted}
 
 
 @pytest.mark.parametrize("command", ["/" + "y" * 4000, "/tmp/" + "é" * 900, "/nosuch\x20" * 400])

@@ -70,13 +70,29 @@ def test_it_adds_up_by_whatever_is_asked(tmp_path: Path) -> None:
 def test_old_hours_go_and_days_stay(tmp_path: Path) -> None:
     """As long as the configuration says."""
     store = filled(tmp_path / "usage.db")
-    store.write({(at(24 * 100), "alice", "small"): row(requests=1)}, [], 200 * DAY, FOREVER)
+    for day in (100, 101, 102):
+        store.write({(at(24 * day), "alice", "small"): row(requests=1)}, [], 200 * DAY, FOREVER)
     with sqlite3.connect(tmp_path / "usage.db") as look:
-        assert look.execute("SELECT COUNT(*) FROM hours").fetchone() == (1,)
+        assert look.execute("SELECT COUNT(*) FROM hours").fetchone() == (3,)
+        assert look.execute("SELECT COUNT(*) FROM days").fetchone() == (6,)
+    store.write({(at(24 * 103), "alice", "small"): row(requests=1)}, [], 30 * DAY, FOREVER)
+    with sqlite3.connect(tmp_path / "usage.db") as look:
         assert look.execute("SELECT COUNT(*) FROM days").fetchone() == (4,)
-    store.write({(at(24 * 101), "alice", "small"): row(requests=1)}, [], 30 * DAY, FOREVER)
-    with sqlite3.connect(tmp_path / "usage.db") as look:
-        assert look.execute("SELECT COUNT(*) FROM days").fetchone() == (2,)
+
+
+def test_a_clock_that_was_wrong_for_a_day_has_nothing_deleted(tmp_path: Path) -> None:
+    """Years ahead everything is too old; back again, what is too old goes as before."""
+    store = filled(tmp_path / "usage.db")
+    arrived = [Arrival(int(NOON * 1000), "small", "alice", 1, 1)]
+    store.write({(at(1), "alice", "small"): row(requests=1)}, arrived, 400 * DAY, 14 * DAY)
+    for hour in (24 * 4000, 24 * 4000 + 1, 24 * 4001):
+        store.write({(at(hour), "alice", "small"): row(requests=1)}, [], 400 * DAY, 14 * DAY)
+    assert asked(store, "key") == [("alice", 5, 111), ("bob", 1, 5)]
+    assert list(store.arrivals(0)) == arrived
+    for day in range(2, 18):
+        store.write({(at(24 * day), "alice", "small"): row(requests=1)}, [], 10 * DAY, 14 * DAY)
+    assert list(store.arrivals(0)) == []
+    assert asked(store, "day") == []
 
 
 def test_a_store_from_the_future_is_left_alone(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Admission:
             self._refuse(e, refusal)
         else:
             self._queued[e.request] = model  # 1.8
-            model.queue.add(e.request, e.key, core.now, e.rank)
+            model.enqueue(e.request, e.key, core.now, e.rank)
 
     def admit_at_once(self, request: str, name: str) -> str | None:
         """1.2, where only that applies: the replica that has the request; None, nothing changed, where more may apply.

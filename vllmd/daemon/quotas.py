@@ -13,7 +13,7 @@ import calendar
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
@@ -21,12 +21,16 @@ from vllmd.errors import TooManyRequests
 from vllmd.proxy.tokens import BYTES_PER_EVENT, Tokens, prompt_tokens
 
 MINUTE, DAY = 60.0, 86400  # seconds
+LEFT = 3  # days, and months, whose use is remembered when the clock leaves them
 Clock = Callable[[], float]
 
 
 @dataclass
 class Spent:
-    """What a key has used of this day and this month (UTC), by their numbers since 1970."""
+    """What a key has used of this day and this month (UTC), by their numbers since 1970.
+
+    ``left_days``, ``left_months``: tokens and seconds of those that the clock has left, in case it is set back to them.
+    """
 
     day: int = 0
     month: int = 0
@@ -34,15 +38,21 @@ class Spent:
     tokens_this_month: float = 0.0
     device_today: float = 0.0  # seconds
     device_this_month: float = 0.0
+    left_days: dict[int, tuple[float, float]] = field(default_factory=dict)
+    left_months: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, wall: float, tokens: float, device: float) -> None:
         """Count so much more use by the key. ``wall`` is Unix time."""
         day = int(wall // DAY)
         if day != self.day:
-            self.day, self.tokens_today, self.device_today = day, 0.0, 0.0
+            used = self.tokens_today, self.device_today
+            self.tokens_today, self.device_today = _turn(self.left_days, self.day, used, day)
+            self.day = day
             month = month_of(wall)
             if month != self.month:
-                self.month, self.tokens_this_month, self.device_this_month = month, 0.0, 0.0
+                used = self.tokens_this_month, self.device_this_month
+                self.tokens_this_month, self.device_this_month = _turn(self.left_months, self.month, used, month)
+                self.month = month
         self.tokens_today += tokens
         self.tokens_this_month += tokens
         self.device_today += device
@@ -61,6 +71,17 @@ class Spent:
             if limit is not None and used >= limit:
                 return f"{limit} {what}", wait
         return None
+
+
+def _turn(
+    left: dict[int, tuple[float, float]], number: int, used: tuple[float, float], now: int
+) -> tuple[float, float]:
+    """Leave a day or month with its use, and return the use of the one that it is now."""
+    found = left.pop(now, (0.0, 0.0))
+    left[number] = used
+    while len(left) > LEFT:
+        del left[next(iter(left))]
+    return found
 
 
 def month_of(wall: float) -> int:

@@ -21,12 +21,14 @@ from vllmd.config.types import OWN_USER, ModelConfig
 from vllmd.engines import engine_of, environments
 from vllmd.engines.base import Place
 from vllmd.engines.llama_cpp import OWN_SERVER
-from vllmd.errors import ConfigError
+from vllmd.errors import OUT_OF_FILES, ConfigError
 
 LIMIT = 20.0  # seconds; a program that takes longer has started, which was the question
 ENGINES_USER = "vllmd-engine"  # of the system's daemon, see units/vllmd-launcher.service
 MODULES = {"vllm": "vllm", "sglang": "sglang", "transformers": "transformers"}
 VERSION = frozenset({"llama-server", "text-embeddings-router", "tritonserver"})
+# Variables of a model's ``env`` that decide what a program finds. (Not all of ``env``: each differing program is run.)
+FINDS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LD_PRELOAD")
 _HAS_MODULE = (
     "import importlib.util, sys; name = sys.argv[1]; "
     "sys.exit(0 if importlib.util.find_spec(name) else f'No module named {name!r} ({sys.executable})')"
@@ -47,12 +49,16 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program and the user that runs it. ``proof``: the argv that shows that it starts; (): its file is enough."""
+    """A program and the user that runs it. ``proof``: the argv that shows that it starts; (): its file is enough.
+
+    ``env``: what its model sets of ``FINDS``.
+    """
 
     name: str
     proof: tuple[str, ...]
     path: str
     user: str  # "": ourselves
+    env: tuple[tuple[str, str], ...]
 
 
 def troubles(models: Iterable[ModelConfig], *, system: bool) -> list[Trouble]:
@@ -94,7 +100,8 @@ def _program(model: ModelConfig, system: bool) -> Program | None:
         return None
     path = str(model.env.get("PATH") or ("" if system else os.environ.get("PATH", "")) or environments.PATH)
     own = model.user if model.user != OWN_USER else ""
-    return Program(argv[0], tuple(_proof(engine.kind, argv, path)), path, own or (ENGINES_USER if system else ""))
+    env = tuple((name, str(model.env[name])) for name in FINDS if name in model.env)
+    return Program(argv[0], tuple(_proof(engine.kind, argv, path)), path, own or (ENGINES_USER if system else ""), env)
 
 
 def _proof(kind: str, argv: Sequence[str], path: str) -> Iterator[str]:
@@ -121,10 +128,12 @@ def _look(program: Program) -> str:
         return f"there is no command {program.name!r}{who}{looked}"
     command = program.proof or ("/bin/sh", "-c", 'test -x "$(command -v "$1")"', "sh", program.name)
     try:
-        done = _run(command, program.path, user)
+        done = _run(command, program, user)
     except subprocess.TimeoutExpired:
         return ""
     except OSError as error:
+        if error.errno in OUT_OF_FILES:  # of ours, which says nothing of the program
+            return ""
         return f"{program.name} cannot be executed{who}: {error.strerror}"
     if done.returncode == 0:
         return ""
@@ -134,8 +143,8 @@ def _look(program: Program) -> str:
     return f"{program.name} does not start{who}: {lines[-1] if lines else f'exit status {done.returncode}'}"
 
 
-def _run(command: Sequence[str], path: str, user: pwd.struct_passwd | None) -> subprocess.CompletedProcess[str]:
-    """Run the program with a clean environment, as ``user`` if that is another one. Raises OSError, TimeoutExpired."""
+def _run(command: Sequence[str], program: Program, user: pwd.struct_passwd | None) -> subprocess.CompletedProcess[str]:
+    """Run it with little environment, as ``user`` if that is another one. Raises OSError, TimeoutExpired."""
     return subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -145,7 +154,7 @@ def _run(command: Sequence[str], path: str, user: pwd.struct_passwd | None) -> s
         timeout=LIMIT,
         check=False,
         cwd="/",
-        env={"PATH": path, "LANG": "C.UTF-8", "HOME": user.pw_dir if user else "/"},
+        env={"PATH": program.path, "LANG": "C.UTF-8", "HOME": user.pw_dir if user else "/", **dict(program.env)},
         user=user and user.pw_uid,
         group=user and user.pw_gid,
         extra_groups=user and os.getgrouplist(user.pw_name, user.pw_gid),

@@ -17,7 +17,8 @@ The invariants:
 
 - The gate opens only after the job's result was `done`, and after the notes for the next launcher (main process, user,
   run directory) are written on the control group, where only root writes. A launcher that dies before has started
-  nothing: its end of the gate closes, and the child exits.
+  nothing: its end of the gate closes, and the child exits. Of a standby the main process is noted when it has taken the
+  order: a launcher that dies before leaves a scope without one, which the next launcher ends.
 - An order has one answer, and an engine that ran has one report of its end. A failed start is answered only after every
   process of it is gone, so that the daemon may use its memory and its name again.
 - A failure or the time limit leads from PLACING and EXECUTING to ENDING, with SIGKILL at once.
@@ -36,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import errno
 import logging
 import os
 import signal
@@ -46,7 +48,7 @@ from vllmd.launcher.backend import Backend, Group, Placed
 from vllmd.launcher.cgroup import cgroup_of
 from vllmd.launcher.handover import HANDOVER_SECONDS, READY, TAKEN, HandOver, Link, refusal
 from vllmd.launcher.loop import Loop, Timer
-from vllmd.launcher.process import Ending, Process, memory_of
+from vllmd.launcher.process import GONE, Ending, Process, memory_of
 from vllmd.launcher.protocol import (
     ExitReport,
     Failed,
@@ -244,8 +246,15 @@ class Supervisor:
         self._cancel_restart(engine)
         if engine.process:
             engine.process.signal(signal.SIGKILL)
-        if engine.group:
-            engine.group.kill()
+        self._kill_group(engine)
+
+    def _kill_group(self, engine: Engine) -> None:
+        """Send SIGKILL to every process of the engine's group; if that cannot be, log it: its end is awaited anyway."""
+        try:
+            if engine.group:
+                engine.group.kill()
+        except OSError as error:
+            log.error("engine %s: its processes cannot be killed now: %s", engine.instance, error.strerror)
 
     def kill_all(self) -> None:
         """Send SIGKILL to every process of every engine."""
@@ -274,7 +283,11 @@ class Supervisor:
         return [engine.running() for engine in self._engines.values() if not engine.answer and not engine.exit_reported]
 
     def adopt(self) -> None:
-        """Take over an earlier launcher's engines by their notes; one whose main process is gone is ended."""
+        """Take over an earlier launcher's engines by their notes; one whose main process is gone is ended.
+
+        Raises OSError where one cannot be looked at: a launcher that is started anew may do better than one that does
+        not know its engines.
+        """
         for found in self._backend.adopt():
             notes = found.group.annotations()
             engine = Engine(found.instance, Phase.RUNNING, _process_of(notes, found.group), found.group)
@@ -364,14 +377,10 @@ class Supervisor:
         if engine.ending or engine.process is None:
             return self._fail(engine, Failed("the process ended while its scope was made"))
         assert engine.user
-        pid, start = str(engine.process.pid), str(engine.process.start_time)
-        try:
-            # The launcher's notes first: without them no next launcher finds the engine.
-            group.annotate({PID: pid, START: start, RUN_DIR: engine.run_dir, USER: engine.user.name})
-            group.annotate(engine.metadata)
-        except OSError as error:
-            if not self._backend.dies_with_us:  # else there is no next launcher
-                return self._fail(engine, Failed(f"cannot write the engine's notes on its cgroup: {error.strerror}"))
+        # The launcher's notes first: without them no next launcher finds the engine.
+        notes = {RUN_DIR: engine.run_dir, USER: engine.user.name, **engine.metadata}
+        if not self._note(engine, notes if engine.handover else {**_main_process(engine.process), **notes}):
+            return None
         engine.phase = Phase.EXECUTING
         if engine.handover:
             return self._hand_over(engine, engine.handover)
@@ -379,6 +388,17 @@ class Supervisor:
         with contextlib.suppress(BrokenPipeError):  # the child has just ended; its pidfd reports that
             os.write(engine.child.gate, b"G")
         return None
+
+    def _note(self, engine: Engine, notes: Mapping[str, str]) -> bool:
+        """Write notes on the engine's cgroup. If that fails, so does the start."""
+        assert engine.group
+        try:
+            engine.group.annotate(notes)
+        except OSError as error:
+            if not self._backend.dies_with_us:  # else there is no next launcher
+                self._fail(engine, Failed(f"cannot write the engine's notes on its cgroup: {error.strerror}"))
+                return False
+        return True
 
     # --- standbys ---
 
@@ -443,6 +463,10 @@ class Supervisor:
             return None
         if word != TAKEN or engine.phase is not Phase.EXECUTING:
             return self._fail(engine, Failed(refusal(word)))
+        # Only now: a next launcher that finds a scope without a main process in its notes ends what is in it. A standby
+        # that has not taken the order is no engine, and might wait for ever.
+        if engine.process is None or not self._note(engine, _main_process(engine.process)):
+            return None
         self._end_handover(engine)
         engine.phase = Phase.RUNNING
         _forget_start(self._loop, engine)
@@ -487,7 +511,7 @@ class Supervisor:
             return None
         standby.ending, standby.failure = Ending(), Failed("it has been used")
         if standby.group and standby.group.location():
-            standby.group.kill()
+            self._kill_group(standby)
             return self._end(standby)
         # Without a cgroup, a standby's processes are the descendants of its main process, which is the engine's now.
         standby.phase = Phase.ENDING
@@ -541,8 +565,7 @@ class Supervisor:
         engine.failure = engine.failure or failure
         if engine.process:
             engine.process.signal(signal.SIGKILL)
-        if engine.group:
-            engine.group.kill()
+        self._kill_group(engine)
         self._end(engine)
 
     def _on_main_exit(self, engine: Engine, tries: int = STATUS_TRIES) -> None:
@@ -584,7 +607,7 @@ class Supervisor:
         if engine.group and not engine.group.empty():
             if not engine.failure:
                 log.info("engine %s: killing the processes that its main process left", engine.instance)
-            engine.group.kill()
+            self._kill_group(engine)
         engine.timer = self._loop.later(KILL_SECONDS, lambda: self._retire(engine))
         self._check_empty(engine)
 
@@ -676,13 +699,29 @@ class Supervisor:
         self._loop.watch(child.fd, reap)
 
 
+def _main_process(process: Process) -> dict[str, str]:
+    """The notes by which the next launcher finds an engine's main process."""
+    return {PID: str(process.pid), START: str(process.start_time)}
+
+
 def _process_of(notes: Mapping[str, str], group: Group) -> Process | None:
-    """The main process in an earlier launcher's notes; None if it is gone, or not in the engine's group."""
+    """The main process in an earlier launcher's notes; None if it is gone, or not in the engine's group.
+
+    Raises OSError where that cannot be known, for want of a file descriptor, say: that is not its end.
+    """
     try:
         process = Process(int(notes[PID]), int(notes[START]))
-    except (KeyError, ValueError, OverflowError, OSError):
+    except (KeyError, ValueError, OverflowError, ProcessLookupError):
         return None
-    cgroup = cgroup_of(process.pid)
+    except OSError as error:
+        if error.errno in GONE or error.errno == errno.EINVAL:  # the number is a thread's now
+            return None
+        raise
+    try:
+        cgroup = cgroup_of(process.pid)
+    except OSError:
+        process.close()
+        raise
     if cgroup is None or not f"{cgroup.path}/".startswith(f"{group.location()}/"):
         process.close()
         return None

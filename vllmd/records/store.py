@@ -11,6 +11,9 @@ one of a later version         left alone; nothing is recorded until that versio
 
 Use is kept by the hour for two months and by the day for as long as the configuration says: any question is answered
 from rows that are few, however many requests there were. Days and hours are those of UTC.
+
+What is too old is deleted by the clock of the third last day of use, so that a clock that is wrong for a day or two
+deletes nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from vllmd.records.trace import Arrival, Damaged, packed, unpacked
 VERSION = 1
 BUSY = 2.0  # seconds that a write waits for another one
 HOURS_KEPT = 62 * 24
+LAG = 2  # days of use by which the clock must have moved on before it is believed
 MOST_TRACE = 64 << 20  # bytes of arrivals; the oldest go
 DIMENSIONS = ("key", "model", "day", "hour", "month")
 BUSIEST = 100_000  # rows that a question may have for an answer
@@ -95,8 +99,8 @@ class Store:
                 first, segment = packed(arrivals)
                 if first:
                     connection.execute("INSERT INTO arrivals VALUES (?, ?)", (first, segment))
-                newest = max((row[0] for row in rows), default=0)
-                if newest > self._pruned:
+                newest = max((row[0] for row in rows), default=self._pruned)
+                if newest != self._pruned:  # it may also be an earlier one: the clock was set back
                     self._prune(connection, newest, days, trace)
                     self._pruned = newest
 
@@ -147,15 +151,24 @@ class Store:
         self.began_anew = f"{self.path} was damaged ({why}): put aside as {aside.name}, the record begins anew"
 
     def _prune(self, connection: sqlite3.Connection, hour: int, days: float, trace: float) -> None:
-        connection.execute("DELETE FROM hours WHERE hour < ?", (hour - HOURS_KEPT,))
-        connection.execute("DELETE FROM days WHERE day < ?", ((hour * HOUR - days) // DAY,))
-        connection.execute("DELETE FROM arrivals WHERE first < ?", ((hour * HOUR - trace) * 1000,))
+        """Delete what is too old in this hour, as far as the days of use before it bear it out."""
+        seen = connection.execute("SELECT DISTINCT day FROM days WHERE day <= ? ORDER BY day DESC LIMIT 1 OFFSET ?",
+                                  (hour * HOUR // DAY, LAG)).fetchone()  # fmt: skip
+        if seen:
+            hour = min(hour, (seen[0] + LAG) * DAY // HOUR + hour % (DAY // HOUR))
+            self._prune_before(connection, hour, days, trace)
         (size,) = connection.execute("SELECT TOTAL(LENGTH(segment)) FROM arrivals").fetchone()
         if size > MOST_TRACE:
             connection.execute(
                 "DELETE FROM arrivals WHERE rowid IN (SELECT rowid FROM arrivals ORDER BY first "
                 "LIMIT (SELECT COUNT(*) / 10 + 1 FROM arrivals))"
             )
+
+    @staticmethod
+    def _prune_before(connection: sqlite3.Connection, hour: int, days: float, trace: float) -> None:
+        connection.execute("DELETE FROM hours WHERE hour < ?", (hour - HOURS_KEPT,))
+        connection.execute("DELETE FROM days WHERE day < ?", ((hour * HOUR - days) // DAY,))
+        connection.execute("DELETE FROM arrivals WHERE first < ?", ((hour * HOUR - trace) * 1000,))
 
     # -- asking
 
