@@ -66,6 +66,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
         settings, costs = settings_of(config, memory.inventory), CostBook.from_dict(learnt.costs)
         # Made in a thread: of ten thousand models it takes time in which clients are let in.
         scheduler = await asyncio.to_thread(Scheduler, expected.specs, memory.inventory, settings, costs)
+        collector.exempt_existing()  # before it runs again: the first look at all of that would be the longest
 
     # 3. The launcher's client and the engines behind it. It is opened, and calls these, when everything is there.
     def ended(report: ExitReport) -> None:
