@@ -1,7 +1,7 @@
 """Dates of what was noted by the monotonic clock, as the wall clock was then.
 
-Counted back from now they would be wrong by every second by which the wall clock was set since, and by every second of a
-suspension, in which the monotonic clock stands still.
+Counted back from now they would be wrong by every second by which the wall clock was set since, and by every second of
+a suspension, in which the monotonic clock stands still.
 """
 
 from __future__ import annotations
