@@ -485,6 +485,33 @@ def test_origins_tell_where_a_setting_came_from(tmp_path: Path) -> None:
     assert str(origins["log_level"]) == "environment LOG_LEVEL"
 
 
+def test_each_models_settings_have_their_own_origin(tmp_path: Path) -> None:
+    """They are kept as numbers: whatever has a path is found by it, in a section or beside one, and nothing else is."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text(
+        "defaults: {engine: sim}\n"
+        "models:\n"
+        "  a: {dtype: half, idle: {level: 2},\n"
+        "      pin: true}\n"
+        "  b.dtype: {max_model_len: 7, variants: {v.w: {request: {set: {x: 1}}}}}\n"
+    )
+    origins = read(file, env={"VLLMD_SERVER_PORT": "8000"}).origins
+    lines = {path: f"{where.source.removeprefix(f'{tmp_path}/')}:{where.line}" for path, where in origins.items()}
+    assert {path: line for path, line in lines.items() if path[:9] in ("models.a.", "models.b.")} == {
+        "models.a.engine": "vllmd.yaml:1",
+        "models.a.dtype": "vllmd.yaml:3",
+        "models.a.pin": "vllmd.yaml:4",
+        "models.a.idle.level": "vllmd.yaml:3",
+        "models.b.dtype.engine": "vllmd.yaml:1",
+        "models.b.dtype.max_model_len": "vllmd.yaml:5",
+        "models.b.dtype.variants.v.w": "vllmd.yaml:5",
+        "models.b.dtype.variants.v.w.request.set": "vllmd.yaml:5",
+    }
+    assert str(origins["server.listen"]) == "environment VLLMD_SERVER_PORT"
+    assert len(origins) == len(lines) == len(list(origins))
+    assert origins.get("models.a.hidden") is None and "models.b.dtype" not in origins
+
+
 def test_without_any_file_the_defaults_hold(tmp_path: Path) -> None:
     """A user who has configured nothing can start it all the same."""
     reading = read(None, env={"XDG_CONFIG_HOME": str(tmp_path), "VLLMD_CONFIG": ""})

@@ -165,6 +165,19 @@ def test_a_drained_device_gets_nothing_until_it_is_given_back() -> None:
     assert w.do(DeviceDrained(0, drained=False)) == [StartEngine("m", Placement((0,)), 30 * GiB)]
 
 
+def test_a_drained_device_that_goes_and_comes_back_is_still_drained() -> None:
+    """It is being repaired: who plugs it in to look at it wants nothing on it yet. Of one that was never there it is
+    told that there is none, so it is not remembered."""
+    w = World([model("m", 30, devices=(1,)), model("n", 30, devices=(2,))], PAIR)
+    w.do(DeviceDrained(1))
+    w.do(DeviceDrained(2))
+    w.do(DevicesChanged(PAIR[:1]))
+    w.do(DevicesChanged((*PAIR, Device(2, "gpu2", 80 * GiB))))
+    assert w.ask("r1", "m") == []
+    assert w.ask("r2", "n") == [StartEngine("n", Placement((2,)), 30 * GiB)]
+    assert w.do(DeviceDrained(1, drained=False)) == [StartEngine("m", Placement((1,)), 30 * GiB)]
+
+
 def test_a_device_that_is_gone_is_forgotten_once_nobody_holds_any_of_it() -> None:
     """And one that comes is used."""
     w = World([model("m", 30), model("n", 60)], [GPU])

@@ -12,6 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.core.world import World, brief
 from vllmd.core.commands import SleepEngine, StartEngine, WakeEngine
 from vllmd.core.events import (
+    DeviceDrained,
+    DevicesChanged,
+    DevicesTroubled,
     EngineAdopted,
     EngineAsleep,
     EngineExited,
@@ -43,6 +46,7 @@ from vllmd.core.events import (
 from vllmd.core.policy import NOBODY
 from vllmd.core.policy_input import PolicyInputBuilder
 from vllmd.core.types import (
+    CPU,
     Device,
     Footprint,
     IdleRules,
@@ -61,6 +65,20 @@ models = st.sampled_from(NAMES)
 sizes = st.sampled_from([0, 5, 20, 35, 60, 79, 100])
 rules = st.sampled_from([None, None, WhenFree(), WhenFree(60 * GiB, {0.8: 0.5, 0.3: 0.25}), WhenFree(20 * GiB, {})])
 ages = st.sampled_from([None, 0.0, 3.0, 40.0])
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> tuple[Device, ...]:
+    """Devices of any indices, which may be others than those that had these before; or the CPU in place of them."""
+    if draw(st.sampled_from([False, False, False, True])):
+        return (Device(0, CPU, 200 * GiB, GiB, runtime=CPU, read=True),)
+    indices = draw(st.sets(st.sampled_from([0, 1, 2])))
+    return tuple([gpu(index, draw(st.booleans()), draw(st.sampled_from([80, 80, 24]))) for index in sorted(indices)])
+
+
+def gpu(index: int, read: bool = False, memory: int = 80) -> Device:
+    """One of ``memory`` GiB; two of the same size and index are the same one."""
+    return Device(index, f"{memory}-{index}", memory * GiB, GiB, read=read)
 
 
 @st.composite
@@ -139,7 +157,8 @@ class CoreUnderAnything(RuleBasedStateMachine):
         found: list[tuple[int, int]],
         starting: bool,
     ) -> None:
-        gpus = [Device(i, str(i), 80 * GiB, GiB) for i in range(devices)]
+        gpus = [gpu(index) for index in range(devices)]
+        self.gpus = tuple(gpus)
         self.specs = models
         self.world = World(models, gpus, Settings(policy, host * GiB, 20))
         self.world.script.append(f"s = Scheduler([{', '.join(map(brief, models))}], {gpus!r}, {self.world.settings!r})")
@@ -287,6 +306,33 @@ class CoreUnderAnything(RuleBasedStateMachine):
         failed = dict.fromkeys(broken, "no answer")
         self.world.do(MemorySampled(held, {(model, 0): share * GiB, ("ghost", 0): 1}, failed))
 
+    @rule(
+        devices=machines(),
+        unknown=st.sampled_from(["", "", "", "the driver is gone"]),
+        asking=st.booleans(),
+        as_before=st.booleans(),
+    )
+    def devices_change(self, devices: tuple[Device, ...], unknown: str, asking: bool, as_before: bool) -> None:
+        """Devices come, go and come back, are others, or nobody knows which there are."""
+        if as_before:
+            devices = tuple(device for index, device in self.world.devices.items() if index in self.world.there)
+        self.world.do(DevicesChanged(devices, unknown, bool(unknown) and asking))
+
+    @rule(index=st.sampled_from([0, 1, 2, 9]), lost=st.booleans(), other=st.sampled_from([None, None, 0, 1]))
+    def devices_trouble(self, index: int, lost: bool, other: int | None) -> None:
+        """A driver speaks ill of devices, of one that is not there as well."""
+        ill = {} if other in (None, index) else {other: "ECC errors"}
+        here = {index: "off the bus"} if lost else {}
+        self.world.do(DevicesTroubled({**ill, **({} if lost else {index: "ECC errors"})}, here))
+
+    @rule()
+    def devices_recover(self) -> None:
+        self.world.do(DevicesTroubled())
+
+    @rule(index=st.sampled_from([0, 1, 2, 9]), drained=st.sampled_from([True, False]))
+    def drain(self, index: int, drained: bool) -> None:
+        self.world.do(DeviceDrained(index, drained))
+
     @rule()
     def look(self) -> None:
         """What is kept of the policy's view is what a fresh look would see."""
@@ -316,6 +362,10 @@ class CoreUnderAnything(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         w = self.world
+        w.do(DevicesTroubled())
+        for index in (0, 1, 2, 9):
+            w.do(DeviceDrained(index, False))
+        w.do(DevicesChanged(self.gpus))
         w.do(MemorySampled(dict.fromkeys(w.devices, 0), {}))
         for lease in ("l1", "l2"):
             w.do(LeaseReleased(lease))

@@ -8,6 +8,7 @@ from tests.core.helpers import GPU, PAIR, model
 from tests.core.world import World
 from vllmd.core.commands import Admit, Reject, SleepEngine, StartEngine, WakeEngine
 from vllmd.core.events import (
+    DevicesChanged,
     EngineReady,
     EngineStartFailed,
     LeaseReleased,
@@ -269,3 +270,43 @@ def test_a_reserve_that_leaves_less_than_the_share_is_said() -> None:
     assert isinstance(told, Reject)
     needs = "'m' needs 72 GiB on each of 1 device"
     assert told.message == f"{needs}; device 0 has 80 GiB less a reserve of 10 GiB: 70 GiB"
+
+
+READ = Device(0, "gpu0", 80 * GiB, read=True)
+
+
+def test_a_device_that_comes_is_not_free_before_it_was_read() -> None:
+    """Whoever holds it would be disturbed by a start that comes seconds too early."""
+    w = World([model("m", 10, when_free=WhenFree(GiB, {}))], [])
+    w.do(DevicesChanged((), "not asked yet", asking=True))
+    w.ask("r", "m")
+    w.do(DevicesChanged((READ,)))
+    assert w.pending == {} and waiting_for(w).endswith("device 0 is yet to be looked at")
+    assert w.do(external(23)) == []
+    assert w.do(external(0)) == [StartEngine("m", ON_0, 10 * GiB)]
+
+
+@pytest.mark.parametrize("other", [READ, Device(0, "another", 80 * GiB, read=True)])
+def test_a_device_that_comes_back_has_to_be_read_again(other: Device) -> None:
+    """What was read before it went is of another time, also where an engine has kept its account meanwhile."""
+    w = World([model("a", 5), model("m", 10, when_free=WhenFree(GiB, {}))], [READ])
+    w.load("a")
+    w.do(external(0))
+    w.do(LoadAsked("m"))
+    w.answer("m")
+    w.do(StopAsked("m"))
+    w.answer("m")
+    w.do(DevicesChanged((), "the driver is gone"))
+    w.do(DevicesChanged((other,)))
+    assert w.do(LoadAsked("m")) == []
+    assert StartEngine("m", ON_0, 10 * GiB) in w.do(external(0))
+
+
+@pytest.mark.parametrize("how", ["found", "failed"])
+def test_preloading_reckons_with_no_device_that_was_never_read(how: str) -> None:
+    """However old a reading may be: there is none."""
+    w = World([model("m", 10, preload=True, when_free=WhenFree(GiB, {}))], [READ])
+    if how == "failed":
+        w.do(MemorySampled({}, {}, {0: "no answer"}))
+    assert w.do(TimePassed()) == []
+    assert w.do(external(0)) == [StartEngine("m", ON_0, 10 * GiB)]

@@ -32,7 +32,9 @@ from vllmd.core.commands import (
 )
 from vllmd.core.costs import CostBook
 from vllmd.core.events import (
+    DeviceDrained,
     DevicesChanged,
+    DevicesTroubled,
     EngineAdopted,
     EngineAsleep,
     EngineAwake,
@@ -59,7 +61,7 @@ from vllmd.core.lifecycle import MOVING, Kind
 from vllmd.core.planner import RECENT
 from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
-from vllmd.core.types import Device, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
+from vllmd.core.types import CPU, Device, ModelSpec, ReplicaSpec, ReplicaView, Settings, Snapshot, State
 from vllmd.core.views import _model
 from vllmd.sizes import GiB
 
@@ -157,6 +159,8 @@ class World:
         self.configure(models)
         self.scheduler = Scheduler(models, self.devices.values(), self.settings, costs, policy)
         self.now = 0.0
+        self.short_way = True  # of a request that nothing else follows from (``Scheduler.admit_at_once``)
+        self.shortened = 0  # events that went it
         self.raw: list[Command] = []  # that the last event led to
         self.script: list[str] = []
         self.pending: dict[str, Command] = {}  # model -> the command it has to answer
@@ -169,6 +173,10 @@ class World:
         self.orphans: set[str] = set()  # running in an engine that is gone: their end is still to be told
         self.rejected: dict[str, Reject] = {}
         self.probes: dict[str, str] = {}  # the daemon's own requests to replicas -> model; they run, too
+        self.there = frozenset(self.devices)
+        self.unknown = ""  # why nobody knows which devices there are
+        self.unusable: dict[int, str] = {}  # devices whose driver speaks ill of them
+        self.drained: set[int] = set()
         self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
         self.external: dict[int, int] = {}  # bytes per device, as last sampled
         self.looked: dict[int, float] = {}
@@ -189,12 +197,12 @@ class World:
     def do(self, event: Event) -> list[Command]:
         """Post one event, execute the commands, check every promise. Returns the commands, records left out."""
         self.script.append(f"s.handle({told(event)}, now={self.now!r})")
-        if isinstance(event, DevicesChanged):
-            self.devices.update({device.index: device for device in event.devices})
+        if isinstance(event, DevicesChanged | DevicesTroubled | DeviceDrained):
+            self._devices_told(event)
         if isinstance(event, ModelDisabled | ModelEnabled):
             self._disable(event)
         self._before(event)
-        commands = self.raw = self.scheduler.handle(event, self.now)
+        commands = self.raw = self._handle(event)
         try:
             for command in commands:
                 self._execute(command)
@@ -202,6 +210,17 @@ class World:
         except AssertionError as broken:
             raise AssertionError(f"{broken}\nThe story:\n" + "\n".join(self.script)) from None
         return said(commands)
+
+    def _handle(self, event: Event) -> list[Command]:
+        """As the daemon does it: by the short way where there is one."""
+        s, commands = self.scheduler, None
+        if self.short_way and isinstance(event, RequestArrived):
+            replica = s.admit_at_once(event.request, event.model, self.now)
+            commands = None if replica is None else [Admit(event.request, replica)]
+        elif self.short_way and isinstance(event, RequestFinished) and not event.failed:
+            commands = [] if s.finish_at_once(event.request, self.now) else None
+        self.shortened += commands is not None
+        return s.handle(event, self.now) if commands is None else commands
 
     def at(self, now: float, event: Event) -> list[Command]:
         """Post ``event`` at ``now``."""
@@ -330,11 +349,39 @@ class World:
         else:
             self.disabled -= {event.model, *(name for name in self.specs if self.model_of[name] == event.model)}
 
+    def _devices_told(self, event: DevicesChanged | DevicesTroubled | DeviceDrained) -> None:
+        if isinstance(event, DeviceDrained):
+            known = event.device in self.scheduler.core.engines.ledger.accounts
+            self.drained -= {event.device}
+            self.drained |= {event.device} if event.drained and known else set()
+        elif isinstance(event, DevicesTroubled):
+            self.unusable = {i: why for i, why in {**event.ill, **event.lost}.items() if i in self.there}
+        else:
+            now = {device.index: device for device in event.devices}
+            same = {i for i in self.there if i in now and (now[i].id, now[i].runtime) == self._identity(i)}
+            for index in {*self.looked, *self.external, *self.unusable} - same:  # what was known of it is of another
+                for book in (self.looked, self.external, self.unusable):
+                    book.pop(index, None)  # type: ignore[attr-defined]
+            self.disturbed = self.disturbed or any(now.get(i) != self.devices[i] for i in self.there)
+            self.devices.update(now)
+            self.there, self.unknown = frozenset(now), event.unknown
+
+    def _identity(self, index: int) -> tuple[str, str]:
+        return self.devices[index].id, self.devices[index].runtime
+
     def _sampled(self, event: MemorySampled) -> None:
+        for index in event.failed:
+            self.looked.pop(index, None)
         for index, size in event.external.items():
-            if index in self.devices and index not in event.failed:
+            if index in self.there and index not in event.failed:
                 self.external[index] = min(max(0, size), self.devices[index].memory)
                 self.looked[index] = self.now
+                if self.devices[index].runtime == CPU:  # others' share of it is bounded, so that any engine fits alone
+                    largest = max(
+                        (r.booking for r in self.scheduler.core.replicas.values() if r.spec.device_count), default=0
+                    )
+                    room = self.scheduler.core.engines.ledger.accounts[index].capacity - largest
+                    self.external[index] = min(self.external[index], max(0, room))
 
     def _engine_told(self, event: Event, model: str) -> None:
         kind = type(event).__name__
@@ -414,6 +461,7 @@ class World:
     def _check_state(self, command: Command) -> None:
         if isinstance(command, StartEngine | WakeEngine):
             self._check_books(command)
+            self._check_usable(command)
             if isinstance(command, StartEngine):
                 self._check_room(command)
                 self._check_vacancy(command)
@@ -430,6 +478,14 @@ class World:
 
     def _runs(self, model: str) -> set[str]:
         return {request for request, m in self.running.items() if m == model} - self.orphans
+
+    def _check_usable(self, command: StartEngine | WakeEngine) -> None:
+        """Nothing is put on a device that is not known to be there, or that is not to be used."""
+        on = self.placed[command.replica]
+        assert not on or not self.unknown, f"{command}, but {self.unknown}"
+        assert self.there.issuperset(on), f"{command}, but there are only {sorted(self.there)}"
+        assert self.unusable.keys().isdisjoint(on), f"{command}, but {self.unusable}"
+        assert self.drained.isdisjoint(on), f"{command}, but {self.drained} are drained"
 
     def _check_books(self, command: Command) -> None:
         if not self.disturbed:
@@ -461,8 +517,24 @@ class World:
             came = min((self.came[r] for r, m in self.queued.items() if m == name), default=self.now)
             if name in self.several:  # brought up beside others, by what was last seen
                 came = min(came, self.now - RECENT)
-            old = command.replica not in self.wished and self.looked.get(index, came) < came
-            assert not old, f"{command} by a sample of {self.looked[index]}, but the first request is from {came}"
+            looked = self.looked.get(index, -math.inf if self.devices[index].read else came)
+            assert looked > -math.inf, f"{command}, but nobody knows what others hold of device {index}"
+            old = command.replica not in self.wished and looked < came
+            assert not old, f"{command} by a sample of {looked}, but the first request is from {came}"
+
+    def _check_idle_devices(self) -> None:
+        """Nobody waits for a device on which there is nobody, and which has room for him."""
+        core = self.scheduler.core
+        accounts = core.engines.ledger.accounts
+        used = {index for name in self.engines for index in self.placed[name]}
+        used |= {index for target in core.swaps.targets() for index in core.swaps.get(target).devices}  # type: ignore[union-attr]
+        idle = self.there - used - self.drained - self.unusable.keys()
+        for r in core.waiting:
+            if r in core.swaps or r.state is not State.STOPPED or r.spec.when_free or self.unknown:
+                continue
+            good = [i for i in idle if i in (r.devices or idle) and not accounts[i].missing]
+            good = [i for i in good if accounts[i].free >= r.booking]
+            assert len(good) < r.spec.device_count, f"{r.id} waits, and {good} are idle"
 
     def _kept_on(self, index: int, newcomer: str) -> int:
         kept = [r for r in self.engines_seen if (r.pinned or r.leases) and r.devices == (index,) and r.id != newcomer]
@@ -479,6 +551,7 @@ class World:
         if isinstance(event, LeaseTaken | LeaseReleased):
             held = [lease for m in seen.models for lease in m.leases]
             assert len(held) == len(set(held)), "a lease is held twice"
+        self._check_idle_devices()
         for view in seen.replicas[len(self.script) % 7 : len(self.script) % 7 + 1]:
             alone = self.scheduler.replicas_of(view.id, self.now)  # of all, if the model is called so as well
             assert view in alone, f"{view.id} alone is not what the snapshot says"

@@ -8,11 +8,14 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from vllmd.core import events
 from vllmd.core.types import Device, Placement
-from vllmd.daemon import memory
+from vllmd.daemon import device_readings, memory
+from vllmd.daemon.device_readings import UNREAD, DeviceReadings, devices_found
 from vllmd.daemon.memory import Memory
 from vllmd.gpu import DeviceSample, Sample
 from vllmd.sizes import GiB
@@ -199,5 +202,70 @@ def test_what_is_hidden_is_not_taken_for_nothing(reading: Sample, held: dict[int
         running = SimpleNamespace(cgroup="", pid=os.getpid())
         process = SimpleNamespace(placement=Placement((0,)), running=running, model=SimpleNamespace(name="m"))
         assert await Memory(Scripted([reading])).held(process) == held  # type: ignore[arg-type]
+
+    told(story)
+
+
+class Core:
+    """Notes what is posted. Stands for the dispatcher and for the engine manager, of which there are no engines."""
+
+    def __init__(self) -> None:
+        self.posted: list[events.Event] = []
+        self.processes: dict[str, Any] = {}
+        self.scheduler = self
+        self.replicas = ()
+
+    def post(self, event: events.Event) -> None:
+        self.posted.append(event)
+
+    def activity(self, now: float) -> Core:
+        return self
+
+    def now(self) -> float:
+        return 0.0
+
+
+GPU = Device(0, "0", 80 * GiB)
+KNOWN = events.DevicesChanged((GPU,))
+
+
+def test_devices_that_were_found_are_not_known_before_their_first_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may hold all of them: a start on them before that is a start by a guess, also with a file too few."""
+
+    async def story() -> None:
+        devices = Scripted([RuntimeError("driver"), used(GiB)])
+        core, here = Core(), Memory(devices)
+        assert devices_found(devices) == events.DevicesChanged((GPU,), UNREAD, asking=True)
+        readings = DeviceReadings(here, cast(Any, core), cast(Any, core))
+        with monkeypatch.context() as out:
+            out.setattr(device_readings, "out_of_files", lambda: True)
+            await readings.look()
+        assert core.posted == [] and readings.is_due
+        await readings.look()  # fails once, which may be a driver that is being loaded
+        assert core.posted == [events.MemorySampled({}, {}, {0: "no answer"})] and readings.is_due
+        await readings.look()
+        assert core.posted[1:] == [events.MemorySampled({0: GiB}, {}), KNOWN] and not readings.is_due
+        here.use_devices(Scripted([used(2 * GiB)]))
+        assert here.last is None, "what other devices said"
+        assert readings.is_due
+        await readings.look()
+        assert core.posted[3:] == [events.MemorySampled({0: 2 * GiB}, {}), KNOWN]
+
+    told(story)
+
+
+def test_a_reading_of_other_devices_is_none_of_these() -> None:
+    """It was under way when they came: device 0 is another one now."""
+
+    async def story() -> None:
+        stuck = threading.Event()
+        here = Memory(Scripted([stuck]))
+        old = asyncio.ensure_future(here.sample())
+        await asyncio.sleep(0)
+        here.use_devices(Scripted([used(GiB)]))
+        fresh = await here.sample()
+        stuck.set()
+        assert await old is None
+        assert here.last is fresh is not None
 
     told(story)

@@ -24,6 +24,7 @@ from vllmd.daemon.device_readings import DeviceReadings
 from vllmd.daemon.ports import PortPool
 from vllmd.engines.base import Listen
 from vllmd.errors import OUT_OF_FILES, Unavailable, out_of_files
+from vllmd.gpu import NoDevices
 from vllmd.gpu.attribution import pids_of
 from vllmd.launcher import spawn as spawning
 from vllmd.launcher.protocol import StartOrder
@@ -78,6 +79,21 @@ def test_a_start_says_so_and_is_no_defect(tmp_path: Path, monkeypatch: pytest.Mo
         assert isinstance(failed, events.EngineStartFailed)
         assert "internal error" not in failed.reason
         assert not failed.permanent
+
+    tell(story, tmp_path)
+
+
+def test_a_version_that_cannot_be_looked_for_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model would have failed for good, as one whose settings are wrong."""
+
+    async def story(rig: Rig) -> None:
+        rig.configure(engine="sglang", model="some/model", engine_version="1.0")
+        with monkeypatch.context() as out:
+            out.setattr(Path, "iterdir", full)
+            rig.engine_manager.start(commands.StartEngine("m", Placement((0,)), 1 << 30))
+        failed = await rig.event()
+        assert isinstance(failed, events.EngineStartFailed)
+        assert failed.reason == "m: vllmd cannot start it now: Too many open files" and not failed.permanent
 
     tell(story, tmp_path)
 
@@ -167,7 +183,7 @@ def test_who_listens_is_not_somebody_else(monkeypatch: pytest.MonkeyPatch) -> No
         with socket.create_server(("127.0.0.1", 0)) as server:
             engine = Listen(port=server.getsockname()[1], owner=os.getuid())
             with pytest.raises(OutOfFiles, match="Too many open files"):
-                await upstream.connect(engine, 5.0, asyncio.Protocol)
+                await upstream.connect(engine, 5.0, asyncio.Protocol())
 
     asyncio.run(play())
 
@@ -185,7 +201,9 @@ def test_the_memory_of_an_engine_is_no_strangers(tmp_path: Path, monkeypatch: py
         raise AssertionError("it was read all the same")
 
     readings = DeviceReadings(
-        cast(Any, SimpleNamespace(report=report)), cast(Any, None), cast(Any, SimpleNamespace(post=posted.append))
+        cast(Any, SimpleNamespace(report=report, devices=NoDevices(""))),
+        cast(Any, None),
+        cast(Any, SimpleNamespace(post=posted.append)),
     )
     monkeypatch.setattr(device_readings, "out_of_files", lambda: True)
     asyncio.run(readings.look())

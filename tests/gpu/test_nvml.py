@@ -31,7 +31,7 @@ def in_a_container(tmp_path: Path) -> Path:
 def test_inventory_has_uuid_size_reserve_and_name() -> None:
     """Engines are pinned by UUID, so the inventory carries it and not just a number."""
     devices = opened(Gpu(A, total=24 * GiB, name="Fake L4")).inventory()
-    assert devices == (Device(0, A, 24 * GiB, 512 << 20, "Fake L4", "cuda", 0),)
+    assert devices == (Device(0, A, 24 * GiB, 512 << 20, "Fake L4", "cuda", 0, read=True),)
 
 
 def test_sample_has_every_figure() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from vllmd.launcher import cgroup, scopes
-from vllmd.launcher.cgroup import WatchedCgroup, Watcher
+from vllmd.launcher.cgroup import Cgroup, WatchedCgroup, Watcher, cgroup_of
 from vllmd.launcher.loop import Loop
 from vllmd.launcher.protocol import StartOrder
 
@@ -47,6 +48,30 @@ def test_an_end_is_noticed_without_inotify(tmp_path: Path, monkeypatch: pytest.M
     group.watch(changed)
     loop.run()
     assert looks == [False, False, True]
+
+
+def out_of_files(*_: object, **__: object) -> Any:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_group_that_cannot_be_read_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of a descriptor a running engine would pass for one that has ended; one that is gone is empty."""
+    group = Cgroup(tmp_path / "engine")
+    assert group.empty() and group.pids() == [] and group.annotations() == {}
+    group.kill()
+    group.path.mkdir()
+    (group.path / "cgroup.events").write_text("populated 0\n")
+    (group.path / "cgroup.procs").write_text("")
+    assert group.empty()
+    with monkeypatch.context() as out:
+        out.setattr(Path, "open", out_of_files)
+        out.setattr(Path, "read_text", out_of_files)
+        out.setattr(Path, "write_text", out_of_files)
+        out.setattr(os, "listxattr", out_of_files)
+        assert not group.empty()
+        for look in (group.pids, group.kill, group.annotations, lambda: cgroup_of("self")):
+            with pytest.raises(OSError, match="Too many"):
+                look()
 
 
 def test_without_version_2_no_engine_is_begun_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import errno
 import os
 import signal
@@ -9,11 +11,13 @@ import socket
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vllmd.launcher import engines, process, spawn
 from vllmd.launcher.backend import Found, Placed
+from vllmd.launcher.cgroup import cgroup_of
 from vllmd.launcher.engines import Supervisor
 from vllmd.launcher.logs import Pipes
 from vllmd.launcher.loop import Loop
@@ -21,6 +25,11 @@ from vllmd.launcher.process import Process
 from vllmd.launcher.protocol import ExitReport, Failed, Started, StartOrder, decode
 from vllmd.launcher.service import Service
 from vllmd.launcher.spawn import OURSELVES, Users, read_failure
+
+
+def full(*_: object, **__: object) -> Any:
+    """What the kernel says where this process has no file descriptor left."""
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 class Group:
@@ -117,6 +126,42 @@ def test_a_start_that_failed_is_answered_without_its_log(monkeypatch: pytest.Mon
     backend = Backend(loop, "launcher.user")
     monkeypatch.setattr(backend.logs, "tail", lambda *_: pytest.fail("its log was read"))
     assert isinstance(start(loop, backend, StartOrder("a", ("sleep", "1000"))), Failed)
+
+
+@pytest.mark.parametrize(("missing", "known"), [("", True), ("pidfd_open", False), ("open", False)])
+def test_an_engine_that_cannot_be_looked_at_is_not_taken_for_one_that_has_ended(
+    missing: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that is started anew without a descriptor to spare would end every engine that runs."""
+    main = Process(os.getpid())
+    group = Group(main, "")
+    group.noted = {"launcher.pid": str(main.pid), "launcher.start": str(main.start_time), "launcher.user": "root"}
+    killed: list[int] = []
+    monkeypatch.setattr(group, "kill", lambda: killed.append(main.pid))
+    monkeypatch.setattr(group, "location", lambda: str(found.path.parent) if (found := cgroup_of("self")) else "/")
+    loop = Loop()
+    backend = Backend(loop, "")
+    monkeypatch.setattr(backend, "adopt", lambda: [Found("a", group)])
+    supervisor = Supervisor(loop, backend, Users(), lambda report: None)
+    with monkeypatch.context() as out:
+        if missing:
+            out.setattr(os if missing == "pidfd_open" else builtins, missing, full)
+        with contextlib.nullcontext() if known else pytest.raises(OSError, match="Too many"):
+            supervisor.adopt()
+    assert [engine.pid for engine in supervisor.list()] == [main.pid] * known
+    assert killed == []
+    main.close()
+
+
+def test_a_failed_start_ends_although_its_processes_cannot_be_killed_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would hear of it, and its name and port would be taken for ever."""
+    loop = Loop()
+    backend = Backend(loop, "model")
+    monkeypatch.setattr(Group, "kill", full)
+    order = StartOrder("a", ("sleep", "1000"), metadata={"model": "m"})
+    assert start(loop, backend, order) == Failed(
+        "cannot write the engine's notes on its cgroup: No space left on device"
+    )
 
 
 def test_the_launchers_notes_are_written_first() -> None:

@@ -380,6 +380,25 @@ def test_a_local_stream_that_fails_looks_broken() -> None:
     asyncio.run(play())
 
 
+def test_a_handler_for_which_there_is_no_file_left_is_a_503() -> None:
+    """Many read /proc, or a file, and none of them is at fault; in a moment it may be over."""
+
+    async def handler(request: Request) -> Response:
+        raise OSError(errno.EMFILE, "Too many open files", "/proc/1/stat")
+
+    async def play() -> None:
+        async with stage() as act:
+            act.router.add("GET", "/full", handler)
+            client = await act.client()
+            client.send(get("/full") + get("/hello"))
+            answer = await client.answer()
+            assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+            assert answer.json()["error"]["message"] == "vllmd cannot do it now: Too many open files"
+            assert (await client.answer()).status == 200
+
+    asyncio.run(play())
+
+
 def test_a_handler_that_fails_is_a_500_without_its_secrets() -> None:
     """The log has the traceback; the client has the request's id."""
 

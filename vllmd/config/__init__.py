@@ -8,7 +8,8 @@ sources    files, environment, command line -> trees of nodes
 shape      the table's shape put upon a tree
 trees      pure functions on trees
 loader     all of that, and parsing -> Config
-findings   problems, warnings, origins
+findings   problems and warnings
+origins    where each setting was given
 checks     what spans several settings
 replicas   the engines that this machine is to have
 runtime_model a model's settings from a program instead of a file

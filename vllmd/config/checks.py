@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 
 from vllmd.addresses import is_loopback
 from vllmd.config import offers, secrets
@@ -17,6 +18,7 @@ from vllmd.config.engine_kinds import WITH_VERSIONS, one_name
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
 from vllmd.config.value_types import show_duration, show_size
+from vllmd.core.types import IdleRules
 
 Finding = tuple[Where, str, str]
 MEMORY_FLAGS = ("--gpu-memory-utilization", "--mem-fraction-static")  # of vLLM and SGLang
@@ -183,13 +185,15 @@ def is_private(address: str) -> bool:
 
 def devices(model: ModelConfig, config: Config) -> Iterator[Finding]:
     """Devices that are not declared, or too few of them."""
-    where, path, count = _place(model), f"models.{model.name}", model.devices_here
     declared = len(config.devices) if config.devices is not None else None
+    have, count = len(model.devices) or declared, model.devices_here
+    if not model.devices and (not have or count <= have):
+        return
+    where, path = _place(model), f"models.{model.name}"
     if declared is not None and (absent := [index for index in model.devices if index >= declared]):
         there = f"the declared devices are 0 to {declared - 1}" if declared > 1 else "the only declared device is 0"
         there = there if declared else "no device is declared"
         yield from ((where, f"{path}.devices", f"there is no device {index}; {there}") for index in absent)
-    have = len(model.devices) or declared
     if have and count > have:  # none declared: engines run on the CPU
         product = " (tensor_parallel_size times pipeline_parallel_size)" if model.local_devices is None else ""
         name = "tensor_parallel_size" if product else "local_devices"
@@ -211,19 +215,21 @@ def fits(model: ModelConfig, config: Config) -> Iterator[Finding]:
 
 def of_model(model: ModelConfig) -> Iterator[Finding]:
     """What is wrong with one model or replica by itself, whatever devices there are."""
-    where, path, count = _place(model), f"models.{model.name}", model.devices_here
-    if count > model.all_devices:
-        what = f"{count} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
-        yield where, f"{path}.local_devices", what
+    path, here = f"models.{model.name}", model.local_devices
+    if here is not None and here > model.all_devices:
+        what = f"{here} is more than tensor_parallel_size times pipeline_parallel_size, {model.all_devices}"
+        yield _place(model), f"{path}.local_devices", what
     for name, value in (("model", model.model), ("dtype", model.dtype or "")):
         if value.startswith("-"):
-            yield where, f"{path}.{name}", f"{value!r} begins with '-': the engine would take it for a flag"
+            yield _place(model), f"{path}.{name}", f"{value!r} begins with '-': the engine would take it for a flag"
+    if not model.when_free or not model.when_free.shares:
+        return
     # Two settings that decide how much memory the model takes.
     flags = [word.partition("=")[0] for word in model.extra_args if word.startswith(MEMORY_FLAGS)]
     others = ["gpu_memory"] * (model.gpu_memory is not None) + [f"extra_args ({flag})" for flag in flags]
-    if model.when_free and model.when_free.shares and others:
+    if others:
         what = f"when_free.shares says how much it takes, and so does {others[0]}; drop that, or set the shares to none"
-        yield where, f"{path}.when_free", what
+        yield _place(model), f"{path}.when_free", what
 
 
 def replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
@@ -250,15 +256,22 @@ def replicas(model: ModelConfig, config: Config) -> Iterator[Finding]:
 
 def idle(model: ModelConfig) -> Iterator[Finding]:
     """Stages of the idle rules in the wrong order."""
-    rules, path = model.idle, f"models.{model.name}.idle"
+    for what in wrong_stages(model.idle):
+        yield _place(model), f"models.{model.name}.idle", what
+
+
+@lru_cache  # most models have the same rules
+def wrong_stages(rules: IdleRules) -> tuple[str, ...]:
+    """A sentence for each stage that comes before an earlier one."""
     stages = ("sleep_after", rules.sleep_after), ("deepen_after", rules.deepen_after), ("stop_after", rules.stop_after)
     given = [(name, age) for name, age in stages if age is not None]
     if rules.level == 2:
         given = [stage for stage in given if stage[0] != "deepen_after"]
-    for (first, earlier), (second, later) in itertools.pairwise(given):
-        if later < earlier and second == "stop_after":
-            what = f"{second} ({show_duration(later)}) comes before {first} ({show_duration(earlier)})"
-            yield _place(model), path, what
+    return tuple(
+        f"{second} ({show_duration(later)}) comes before {first} ({show_duration(earlier)})"
+        for (first, earlier), (second, later) in itertools.pairwise(given)
+        if later < earlier and second == "stop_after"
+    )
 
 
 def pins(config: Config) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllmd.config.nodes import Node, Where
+from vllmd.config.origins import Origins
 from vllmd.config.types import Config
 from vllmd.config.value_types import what_it_is
 from vllmd.text import printable
@@ -47,7 +48,7 @@ class Findings:
     def __init__(self) -> None:
         self._problems: dict[tuple[Where, str], Problem] = {}
         self.warnings: list[Problem] = []
-        self.origins: dict[str, Where] = {}
+        self.origins = Origins()
 
     def complain(
         self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "", *, alone: bool = False

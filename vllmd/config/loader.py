@@ -54,6 +54,7 @@ __all__ = ["Problem", "Reading", "default_file", "load", "read"]
 NOWHERE = Where("defaults")
 NOTHING = Node(NOWHERE, {})
 DEFAULT_ENGINE = ModelConfig("").engine
+MOST_SHARED = 1000  # mappings among which an equal one is looked for
 FAILED: Any = object()  # the result of parsing a value that was complained of; None is a value
 
 
@@ -123,6 +124,8 @@ class _Parser:
     def __init__(self, findings: Findings, env: Mapping[str, str]) -> None:
         self.findings, self.env = findings, env
         self.by_kind: Mapping[str, Node] = {}  # the part of ``defaults`` for models of one kind of engine, by kind
+        self.bases: dict[str, Node] = {}  # what ``beneath`` has found, by kind
+        self.mappings: dict[str, Mapping[str, Any]] = {}  # one object for all that are equal, by how each is written
 
     def config(self, tree: Node) -> Config:
         """The whole configuration; the sections that more than one row decides have a method each."""
@@ -142,21 +145,36 @@ class _Parser:
     def values(self, group: Group, node: Node, path: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
         """The fields of the group's dataclass that ``node`` gives, parsed; the rest keep their defaults."""
         fields: dict[str, Any] = {}
+        names, places = list[str](), list[Where]()
         for name, value in node.value.items():
             row = group.row(name)
             if row is None or name in skip:
                 continue
-            full = join(path, name)
-            if isinstance(row.kind, Group) and row.many == "map":
-                fields[row.field or name] = self.by_name(row.kind, value, full)
-            elif isinstance(row.kind, Group):
-                inner = self.values(row.kind, value, full) if value.is_map else None
-                fields[row.field or name] = None if inner is None else row.kind.target(**inner)
+            kind = row.kind
+            if isinstance(kind, Group) and row.many == "map":
+                fields[row.field or name] = self.by_name(kind, value, join(path, name))
+            elif isinstance(kind, Group):
+                inner = self.values(kind, value, join(path, name)) if value.is_map else None
+                fields[row.field or name] = None if inner is None else kind.target(**inner)
             else:
-                parsed = self.parse(row.kind, value.as_secret() if row.secret else value, full)
-                if parsed is not FAILED and row.field is not None:
-                    fields[row.field or row.name] = parsed
+                names.append(name)
+                places.append(value.where)
+                try:
+                    parsed = kind.parse(value)
+                except Wrong as error:
+                    self.complain(kind, value, join(path, name), error, secret=row.secret)
+                    continue
+                if row.field is not None:
+                    fields[row.field or name] = self.shared(parsed) if type(parsed) is dict else parsed
+        if names:
+            self.findings.origins.note_section(path, names, places)
         return fields
+
+    def shared(self, mapping: dict[str, Any]) -> Mapping[str, Any]:
+        """The first mapping that is written the same: of ten thousand models most have the options of many others."""
+        if len(self.mappings) >= MOST_SHARED:
+            return mapping
+        return self.mappings.setdefault(repr(mapping), mapping)
 
     def by_name(self, group: Group, node: Node, path: str) -> dict[str, Any]:
         """A mapping from name to group, such as the pools or a model's variants, parsed."""
@@ -164,17 +182,26 @@ class _Parser:
         for name, value in node.value.items():
             if not checks.is_good_name(name):
                 self.findings.complain(value.key or value.where, f"{path}.{name}", f"a name has {checks.GOOD_NAME}")
-            self.findings.origins.setdefault(f"{path}.{name}", value.key or value.where)
+            self.findings.origins.note(f"{path}.{name}", value.key or value.where)
             entries[name] = group.target(**self.values(group, value, f"{path}.{name}"))
         return entries
 
     def parse(self, kind: Kind, node: Node, path: str) -> Any:
-        self.findings.origins.setdefault(path, node.where)
+        self.findings.origins.note(path, node.where)
         try:
             return kind.parse(node)
         except Wrong as error:
-            self.findings.complain((error.node or node).where, path, error.reason, error.accepted or kind.accepts)
+            self.complain(kind, node, path, error)
             return FAILED
+
+    def complain(self, kind: Kind, node: Node, path: str, error: Wrong, *, secret: bool = False) -> None:
+        """Complain of a value that ``kind`` cannot be; of one that may be ``secret`` in words that do not quote it."""
+        if secret:
+            try:
+                kind.parse(node.as_secret())
+            except Wrong as quiet:
+                error = quiet
+        self.findings.complain((error.node or node).where, path, error.reason, error.accepted or kind.accepts)
 
     def server(self, node: Node | None) -> ServerConfig:
         """The section ``server``; ``host`` and ``port`` are a short form of ``listen``."""
@@ -189,7 +216,7 @@ class _Parser:
             self.findings.complain(where, "server", "give either listen or host and port, not both")
         elif short and FAILED not in parsed.values():
             values["listen"] = listen_of(**parsed)
-            self.findings.origins["server.listen"] = where
+            self.findings.origins.note("server.listen", where)
         return ServerConfig(**values)
 
     def devices(self, node: Node | None) -> tuple[DeviceConfig, ...] | None:
@@ -216,7 +243,7 @@ class _Parser:
         values = self.values(AUTH, node, "auth", skip=("keys",))
         listed = node.value.get("keys")
         nodes = listed.value if listed is not None and listed.is_list else []
-        self.findings.origins["auth.keys"] = listed.where if listed is not None else node.where
+        self.findings.origins.note("auth.keys", listed.where if listed is not None else node.where)
         keys = [self.key(item, f"auth.keys[{index}]", index) for index, item in enumerate(nodes)]
         return AuthConfig(**values, keys=tuple(key for key in keys if key is not None))
 
@@ -318,10 +345,13 @@ class _Parser:
     def beneath(self, node: Node, base: Node) -> Node:
         """The settings beneath one model: an engine's own (flags, options, ...) only where they are for its kind."""
         kind = kind_of(node, base)
+        if kind in self.bases:
+            return self.bases[kind]
         if kind != kind_of(base, base):
             base = base.with_value({name: value for name, value in base.value.items() if name not in ENGINES_OWN})
         for_kind = self.by_kind.get(kind)
-        return overlay(base, for_kind, COMBINED.__contains__) if for_kind else base
+        self.bases[kind] = overlay(base, for_kind, COMBINED.__contains__) if for_kind else base
+        return self.bases[kind]
 
     def models(self, tree: Node, base: Node) -> dict[str, ModelConfig]:
         """All models by name. Empties the tree's mapping of them."""

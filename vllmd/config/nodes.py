@@ -138,7 +138,11 @@ class _Composer:
         self.next: Callable[[], Any] = loader.get_event
         self.anchors: dict[str, Node] = {}
         self.open: dict[str, Where] = {}  # anchors of what is being composed
-        self.known: dict[str, tuple[str, Any]] = {}  # plain scalars: text (one object for all of its kind) and value
+        # One object for all that are equal: plain scalars (text and value), quoted ones, keys, the number of a line.
+        self.known: dict[str, tuple[str, Any]] = {}
+        self.quoted: dict[str, tuple[str, Any]] = {}
+        self.keys: dict[str, str] = {}
+        self.line = 0
 
     def document(self) -> Node | None:
         """The only document's root; None if there is none. Raises YAMLError."""
@@ -157,6 +161,10 @@ class _Composer:
     def node(self, event: Any, key: Where | None = None) -> Node:
         """What begins with ``event``; ``key``: the place of the mapping key that led here."""
         kind, anchor = type(event), event.anchor
+        if kind is yaml.ScalarEvent and anchor is None:  # nearly all of a file
+            where = self.place(event)
+            text, value = self.scalar(event, where)
+            return Node(where, value, text, key)
         if kind is yaml.AliasEvent:
             return self.alias(event, key)
         where = self.place(event)
@@ -190,9 +198,11 @@ class _Composer:
 
     def scalar(self, event: Any, where: Where) -> tuple[str, Any]:
         """A scalar's text, and the value that YAML reads from it."""
-        text, plain = event.value, event.implicit[0]
-        if plain and text in self.known:
-            return self.known[text]
+        text, (plain, quoted) = event.value, event.implicit
+        if plain or quoted:
+            known = self.known if plain else self.quoted
+            if text in known:
+                return known[text]
         tag = event.tag
         if tag is None or tag == "!":
             tag = self.loader.resolve(yaml.ScalarNode, text, event.implicit)
@@ -204,8 +214,8 @@ class _Composer:
             except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # PyYAML's own trust what a tag says
                 self.complain(where, f"this cannot be read as {TAGS.get(tag, 'what its tag says')}")
                 return text, None
-        if plain and len(text) <= LONGEST_KNOWN_CHARS and len(self.known) < MOST_KNOWN:
-            self.known[text] = text, value
+        if (plain or quoted) and len(text) <= LONGEST_KNOWN_CHARS and len(known) < MOST_KNOWN:
+            known[text] = text, value
         return text, value
 
     def sequence(self) -> list[Node]:
@@ -217,33 +227,39 @@ class _Composer:
     def mapping(self) -> dict[str, Node]:
         """The entries of a mapping, those of ``<<`` beneath its own; a key that stands twice is a problem."""
         entries: dict[str, Node] = {}
-        seen: dict[str, Where] = {}
+        repeated: dict[str, Where] = {}  # where a key that stands twice stood first
         merged: list[Node] = []
         while type(event := self.next()) is not yaml.MappingEndEvent:
-            key, value_event = self.key(event), self.next()
+            key, where = self.key(event)
+            value_event = self.next()
             of_itself = type(value_event) is yaml.AliasEvent and value_event.anchor in self.open
-            value = self.node(value_event, key.where)
-            if key.is_map or key.is_list:
-                self.complain(key.where, "a key must be plain text")
-            elif key.text == "<<" and type(event) is yaml.ScalarEvent and event.implicit[0]:
+            value = self.node(value_event, where)
+            if key is None:
+                self.complain(where, "a key must be plain text")
+            elif key == "<<" and type(event) is yaml.ScalarEvent and event.implicit[0]:
                 merged += [] if of_itself else self.to_be_merged(value)
             else:
-                first = seen.setdefault(key.text, key.where)
-                if first is not key.where:
-                    what = f"{key.text!r} is given twice, first on line {first.line}; keep one of them"
-                    self.complain(key.where, what)
-                entries[key.text] = value
+                if key in entries:
+                    first = repeated.setdefault(key, entries[key].key or where)
+                    self.complain(where, f"{key!r} is given twice, first on line {first.line}; keep one of them")
+                entries[key] = value
         if not merged:
             return entries
         under = {name: node for each in merged for name, node in each.value.items()}
         return {**under, **entries}
 
-    def key(self, event: Any) -> Node:
-        """A mapping's key: its own text, whatever YAML would take that for."""
+    def key(self, event: Any) -> tuple[str | None, Where]:
+        """A mapping's key with its place: its own text, whatever YAML would take that for; None if it has no text."""
+        where = self.place(event)
         if type(event) is yaml.ScalarEvent and event.anchor is None:
-            return Node(self.place(event), None, intern(event.value))
+            text: str = event.value
+            if (known := self.keys.get(text)) is None:
+                known = text
+                if len(self.keys) < MOST_KNOWN:  # settings are often met again, models are not
+                    known = self.keys[text] = intern(text)
+            return known, where
         key = self.node(event)
-        return Node(self.place(event), key.value, key.text)
+        return (None if key.is_map or key.is_list else key.text), where
 
     def to_be_merged(self, value: Node) -> list[Node]:
         """The mappings that ``<<`` names, the one that wins last. Raises YAMLError."""
@@ -260,7 +276,9 @@ class _Composer:
 
     def place(self, event: Any) -> Where:
         mark = event.start_mark
-        return _new(Where, (self.source, mark.line + 1, mark.column + 1))
+        if (line := mark.line + 1) != self.line:
+            self.line = line
+        return _new(Where, (self.source, self.line, mark.column + 1))
 
 
 def from_text(text: str, where: Where) -> Node:

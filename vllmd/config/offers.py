@@ -72,6 +72,8 @@ def wrong(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def adapters_and_variants(model: ModelConfig, owner: dict[str, str]) -> Iterator[tuple[str, str, str]]:
     """What is wrong with a model's adapters and variants; their names are added to ``owner``."""
+    if not model.adapters and not model.variants and not model.runtime_adapters and not adapters_of(model):
+        return
     kind = one_name(model.engine)
     if model.adapters and kind in ENGINE_KINDS and kind not in WITH_ADAPTERS:
         what = f"the engine {kind} has no adapters here; {', '.join(sorted(WITH_ADAPTERS - {'sim'}))} have"

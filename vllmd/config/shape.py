@@ -53,34 +53,35 @@ class Shape:
         """A mapping with its other spellings renamed and its unknown keys complained of and dropped."""
         entries: dict[str, Node] = {}
         for name, value in node.value.items():
-            row, full = group.row(name), join(path, name)
+            row = group.row(name)
             if group is DEFAULTS and is_of_kind(row, name, value):
-                if self.findings.mapping(value, full, group.accepts) is not None:
+                if self.findings.mapping(value, full := join(path, name), group.accepts) is not None:
                     entries[one_name(name)] = self.canonical(DEFAULTS_OF_KIND, value, full)
             elif row is None:
                 kinds = ENGINE_KINDS if group is DEFAULTS and value.is_map else ()
-                self.unknown(value, full, name, (*spellings(group), *kinds), advice(group, name, value))
+                known = (*spellings(group), *kinds)
+                self.unknown(value, join(path, name), name, known, advice(group, name, value))
             elif row.name in entries:
                 other = entries[row.name].where
                 what = f"{row.name} is the same setting, given in {other}"
-                self.findings.complain(value.key or value.where, full, what)
+                self.findings.complain(value.key or value.where, join(path, name), what)
+            elif isinstance(row.kind, Group):
+                if value.value is not None:
+                    entries[row.name] = self.canonical_group(row, row.kind, value, join(path, row.name))
             elif value.value is not None:  # null is as if it were not written
-                entries[row.name] = self.canonical_value(row, value, join(path, row.name))
+                entries[row.name] = value
         return node.with_value(entries)
 
-    def canonical_value(self, row: Setting, value: Node, path: str) -> Node:
-        """The value of one setting: a scalar as it is; a group, or a map or list of groups, with its short forms."""
-        group = row.kind
-        if not isinstance(group, Group):
-            return value
+    def canonical_group(self, row: Setting, group: Group, value: Node, path: str) -> Node:
+        """A group, or a map or list of groups, with its short forms."""
         if row.many == "map":
             if self.findings.mapping(value, path, f"{path.rpartition('.')[2]} by name") is None:
                 return value.with_value({})
             entries = {}
             for name, node in value.value.items():
                 node = node.with_value({}) if node.value is None else group.short(node) or node
-                if self.findings.mapping(node, f"{path}.{name}", group.accepts) is not None:
-                    entries[name] = self.canonical(group, node, f"{path}.{name}")
+                if self.findings.mapping(node, at := f"{path}.{name}", group.accepts) is not None:
+                    entries[name] = self.canonical(group, node, at)
             return value.with_value(entries)
         if row.many == "list":
             return self.canonical_list(group, value, path)

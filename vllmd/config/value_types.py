@@ -117,6 +117,8 @@ def parse_number(node: Node) -> float:
 
 def integer(low: int, high: int = 2**31) -> Parse:
     def parse(node: Node) -> int:
+        if type(node.value) is int and low <= node.value <= high:
+            return node.value  # the object that is there, which ten thousand models share
         number = parse_number(node)
         if number != int(number):
             raise wrong(node, "a whole number")

@@ -53,7 +53,7 @@ class Devices:
                 for r in self._on(index):  # the CPU has the number that a GPU had, or the other way round
                     why = f"device {index} is another one now: {ledger.accounts[index].device.name}"
                     core.send_away(r, Reason.DEVICE, why)
-        if e.unknown != before:
+        if e.unknown != before and not e.asking:  # asked for an instant at each start, which is no decision
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.news_for_all = True
 
@@ -80,11 +80,14 @@ class Devices:
         self._core.news_for_all = True
 
     def drained(self, e: DeviceDrained) -> None:
-        """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end."""
-        account = self._core.engines.ledger.accounts.get(e.device)
-        if account is None:
+        """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end.
+
+        A device that goes and comes back meanwhile is still drained.
+        """
+        ledger = self._core.engines.ledger
+        if e.drained and e.device not in ledger.accounts:
             return
-        account.drained = (e.why or "an operator drained it") if e.drained else ""
+        ledger.drain(e.device, (e.why or "an operator drained it") if e.drained else "")
         whose = e.why or "by an operator"
         numbers = {"device": e.device}
         self._core.engines.record("drain" if e.drained else "undrain", None, f"device {e.device}: {whose}", numbers)

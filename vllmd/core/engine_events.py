@@ -7,7 +7,7 @@ from vllmd.core.admission import Admission
 from vllmd.core.commands import RejectReason
 from vllmd.core.common import Core
 from vllmd.core.lifecycle import Kind, LifecycleError, Reason, Step
-from vllmd.core.model import Job, Replica
+from vllmd.core.model import Job, Replica, Start
 from vllmd.core.types import CPU, Footprint, State
 from vllmd.sizes import in_words
 
@@ -39,13 +39,11 @@ class EngineEvents:
         r, now = self._core.replicas.get(e.replica), self._core.now
         if r is None or r.state is not State.STARTING or r.costs.learnt("start"):
             return
-        left = (1.0 - e.share) * r.costs.wake(0)
-        if not e.share:
-            r.start.fetched = True
-        elif not r.start.fetched:
+        left, fetched = (1.0 - e.share) * r.costs.wake(0), r.start.fetched or not e.share
+        if not fetched:
             # A whole start takes what this one took so far and what is expected of the rest; 1 - share of it is left.
             left = (1.0 - e.share) * (now - r.changed + left)
-        r.start.ends = now + left
+        r.start = Start(now + left, fetched)
         self._core.changed[r] = None
 
     def awake(self, e: ev.EngineAwake) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from vllmd.core.types import CPU, Device
 from vllmd.sizes import in_words
 
+NEVER = -math.inf
+
 
 class Account:
     """One device: what it has, what models were promised, and what others hold."""
@@ -27,16 +29,22 @@ class Account:
         self.capacity = device.memory - device.reserve  # what can ever be promised
         self.promised = 0
         self.external = 0
-        self.read_at: float | None = None  # when ``external`` was last read; None: nobody reads it
+        self.read_at = _never_read(device)  # when ``external`` was last read; NEVER: not yet; None: nobody reads it
         self.missing = 0  # bytes that did not come back after a stop: the device is wedged
         self.ill = ""  # what its driver says against using it
         self.gone = False  # it is not there any more, but models still hold some of it
         self.drained = ""  # why an operator, or somebody else, has it left; "" if nobody has
 
     def redefine(self, device: Device) -> None:
-        """The same device with another size or reserve, or again; or another one, of which nothing is known yet."""
-        if (device.id, device.runtime) != (self.device.id, self.device.runtime):
-            self.external, self.read_at, self.missing, self.ill = 0, None, 0, ""
+        """The same device with another size or reserve, or again; or another one, of which nothing is known yet.
+
+        What was read before it went says nothing of what is held since.
+        """
+        is_another = (device.id, device.runtime) != (self.device.id, self.device.runtime)
+        if is_another:
+            self.external, self.missing, self.ill = 0, 0, ""
+        if is_another or self.gone or device.read != self.device.read:
+            self.read_at = _never_read(device)
         self.device, self.gone = device, False
         self.capacity = device.memory - device.reserve
 
@@ -60,6 +68,10 @@ class Account:
         return bool(self.missing or self.ill or self.gone or self.drained)
 
 
+def _never_read(device: Device) -> float | None:
+    return NEVER if device.read else None
+
+
 class Ledger:
     """The accounts of all devices and of the host's memory."""
 
@@ -70,6 +82,7 @@ class Ledger:
         self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
         self.standbys = 0  # host bytes of processes that are given up for whoever is promised them
+        self._drained: dict[int, str] = {}  # why; also of devices that are not there just now, and may come back
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
 
@@ -79,21 +92,31 @@ class Ledger:
         # By who is there, not by bytes: an engine whose footprint is 0 has to be unbooked from its account as well.
         held = {index for shares in self._held.values() for index in shares}
         for index, account in list(self.accounts.items()):
-            account.gone = index not in now
-            if account.gone and index not in held:
+            account.gone = account.gone or index not in now
+            if index not in now and index not in held:
                 del self.accounts[index]
         for index in sorted(now):
             if index in self.accounts:
                 self.accounts[index].redefine(now[index])
             else:
-                self.accounts[index] = Account(now[index])
+                self._open(now[index])
 
     def add_gone(self, indices: Iterable[int]) -> None:
         """Have an account, marked as gone, for each device that is not there although an adopted engine is on it."""
         for index in indices:
             if index not in self.accounts and not self.unknown:
-                account = self.accounts[index] = Account(Device(index, "", 0))
-                account.gone = True
+                self._open(Device(index, "", 0)).gone = True
+
+    def _open(self, device: Device) -> Account:
+        account = self.accounts[device.index] = Account(device)
+        account.drained = self._drained.get(device.index, "")
+        return account
+
+    def drain(self, index: int, why: str) -> None:
+        """Have nothing put on this device, whenever it is there; with "" as ``why`` it is given back."""
+        self._drained[index] = why
+        if index in self.accounts:
+            self.accounts[index].drained = why
 
     def hold(self, holder: Hashable, shares: Mapping[int, int]) -> None:
         """``holder`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""
@@ -156,7 +179,7 @@ class Ledger:
         """Note devices that could not be read: their last figures stand, but say nothing of what is free now."""
         for index in indices:
             if index in self.accounts:
-                self.accounts[index].read_at = -math.inf
+                self.accounts[index].read_at = NEVER
 
     def wedge(self, missing: Mapping[int, int]) -> None:
         """Note bytes that did not come back: avoid the devices until a sample shows that they did."""

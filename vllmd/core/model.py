@@ -15,11 +15,14 @@ from typing import Any
 
 from vllmd.core.costs import CostBook, Costs
 from vllmd.core.lifecycle import AWAKE, LOADED, OWN, UP, WANTS, Kind, Reason
-from vllmd.core.queues import Queue
+from vllmd.core.queues import USUAL, Queue, Rank
 from vllmd.core.types import Footprint, ModelSpec, ModelView, Placement, ReplicaRules, ReplicaSpec, Source, State
+from vllmd.frozen import frozen
 
 INFINITY = math.inf
 _NONE: Mapping[str, Any] = {}
+_NOBODY = Queue()  # that of a model for which nobody has waited yet; it stays empty
+_NOTHING_RUNS: dict[str, Any] = {}  # in an engine that was never up; it stays empty
 
 
 def _none() -> Mapping[str, Any]:
@@ -30,7 +33,7 @@ def _none() -> Mapping[str, Any]:
 NOWHERE = Placement()
 
 
-@dataclass(slots=True)
+@frozen
 class Start:
     """What the log has said of a start that is under way."""
 
@@ -148,12 +151,18 @@ class Lease:
     replica: Replica
 
 
-@dataclass(slots=True)
+_NO_START = Start()
+
+
+@frozen
 class KeepAlive:
     """What clients said of when they will use the model again. It holds off idle rules, and nobody who needs room."""
 
     until: Mapping[str, float] = field(default_factory=_none)  # client -> when its wish ends
     let_go: float = -INFINITY  # when the last client that had a wish, or had none, said that it needs it no more
+
+
+_NO_WISHES = KeepAlive()
 
 
 @dataclass(slots=True)
@@ -167,20 +176,27 @@ class Scale:
     due: float = INFINITY  # when time alone changes something
 
 
+_ALONE = Scale()  # of all models with one replica; it stays as it is
+
+
 @dataclass(slots=True, eq=False)
 class Model:
-    """What clients ask for: a queue, leases, and the replicas that serve it, in the order of the configuration."""
+    """What clients ask for: a queue, leases, and the replicas that serve it, in the order of the configuration.
+
+    Of ten thousand models hardly any is in use. What such a one has is the same object for all, which is replaced when
+    it is to be changed.
+    """
 
     spec: ModelSpec
-    replicas: list[Replica] = field(default_factory=list)
+    replicas: tuple[Replica, ...] = ()
     retired: tuple[Replica, ...] = ()  # those that the configuration has no more, and that still run
-    queue: Queue = field(default_factory=Queue)
+    queue: Queue = field(default_factory=lambda: _NOBODY)
     nominee: Replica | None = None  # the replica that is to come up for the queue, or is the only one
     leases: Mapping[str, Lease] = field(default_factory=_none)
-    keep_alive: KeepAlive = field(default_factory=KeepAlive)
+    keep_alive: KeepAlive = _NO_WISHES
     used: float = -INFINITY  # when a request last came
     promised: tuple[float, ...] = ()  # when it was chosen for requests that are yet to come
-    scale: Scale = field(default_factory=Scale)
+    scale: Scale = field(default_factory=lambda: _ALONE)
     disabled: str = ""  # what clients are told of a model that an operator has disabled
     unused_view: ModelView | None = None  # what is shown of one that was never used, until something changes (views.py)
 
@@ -188,6 +204,17 @@ class Model:
     def name(self) -> str:
         """The name by which clients call the model."""
         return self.spec.name
+
+    def enqueue(self, request: str, key: str, now: float, rank: Rank = USUAL) -> None:
+        """Have ``request`` wait from ``now`` on, see ``Queue.add``."""
+        if self.queue is _NOBODY:
+            self.queue = Queue()
+        self.queue.add(request, key, now, rank)
+
+    def scale_by(self, rules: ReplicaRules | None) -> None:
+        """Scale from now on by these rules, if there are any."""
+        if rules and self.scale is _ALONE:
+            self.scale = Scale()
 
     @property
     def disabled_because(self) -> str:
@@ -215,14 +242,14 @@ class Replica:
     untouched: bool = True  # it has been in no other state
     level: int = 0
     placement: Placement = NOWHERE
-    running: dict[str, Run] = field(default_factory=dict)
+    running: dict[str, Run] = field(default_factory=lambda: _NOTHING_RUNS)
     ready_at: float = 0.0  # when it last became ready
     used: float = -INFINITY  # when a request last came or ended
     idle_since: float = 0.0
     drawn: tuple[float, float] = (0.0, 0.0)  # the ``idle_since`` that is meant, and joules that it drew unused since
     job: Job | None = None  # what is to happen to it next, or happens: only engine_table.py changes it
     moved: float = -INFINITY  # when it was last moved to another device
-    start: Start = field(default_factory=Start)  # what is known of the one under way
+    start: Start = _NO_START  # what is known of the one under way
     pinned: bool = False
     disabled: str = ""  # why an operator has disabled this one of several
     bound: int | None = None  # the device that an operator wants it on, until it stops
@@ -240,6 +267,12 @@ class Replica:
 
     def __post_init__(self) -> None:
         self.id = self.spec.id
+
+    def touch(self, now: float) -> None:
+        """Note that the replica is in another state from ``now`` on."""
+        if self.untouched:
+            self.untouched, self.running = False, {}
+        self.changed = now
 
     @property
     def costs(self) -> Costs:

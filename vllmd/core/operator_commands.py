@@ -246,7 +246,7 @@ class OperatorCommands:
         for model in [model for name, model in core.models.items() if name not in specs]:
             why = f"{model.name!r} was removed from the configuration"
             self._admission.reject_queue(model, Refusal(RejectReason.UNKNOWN_MODEL, why))
-            gone, model.replicas, model.disabled = model.replicas, [], ""
+            gone, model.replicas, model.disabled = model.replicas, (), ""
             for r in gone:
                 self._retire(r)
         for spec in specs.values():
@@ -291,7 +291,8 @@ class OperatorCommands:
                 self._respec(r, each, each.id in restart)
             r.health = (r.health or Health()) if spec.balancing else None
             replicas.append(r)
-        model.replicas = replicas
+        model.replicas = tuple(replicas)
+        model.scale_by(spec.balancing)
         model.retired = tuple([r for r in known.values() if r in retired])
         for r in known.values():
             self._retire(r)

@@ -73,7 +73,9 @@ class Scaling:
 
     def bring_up_soon(self, r: Replica) -> None:
         """Have the replica come up where it fits beside what is there: nobody leaves for a second one."""
-        r.model.used, r.model.scale.tried = self._core.now, -INFINITY
+        r.model.used = self._core.now
+        if r.model.rules:
+            r.model.scale.tried = -INFINITY
 
     def share_age(self, r: Replica) -> None:
         """A replica that is wanted is unused since the model's last use, whichever of them had it."""

@@ -57,7 +57,7 @@ class Device:
     ``links``: indices of the devices that it is joined with directly; ``node``: its NUMA node, None if unknown.
     ``switch``: devices with the same one talk through a PCIe switch of their own; "" if unknown. ``cpus``: those of
     its node, where the machine has more than one. ``shared``: its memory is the host's, so that what sleeps in host
-    memory frees none of it.
+    memory frees none of it. ``read``: what is held of it is read from time to time; else only the ledger knows that.
     """
 
     index: int
@@ -72,6 +72,7 @@ class Device:
     switch: str = ""
     cpus: tuple[int, ...] = ()
     shared: bool = False
+    read: bool = False
 
 
 @frozen

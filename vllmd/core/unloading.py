@@ -11,7 +11,7 @@ from vllmd.core.common import Core
 from vllmd.core.events import KeptAlive, MachineSlept
 from vllmd.core.idle import Rest, rest
 from vllmd.core.lifecycle import Kind, Reason
-from vllmd.core.model import Job, Replica
+from vllmd.core.model import INFINITY, Job, KeepAlive, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.types import State
 
@@ -82,9 +82,8 @@ class Unloading:
         for r in core.named(e.model):
             kept = r.model.keep_alive
             others = {name: until for name, until in kept.until.items() if until > core.now and name != e.client}
-            kept.until = {**others, e.client: core.now + e.seconds} if e.seconds > 0 else others
-            if not kept.until:
-                kept.let_go = core.now
+            until = {**others, e.client: core.now + e.seconds} if e.seconds > 0 else others
+            r.model.keep_alive = KeepAlive(until, kept.let_go if until else core.now)
             core.mark_for_review(r)
 
     def can_deepen(self, r: Replica) -> bool:
@@ -103,9 +102,9 @@ class Unloading:
                 r.idle_since -= e.seconds
         for model in self._core.models.values():
             kept = model.keep_alive
-            if kept.until:
-                kept.until = {client: until - e.seconds for client, until in kept.until.items()}
-            kept.let_go -= e.seconds
+            if kept.until or kept.let_go > -INFINITY:
+                earlier = {client: until - e.seconds for client, until in kept.until.items()}
+                kept = model.keep_alive = KeepAlive(earlier, kept.let_go - e.seconds)
             for lease in model.leases.values():
                 lease.deadline -= e.seconds
             if model.leases or kept.until or any(r.loaded for r in model.replicas):

@@ -131,7 +131,7 @@ class Chores:
         if any(view.waiting_for and view.state in (State.STOPPED, State.SLEEPING) for view in seen.replicas):
             return WAIT_INTERVAL
         wedged = any(device.wedged for device in seen.devices)
-        in_use = back.memory.trouble or back.engines.processes or self._front.gate.requests or wedged
+        in_use = back.readings.is_due or back.engines.processes or self._front.gate.requests or wedged
         return SAMPLE_INTERVAL if in_use else math.inf
 
     def _status_line(self, seen: Snapshot | None) -> str:

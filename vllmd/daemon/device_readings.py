@@ -10,8 +10,18 @@ from vllmd.daemon.dispatcher import Dispatcher
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.memory import Memory
 from vllmd.errors import out_of_files
+from vllmd.gpu import Devices
 
 log = logging.getLogger("vllmd")
+
+UNREAD = "what others hold of the devices is yet to be read"
+
+
+def devices_found(devices: Devices) -> events.DevicesChanged:
+    """What the core is told of devices before their first reading: nothing is put on them until it has come."""
+    if devices.trouble or not devices.readable:
+        return events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking)
+    return events.DevicesChanged(devices.inventory(), UNREAD, asking=True)
 
 
 class DeviceReadings:
@@ -21,8 +31,14 @@ class DeviceReadings:
         self._memory = memory
         self._engines = engines
         self._dispatcher = dispatcher
+        self._devices: Devices | None = None  # of which the core was told (``devices_found``)
         self._trouble = ""  # as reported last
         self._avoided: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {})
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the core waits for a reading: for the first one, or because the devices do not answer."""
+        return self._memory.devices is not self._devices or bool(self._trouble)
 
     async def look(self) -> None:
         """Read the devices, and report to the core what they hold.
@@ -31,6 +47,9 @@ class DeviceReadings:
         hangs, and engines' memory for that of others.
         """
         memory, dispatcher = self._memory, self._dispatcher
+        if memory.devices is not self._devices:
+            self._devices, self._avoided = memory.devices, ({}, {})
+            self._trouble = devices_found(memory.devices).unknown
         if out_of_files():
             return
         seen = dispatcher.scheduler.activity(dispatcher.now())
@@ -44,11 +63,13 @@ class DeviceReadings:
             sampled = events.MemorySampled({}, {}, {device.index: "no answer" for device in memory.inventory})
         if sampled:
             dispatcher.post(sampled)
-        if memory.readable and memory.trouble != self._trouble:
-            if self._trouble:
+        # After one failed reading nobody knows yet whether the devices are silent: what was so before still is.
+        is_known = memory.trouble or (memory.last and not memory.last.silent)
+        if memory.readable and is_known and memory.trouble != self._trouble:
+            if self._trouble and self._trouble != UNREAD:
                 log.info("the devices answer again")
+            self._trouble = memory.trouble
             dispatcher.post(events.DevicesChanged(memory.inventory, memory.trouble))
-        self._trouble = memory.trouble
         ill, lost = (memory.last.ill, memory.last.lost) if memory.last else ({}, {})
         if (ill, lost) != self._avoided:
             self._avoided = (dict(ill), dict(lost))

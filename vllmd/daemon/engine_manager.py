@@ -62,7 +62,7 @@ from vllmd.engines.estimate import Estimate
 from vllmd.engines.plain import PROBE
 from vllmd.engines.start_phases import WARM_UP, fields
 from vllmd.engines.start_times import first_phase, share_begun
-from vllmd.errors import ConfigError, LauncherFailed, VllmdError
+from vllmd.errors import OUT_OF_FILES, ConfigError, LauncherFailed, VllmdError
 from vllmd.launcher.client import ExitReport, LauncherClient, StartOrder
 from vllmd.proxy.peers import Impostor
 from vllmd.proxy.upstream import OutOfFiles, describe
@@ -166,6 +166,10 @@ class EngineManager:
             self._post(events.EngineStartFailed(command.replica, error.message, permanent=permanent))
             return
         except Exception as error:  # a defect must not leave the model starting for ever
+            if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+                why = f"{command.replica}: vllmd cannot start it now: {error.strerror}"
+                self._post(events.EngineStartFailed(command.replica, why))
+                return
             log.exception("%s: its start cannot be prepared", command.replica)
             why = f"{command.replica}: internal error: {type(error).__name__}: {error}"
             self._post(events.EngineStartFailed(command.replica, why))

@@ -8,9 +8,10 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from itertools import compress
+from operator import attrgetter, is_not
 from typing import Any
 
 from vllmd.config.settings import of_the_engine
@@ -209,26 +210,41 @@ def _json(value: Any) -> str:
     return _encode(_plain(value))
 
 
+class _Written:
+    """A model that has nothing but defaults, as it is written: of each setting, in order of their names."""
+
+    def __init__(self) -> None:
+        self.names = sorted({*of_the_engine(), "name", "request", "adapters"})
+        self.values = attrgetter(*self.names)
+        self.defaults = self.values(ModelConfig(""))
+        self.members = [_member(name, _json(value)) for name, value in zip(self.names, self.defaults, strict=True)]
+        self.members[self.names.index("request")] = _member("request", _NO_RULES)
+
+
 @cache
-def _defaults() -> Sequence[tuple[str, Any, str]]:
-    """Of each setting of an engine, in order of their names: its default, and that as JSON."""
-    model = ModelConfig("")
-    names = sorted({*of_the_engine(), "name", "request", "adapters"})
-    return [(name, value := getattr(model, name), _json(value)) for name in names]
+def _written() -> _Written:
+    return _Written()
+
+
+def _member(name: str, text: str) -> str:
+    """A setting with its value, which is JSON; "" if it is as if there were no such setting."""
+    return "" if text == _SINCE_0_1_0.get(name) else f'"{name}": {text}'  # so an older version's engine is kept
 
 
 def _fingerprint(model: ModelConfig, name: str) -> str:
     """A digest of the engine's settings, as JSON in the order of their names; most are defaults, and encoded once."""
-    own = {"name": _json(name), "request": _NO_RULES}
-    own["adapters"] = (
-        _json({adapter: config.path for adapter, config in model.adapters.items()}) if model.adapters else "{}"
-    )
-    parts = []
-    for key, default, written in _defaults():
-        text = own.get(key) or (written if (value := getattr(model, key)) is default else _json(value))
-        if text != _SINCE_0_1_0.get(key):  # else as if there were no such setting: an older version's engine is kept
-            parts.append(f'"{key}": {text}')
-    whole = ", ".join(parts)
+    written = _written()
+    values, members = written.values(model), written.members.copy()
+    others = map(is_not, values, written.defaults)
+    for place in compress(range(len(values)), others):
+        setting, value = written.names[place], values[place]
+        if setting == "name":
+            value = name
+        elif setting == "adapters":
+            value = {adapter: config.path for adapter, config in value.items()}
+        if setting != "request":
+            members[place] = _member(setting, _json(value))
+    whole = ", ".join(filter(None, members))
     return hashlib.sha256(f"{{{whole}}}".encode()).hexdigest()[:16]
 
 

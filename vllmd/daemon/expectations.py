@@ -27,8 +27,8 @@ class Expectations:
     """What a configuration comes to on these devices.
 
     ``specs``: what the core knows of the models. ``estimates``: what each engine is told of the memory for it, such as
-    the size of its cache: as estimated, never as measured. ``kinds``: what each engine's model is for, as its files
-    tell. ``problems``: why a model can never be loaded here, by model.
+    the size of its cache: as estimated, never as measured, and without the words, which have been logged. ``kinds``:
+    what each engine's model is for, as its files tell. ``problems``: why a model can never be loaded here, by model.
     """
 
     paths: Paths
@@ -58,10 +58,11 @@ async def expect(
         say(prospects, machine)
         replicas: dict[str, list[ReplicaSpec]] = {}
         estimates: dict[str, Estimate] = {}
+        equal: dict[Estimate, Estimate] = {}  # one object for each: of ten thousand models most take what others take
         for each in prospects:
-            name = each.model.replica_of or each.model.name
-            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, each.estimate, cpu))
-            estimates[each.model.name] = each.estimate
+            name, estimate = each.model.replica_of or each.model.name, each.estimate.in_numbers()
+            estimates[each.model.name] = estimate = equal.setdefault(estimate, estimate)
+            replicas.setdefault(name, []).append(replica_spec(each.model, each.engine, estimate, cpu))
         specs = []
         for name, of in replicas.items():
             spec = model_spec(config.models[name], of)

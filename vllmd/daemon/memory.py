@@ -54,6 +54,8 @@ class Memory:
         self.inventory: tuple[Device, ...] = devices.inventory()
         self._by_index = {device.index: device for device in self.inventory}
         self.readable = devices.readable
+        self.last = None  # the reading of others says nothing of these
+        self._reading = None
         self._silent, self._failures = "", 0
 
     @property
@@ -108,12 +110,14 @@ class Memory:
         """One reading of all devices, shared by concurrent callers; None if they cannot be read or do not answer."""
         if not self.readable:
             return None
-        reading = self._reading
+        reading, devices = self._reading, self._devices
         if reading is None or reading.done():
             # A reading that hangs is not repeated: one stuck thread is enough.
-            reading = self._reading = in_thread(self._devices.sample)
+            reading = self._reading = in_thread(devices.sample)
             self._began = time.monotonic()
         done, _ = await asyncio.wait({reading}, timeout=LATE if self.hangs else SAMPLE_LIMIT)
+        if devices is not self._devices:  # others are used by now
+            return None
         if not done:
             self._log_silent(f"the driver does not answer: a reading hangs for {time.monotonic() - self._began:.0f} s")
             self._failures = SILENT_AFTER  # that was long enough

@@ -19,6 +19,7 @@ from vllmd.config.types import Config, ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import renamed
 from vllmd.daemon.back_end import BackEnd
+from vllmd.daemon.device_readings import devices_found
 from vllmd.daemon.engine_process import EngineProcess, fingerprint, is_outdated
 from vllmd.daemon.expectations import expect, files_of, opener, settings_of
 from vllmd.daemon.front_end import FrontEnd
@@ -44,7 +45,7 @@ async def apply_configuration(
     inventory = back.memory.inventory
     if devices:
         inventory = devices.inventory()
-        devices_changed = events.DevicesChanged(inventory, str(devices.trouble or ""), devices.asking)
+        devices_changed = devices_found(devices)
     expected = await expect(config, front.runtime, inventory, front.resolver, back.dispatcher.scheduler.specs)
     # 2. What that changes.
     engines, engines_before, models_before = expected.engines, current.engines, current.config.models

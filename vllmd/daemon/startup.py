@@ -20,7 +20,7 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.daemon import collector
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.back_end import BackEnd
-from vllmd.daemon.device_readings import DeviceReadings
+from vllmd.daemon.device_readings import DeviceReadings, devices_found
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher, executors
 from vllmd.daemon.engine_keys import EngineKeys
@@ -105,8 +105,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     launched_by = await connect(launcher, runtime.launcher)
     back = BackEnd(launched_by, launcher, dispatcher, engines, memory, devices, readings, learnt)
     # 5. What is there already: engines of an earlier daemon, and what others hold of the devices.
-    if memory.devices.trouble:
-        back.post(events.DevicesChanged((), str(memory.devices.trouble), memory.devices.asking))
+    back.post(devices_found(memory.devices))
     if not current.broken:  # with a broken configuration nothing is known about them: a reload will adopt them
         await adopt_running(front, back)
     await readings.look()
@@ -149,7 +148,7 @@ async def apply_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> Non
             front.gate.learn_kinds(expected.kinds)
             settings = settings_of(config, devices.inventory())
             back.post(events.ModelsChanged(expected.specs, settings=settings))
-        back.post(events.DevicesChanged(devices.inventory(), str(devices.trouble or ""), devices.asking))
+        back.post(devices_found(devices))
         await back.readings.look()
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from vllmd.config.engine_kinds import one_name
 from vllmd.config.types import ModelConfig
 from vllmd.engines.looks import looked_at_once
-from vllmd.errors import ConfigError
+from vllmd.errors import OUT_OF_FILES, ConfigError
 
 SYSTEM = Path("/var/lib/vllmd/engines")
 CURRENT = "current"
@@ -153,7 +153,9 @@ def _folders(kind: Path) -> list[Path]:
     """Environments that are whole: a Python is the first thing in one, a name with a dot before it is not finished."""
     try:
         entries = sorted(kind.iterdir())
-    except OSError:
+    except OSError as error:
+        if error.errno in OUT_OF_FILES:  # it is not known that nothing is installed, which would be told for good
+            raise
         return []
     folders = [one for one in entries if one.name[0] != "." and not os.path.islink(one)]
     return [one for one in folders if os.path.exists(one / "bin/python")]

@@ -73,6 +73,10 @@ class Estimate:
     host_running: int = 0
     context: int = 0
 
+    def in_numbers(self) -> Estimate:
+        """The estimate without its words."""
+        return replace(self, why="", notes=()) if self.why or self.notes else self
+
 
 ELSEWHERE = Estimate(Footprint(0, 0), 0, 0, 0, "a remote engine takes nothing here")
 

@@ -21,7 +21,7 @@ from vllmd.config.types import OWN_USER, ModelConfig
 from vllmd.engines import engine_of, environments
 from vllmd.engines.base import Place
 from vllmd.engines.llama_cpp import OWN_SERVER
-from vllmd.errors import ConfigError
+from vllmd.errors import OUT_OF_FILES, ConfigError
 
 LIMIT = 20.0  # seconds; a program that takes longer has started, which was the question
 ENGINES_USER = "vllmd-engine"  # of the system's daemon, see units/vllmd-launcher.service
@@ -132,6 +132,8 @@ def _look(program: Program) -> str:
     except subprocess.TimeoutExpired:
         return ""
     except OSError as error:
+        if error.errno in OUT_OF_FILES:  # of ours, which says nothing of the program
+            return ""
         return f"{program.name} cannot be executed{who}: {error.strerror}"
     if done.returncode == 0:
         return ""

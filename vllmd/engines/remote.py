@@ -28,6 +28,8 @@ from vllmd.engines.plain import PROBE, Plain
 from vllmd.engines.vllm import ROUTES
 
 NO_ADDRESS = "is no address of an HTTP server; right is one such as http://gpu2.example:33258/v1"
+FILES = frozenset({"key_file", "ca_file"})  # options that name one
+MOST_SHARED = 100  # engines that several models may share; others each have their own
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -46,10 +48,23 @@ class Remote:
         "upstream": UPSTREAM,
     }
 
+    def __init__(self) -> None:
+        self._shared: dict[tuple[bool, str], RemoteOf] = {}  # by the options, and whether it is of a replica
+
     def bind(self, model: ModelConfig) -> Engine:
-        """The engine of one model. Raises ConfigError for a URL or a key that cannot work."""
+        """The engine of one model. Raises ConfigError for a URL or a key that cannot work.
+
+        Models with the same options share one, of ten thousand most; but not where a file, which may change, is part
+        of them.
+        """
+        key = bool(model.replica_of), repr(model.options)
+        if key in self._shared:
+            return self._shared[key]
         unknown(model, self.OPTIONS)
-        return RemoteOf(model)
+        engine = RemoteOf(model)
+        if not FILES & model.options.keys() and len(self._shared) < MOST_SHARED:
+            self._shared[key] = engine
+        return engine
 
 
 class RemoteOf(Plain):

@@ -30,7 +30,7 @@ class CpuDevice(Inventory):
         self._root = root
         memory = host_memory(root)
         kept = min(max(reserve, memory // 20, LEAST_RESERVE), memory // 2)
-        super().__init__((Device(0, CPU, memory, kept, "CPU", CPU),), (why,))
+        super().__init__((Device(0, CPU, memory, kept, "CPU", CPU, read=True),), (why,))
 
     def sample(self) -> Sample:
         """What is in use, by anybody."""

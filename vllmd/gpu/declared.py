@@ -23,7 +23,10 @@ class DeclaredDevices(Inventory):
 
     def __init__(self, devices: Sequence[DeviceConfig], reserve: int) -> None:
         self._files: dict[int, Path] = {index: each.file for index, each in enumerate(devices) if each.file}
-        found = (Device(index, str(index), each.memory, reserve, each.name) for index, each in enumerate(devices))
+        found = (
+            Device(index, str(index), each.memory, reserve, each.name, read=index in self._files)
+            for index, each in enumerate(devices)
+        )
         super().__init__(tuple(found), ("as the configuration says",))
         self.readable = bool(self._files)
 

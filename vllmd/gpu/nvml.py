@@ -201,7 +201,7 @@ class NvmlDevices(Inventory):
         node = node_of(root, address)
         return Device(index, found.uuid, memory, reserve, name, "cuda", number,
                       node=node, switch=switch_of(root, address), cpus=cpus_of(root, node),
-                      shared=index in self._unified)  # fmt: skip
+                      shared=index in self._unified, read=True)  # fmt: skip
 
     def _address(self, handle: Any) -> str:
         """The PCI address as the kernel writes it; NVML's has a domain of eight digits."""

@@ -128,7 +128,7 @@ class SysfsDevices(Inventory):
         root = self._here.root
         node = node_of(root, card.address)
         return Device(index, self.id_of(card), memory, reserve, name, self.runtime, number,
-                      node=node, switch=switch_of(root, card.address), cpus=cpus_of(root, node))  # fmt: skip
+                      node=node, switch=switch_of(root, card.address), cpus=cpus_of(root, node), read=True)  # fmt: skip
 
     def _linked(self, devices: list[Device]) -> Iterator[Device]:
         """Each device with the others that its links reach."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vllmd.launcher.loop import Loop
+from vllmd.launcher.process import GONE
 
 log = logging.getLogger(__name__)
 
@@ -30,22 +31,27 @@ class Cgroup:
         self._oom_kills = 0
 
     def empty(self) -> bool:
-        """Whether no process is in the group or below it. A zombie does not count."""
+        """Whether no process is in the group or below it; False where that cannot be read. A zombie does not count."""
         try:
             return "populated 0" in (self.path / "cgroup.events").read_text()
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno in GONE
 
     def pids(self) -> list[int]:
-        """The ids of the processes in the group and below it."""
+        """The ids of the processes in the group and below it. Raises OSError where they cannot be read."""
         found = []
-        for folder, _, _ in os.walk(self.path):
-            with contextlib.suppress(OSError):
+        for folder, _, _ in os.walk(self.path, onerror=_raise_unless_gone):
+            try:
                 found += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
+            except OSError as error:
+                _raise_unless_gone(error)
         return found
 
     def kill(self) -> None:
-        """Send SIGKILL to all of them at once; before Linux 5.14, to each until none is left."""
+        """Send SIGKILL to all of them at once; before Linux 5.14, to each until none is left.
+
+        Raises OSError where that cannot be: for want of a file descriptor, say.
+        """
         try:
             (self.path / "cgroup.kill").write_text("1")
         except OSError:
@@ -70,13 +76,21 @@ class Cgroup:
             os.setxattr(self.path, _XATTR + key, value.encode())
 
     def annotations(self) -> dict[str, str]:
-        """The keys and values that ``annotate`` wrote; empty if they cannot be read."""
+        """The keys and values that ``annotate`` wrote; empty where there are none. Raises OSError."""
         found = {}
-        with contextlib.suppress(OSError):
+        try:
             for name in os.listxattr(self.path):
                 if name.startswith(_XATTR):
                     found[name.removeprefix(_XATTR)] = os.getxattr(self.path, name).decode(errors="replace")
+        except OSError as error:
+            if error.errno not in {*GONE, errno.ENOTSUP, errno.ENODATA}:
+                raise
         return found
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if error.errno not in GONE:
+        raise error
 
 
 @functools.cache
@@ -90,11 +104,12 @@ def hierarchy() -> Path | None:
 
 
 def cgroup_of(pid: int | str) -> Cgroup | None:
-    """The group of a process; None if the process is gone or there is no cgroup v2."""
+    """The group of a process; None if it is gone or there is no cgroup v2. Raises OSError if unknown."""
     root = hierarchy()
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        _raise_unless_gone(error)
         return None
     paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
     return Cgroup(root / paths[0]) if root and paths else None

@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import errno
 import logging
 import os
 import signal
@@ -47,7 +48,7 @@ from vllmd.launcher.backend import Backend, Group, Placed
 from vllmd.launcher.cgroup import cgroup_of
 from vllmd.launcher.handover import HANDOVER_SECONDS, READY, TAKEN, HandOver, Link, refusal
 from vllmd.launcher.loop import Loop, Timer
-from vllmd.launcher.process import Ending, Process, memory_of
+from vllmd.launcher.process import GONE, Ending, Process, memory_of
 from vllmd.launcher.protocol import (
     ExitReport,
     Failed,
@@ -245,8 +246,15 @@ class Supervisor:
         self._cancel_restart(engine)
         if engine.process:
             engine.process.signal(signal.SIGKILL)
-        if engine.group:
-            engine.group.kill()
+        self._kill_group(engine)
+
+    def _kill_group(self, engine: Engine) -> None:
+        """Send SIGKILL to every process of the engine's group; if that cannot be, log it: its end is awaited anyway."""
+        try:
+            if engine.group:
+                engine.group.kill()
+        except OSError as error:
+            log.error("engine %s: its processes cannot be killed now: %s", engine.instance, error.strerror)
 
     def kill_all(self) -> None:
         """Send SIGKILL to every process of every engine."""
@@ -275,7 +283,11 @@ class Supervisor:
         return [engine.running() for engine in self._engines.values() if not engine.answer and not engine.exit_reported]
 
     def adopt(self) -> None:
-        """Take over an earlier launcher's engines by their notes; one whose main process is gone is ended."""
+        """Take over an earlier launcher's engines by their notes; one whose main process is gone is ended.
+
+        Raises OSError where one cannot be looked at: a launcher that is started anew may do better than one that does
+        not know its engines.
+        """
         for found in self._backend.adopt():
             notes = found.group.annotations()
             engine = Engine(found.instance, Phase.RUNNING, _process_of(notes, found.group), found.group)
@@ -499,7 +511,7 @@ class Supervisor:
             return None
         standby.ending, standby.failure = Ending(), Failed("it has been used")
         if standby.group and standby.group.location():
-            standby.group.kill()
+            self._kill_group(standby)
             return self._end(standby)
         # Without a cgroup, a standby's processes are the descendants of its main process, which is the engine's now.
         standby.phase = Phase.ENDING
@@ -553,8 +565,7 @@ class Supervisor:
         engine.failure = engine.failure or failure
         if engine.process:
             engine.process.signal(signal.SIGKILL)
-        if engine.group:
-            engine.group.kill()
+        self._kill_group(engine)
         self._end(engine)
 
     def _on_main_exit(self, engine: Engine, tries: int = STATUS_TRIES) -> None:
@@ -596,7 +607,7 @@ class Supervisor:
         if engine.group and not engine.group.empty():
             if not engine.failure:
                 log.info("engine %s: killing the processes that its main process left", engine.instance)
-            engine.group.kill()
+            self._kill_group(engine)
         engine.timer = self._loop.later(KILL_SECONDS, lambda: self._retire(engine))
         self._check_empty(engine)
 
@@ -694,12 +705,23 @@ def _main_process(process: Process) -> dict[str, str]:
 
 
 def _process_of(notes: Mapping[str, str], group: Group) -> Process | None:
-    """The main process in an earlier launcher's notes; None if it is gone, or not in the engine's group."""
+    """The main process in an earlier launcher's notes; None if it is gone, or not in the engine's group.
+
+    Raises OSError where that cannot be known, for want of a file descriptor, say: that is not its end.
+    """
     try:
         process = Process(int(notes[PID]), int(notes[START]))
-    except (KeyError, ValueError, OverflowError, OSError):
+    except (KeyError, ValueError, OverflowError, ProcessLookupError):
         return None
-    cgroup = cgroup_of(process.pid)
+    except OSError as error:
+        if error.errno in GONE or error.errno == errno.EINVAL:  # the number is a thread's now
+            return None
+        raise
+    try:
+        cgroup = cgroup_of(process.pid)
+    except OSError:
+        process.close()
+        raise
     if cgroup is None or not f"{cgroup.path}/".startswith(f"{group.location()}/"):
         process.close()
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -15,6 +16,8 @@ _PIDFD_INFO_SIZE = 64  # struct pidfd_info up to and with exit_code
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO_SIZE << 16) | (0xFF << 8) | 11  # _IOWR(PIDFS_IOCTL_MAGIC, 11, size)
 _EXIT_CODE_OFFSET = 8 + 8 + 11 * 4  # after mask, cgroupid and eleven ids
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# What the kernel says where a process, or a control group, is not there any more. Any other error says nothing of that.
+GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENODEV})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,15 @@ class Process:
     """A process, signalled only through its pidfd, so that no other process of the same number gets a signal."""
 
     def __init__(self, pid: int, start_time: int | None = None) -> None:
-        """Raises ProcessLookupError if the process is gone, or has another ``start_time`` (clock ticks)."""
+        """Raises ProcessLookupError if the process is gone, or has another ``start_time`` (clock ticks).
+
+        Raises another OSError where that cannot be known: there may be no file descriptor for it.
+        """
         self.pid = pid
         self.fd = os.pidfd_open(pid)
         try:
             self.start_time = start_time_of(pid) or 0
-        except OSError:  # no file descriptor for it
+        except OSError:  # for want of a file descriptor, say
             os.close(self.fd)
             raise
         if start_time is not None and self.start_time != start_time:
@@ -83,7 +89,10 @@ def start_time_of(pid: int) -> int | None:
 
 
 def stat_of(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third (state, ppid, pgrp, session, ...) on; empty if it is gone."""
+    """The fields of /proc/PID/stat from the third (state, ppid, pgrp, session, ...) on; empty if it is gone.
+
+    Raises OSError where that cannot be known.
+    """
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()

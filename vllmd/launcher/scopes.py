@@ -163,7 +163,13 @@ class Scopes:
         self._placing.pop(unit, None)
         if service.job == "stop" or (_is_down(service) and not was_down):
             placed(None, STOPPED)
-        elif cgroup := _is_in(process, unit):
+            return
+        try:
+            cgroup = _is_in(process, unit)
+        except OSError as error:
+            placed(None, f"it cannot be seen whether the process is in {unit}: {error.strerror}")
+            return
+        if cgroup:
             self._folders[unit] = cgroup.path
             placed(WatchedCgroup(cgroup.path, self._watcher), "")
         else:
@@ -321,7 +327,7 @@ def _is_down(unit: Unit) -> bool:
 
 
 def _is_in(process: Process, unit: str) -> Cgroup | None:
-    """The scope's group if the process is in it, else None."""
+    """The scope's group if the process is in it, else None. Raises OSError where that cannot be seen."""
     cgroup = cgroup_of(process.pid)
     return cgroup if cgroup and cgroup.path.name == unit else None
 

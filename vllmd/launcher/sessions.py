@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vllmd.errors import OUT_OF_FILES
 from vllmd.launcher.backend import Found, Placed
 from vllmd.launcher.cgroup import Cgroup, WatchedCgroup, Watcher, cgroup_of
 from vllmd.launcher.logs import Pipes
@@ -148,7 +149,7 @@ class ProcessTree:
         return ""
 
     def members(self) -> set[int]:
-        """The living processes of the engine."""
+        """The living processes of the engine. Raises OSError where they cannot be looked for."""
         main_lives = start_time_of(self._main.pid) == self._main_start
         found = {self._main.pid, *_descendants(self._main.pid)} if main_lives else set()
         found |= {pid for pid in _processes() if self._belongs(pid)}
@@ -163,11 +164,14 @@ class ProcessTree:
         return in_session or any(_marked(pid, marker, self._session) for marker in self._markers)
 
     def empty(self) -> bool:
-        """Whether no process of the session is alive."""
-        return not self.members()
+        """Whether no process of the session is alive; False where that cannot be read."""
+        try:
+            return not self.members()
+        except OSError:
+            return False
 
     def kill(self) -> None:
-        """Send SIGKILL in rounds, until a round finds no process."""
+        """Send SIGKILL in rounds, until a round finds no process. Raises OSError where none can be found."""
         for _ in range(10):
             members = self.members()
             for pid in members:
@@ -184,8 +188,11 @@ class ProcessTree:
         """Scan at intervals: short ones once the main process has ended, else long ones, to note the processes."""
 
         def look() -> None:
+            self._timer = self._loop.later(POLL, look)  # also where nothing can be read now
             ended = not _alive(self._main.pid) or start_time_of(self._main.pid) != self._main_start
-            self._timer = self._loop.later(POLL if ended else REFRESH, look)
+            if not ended:
+                self._timer.cancel()
+                self._timer = self._loop.later(REFRESH, look)
             if ended:
                 changed()
             else:
@@ -246,10 +253,15 @@ def _alive(pid: int) -> bool:
 
 
 def _marked(pid: int, *markers: str) -> bool:
-    """Whether the process's environment has all of these; False if it may not be read: it is another user's."""
+    """Whether the process's environment has all of these; False if it is gone, or may not be read: another user's.
+
+    Raises OSError for want of a file descriptor.
+    """
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
+    except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise
         return False
     return all(marker.encode() in variables for marker in markers)
 

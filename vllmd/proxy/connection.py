@@ -13,7 +13,16 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from vllmd.credentials import credentials
-from vllmd.errors import BadRequest, InternalError, RequestTimeout, TookTooLong, TooLarge, Unavailable, VllmdError
+from vllmd.errors import (
+    OUT_OF_FILES,
+    BadRequest,
+    InternalError,
+    RequestTimeout,
+    TookTooLong,
+    TooLarge,
+    Unavailable,
+    VllmdError,
+)
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
 from vllmd.proxy.departures import CONTINUE, VANISHED_SECONDS, HalfClosed, has_vanished
 from vllmd.proxy.exchange import Exchange
@@ -30,8 +39,12 @@ UNCHARGED_HEAD_BYTES = 4 << 10  # a head that is not larger takes nothing of the
 DISCARDED_BODY_BYTES = 64 << 10  # read and dropped on a route that takes no body
 NO_ROOM = "too many large requests wait at the moment; try again later"
 LINGER_SECONDS = 2.0  # for a refused client to read the refusal before its connection is reset
-_ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number in itertools.count(1))
-new_id = _ids.__next__  # the id of a request that brought none: unique, but guessable
+_ID_BEGINS, _id_numbers = os.urandom(8).hex(), itertools.count(1)
+
+
+def new_id() -> str:
+    """The id of a request that brought none: unique, but guessable."""
+    return f"{_ID_BEGINS}{next(_id_numbers):016x}"
 
 
 async def _answer_nothing(exchange: Exchange) -> None:
@@ -69,8 +82,10 @@ class Host(Protocol):
         """A connection has been closed."""
 
 
-class Connection(asyncio.Protocol):
+class Connection:
     """One client's connection. Requests are read one after another, and each is answered before the next is begun.
+
+    It has the methods of ``asyncio.Protocol``, and is not derived from it: see ``upstream.Upstream``.
 
     The states are those of ``Phase``. Each has a time limit, and there is one timer for all of them
     (``_set_deadline``). Nearly every request moves the deadline several times and hardly any reaches it, so a later
@@ -323,11 +338,8 @@ class Connection(asyncio.Protocol):
         except asyncio.CancelledError:
             exchange.error = exchange.error or "ClientGone"
             exchange.abort()
-        except Exception:
-            log.exception("%s %s failed", exchange.request.method, exchange.request.path)
-            exchange.fail(
-                InternalError(f"a fault in vllmd; its log has the reason, under request {exchange.request.id}")
-            )
+        except Exception as error:
+            exchange.fail(_fault(error, exchange.request))
         finally:
             self._host.ended(exchange)
 
@@ -527,3 +539,15 @@ def peer_of(transport: asyncio.BaseTransport) -> Peer:
         return Peer("", 0, *credentials(sock))
     name = transport.get_extra_info("peername")
     return Peer(name[0], name[1]) if name else Peer()
+
+
+def _fault(error: Exception, request: Request) -> VllmdError:
+    """What a client is told of an error that no handler expects; it is logged.
+
+    That this process can open no more files is none: any handler may meet it, and in a moment it may be over.
+    """
+    if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+        log.error("%s %s failed: %s", request.method, request.path, error.strerror)
+        return Unavailable(f"vllmd cannot do it now: {error.strerror}", retry_after=5)
+    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    return InternalError(f"a fault in vllmd; its log has the reason, under request {request.id}")
