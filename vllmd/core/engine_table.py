@@ -85,13 +85,17 @@ class EngineTable:
         self._out.append(cmd.Record(decision))
 
     def admit(self, r: Replica, request: str) -> None:
-        """The engine may have this request. Only now it counts as demand: many who wait leave before."""
+        """The engine may have this request."""
+        self.begin(r, request)
+        self._out.append(cmd.Admit(request, r.id))
+
+    def begin(self, r: Replica, request: str) -> None:
+        """The request runs in the engine. Only now it counts as demand: many who wait leave before."""
         r.running[request] = Run(self.now)
         r.used = self.now
         r.costs.arrived(self.now)
         if r.health:
             r.health.unanswered[request] = self.now
-        self._out.append(cmd.Admit(request, r.id))
 
     def answer(
         self, ask: str, chosen: str = "", refused: str = "", error: cmd.RejectReason = cmd.RejectReason.CONFLICT
@@ -383,8 +387,7 @@ class EngineTable:
     def smallest_capacity(self, r: Replica) -> int:
         """Bytes that can be promised of the smallest of its devices."""
         accounts = self.ledger.accounts
-        found = (accounts[index].capacity for index in r.placement.devices if index in accounts)
-        return min(found, default=1 << 62)
+        return min((accounts[index].capacity for index in r.placement.devices if index in accounts), default=1 << 62)
 
     def measured(self, r: Replica, shares: Mapping[int, int]) -> None:
         """Note what the replica's processes were seen to hold, bytes per device.

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from vllmd.errors import OUT_OF_FILES, BadRequest, TooManyRequests, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory
@@ -138,7 +139,10 @@ class Server:
                 )
                 return
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Connection(self), sock, ssl=tls, ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None
+                lambda: cast(asyncio.Protocol, Connection(self)),
+                sock,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
             )
         except OSError as error:
             log.debug("a connection was gone before it was served: %s", error)
