@@ -139,7 +139,7 @@ class Plain:
         return None
 
 
-# Engines on the CPU share its cores. A thread of OpenMP's that waits for the others of its engine is to sleep meanwhile,
+# Engines on the CPU share its cores. A thread of OpenMP that waits for the others of its engine is to sleep meanwhile,
 # and not to spin on a core that another engine needs, or the thread for which it waits.
 SHARING = {"OMP_WAIT_POLICY": "passive"}
 
