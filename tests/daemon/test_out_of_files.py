@@ -183,7 +183,7 @@ def test_who_listens_is_not_somebody_else(monkeypatch: pytest.MonkeyPatch) -> No
         with socket.create_server(("127.0.0.1", 0)) as server:
             engine = Listen(port=server.getsockname()[1], owner=os.getuid())
             with pytest.raises(OutOfFiles, match="Too many open files"):
-                await upstream.connect(engine, 5.0, asyncio.Protocol)
+                await upstream.connect(engine, 5.0, asyncio.Protocol())
 
     asyncio.run(play())
 

@@ -110,7 +110,7 @@ def test_a_large_body_is_not_in_memory_twice(tmp_path: Path) -> None:
 
         async with await asyncio.start_unix_server(serve, tmp_path / "s"):
             listen = Listen(uds=str(tmp_path / "s"))
-            connection = await connect(listen, 5.0, lambda: Upstream(listen))
+            connection = await connect(listen, 5.0, Upstream(listen))
             sink = Collector(100)
             connection.send("POST", b"head", parts, sum(map(len, parts)), sink)
             await soon(began.wait())

@@ -194,7 +194,7 @@ class Costs:
                     self._calibration.observe(kind, float(seconds) / self._prior(kind))
         self.of, self.needed = str(learnt["of"]), int(learnt["asked"])
         if "footprint" in learnt:
-            starting, awake, asleep, host = (int(n) for n in learnt["footprint"])
+            starting, awake, asleep, host = map(int, learnt["footprint"])
             if min(starting, awake, asleep, host) < 0:
                 raise ValueError("negative memory")
             self.footprint = Footprint(starting, awake, asleep, host, Source.MEASURED)

@@ -383,8 +383,7 @@ class EngineTable:
     def smallest_capacity(self, r: Replica) -> int:
         """Bytes that can be promised of the smallest of its devices."""
         accounts = self.ledger.accounts
-        found = (accounts[index].capacity for index in r.placement.devices if index in accounts)
-        return min(found, default=1 << 62)
+        return min((accounts[index].capacity for index in r.placement.devices if index in accounts), default=1 << 62)
 
     def measured(self, r: Replica, shares: Mapping[int, int]) -> None:
         """Note what the replica's processes were seen to hold, bytes per device.

@@ -107,7 +107,7 @@ class Fit:
 
     def beside_kept(self, r: Replica | None) -> Supply:
         """Without what other programs, and the replicas that must stay, hold; -1 where the device is avoided."""
-        left = self.beside(other for other in self._active if other.kept and other is not r)
+        left = self.beside([other for other in self._active if other.kept and other is not r])
         accounts = self._ledger.accounts
         return {i: -1 if accounts[i].avoided else size - accounts[i].external for i, size in left.items()}
 
@@ -133,7 +133,7 @@ class Fit:
 
     def starts(self, r: Replica, supply: Supply) -> int:
         """On how many devices it could start."""
-        sizes = ((a.device.index, need(r, a, a.capacity - supply[a.device.index])) for a in self.allowed(r))
+        sizes = [(a.device.index, need(r, a, a.capacity - supply[a.device.index])) for a in self.allowed(r)]
         return sum(size is not None and supply[index] >= size for index, size in sizes)
 
     def has_room(self, r: Replica) -> bool:
@@ -220,8 +220,8 @@ class Fit:
         pinned = [p for p in self._active if p.pinned and p.loaded and p is not r]
         if self.starts(r, self.beside(pinned)) >= count:
             return ""
-        without = (p for p in pinned if self.starts(r, self.beside([q for q in pinned if q is not p])) >= count)
-        names = ", ".join(f"{p.id!r}" for p in list(without) or pinned)
+        without = [p for p in pinned if self.starts(r, self.beside([q for q in pinned if q is not p])) >= count]
+        names = ", ".join(f"{p.id!r}" for p in without or pinned)
         if r.spec.when_free:
             return f"{r.id!r} starts on devices that others leave free, and pinned models ({names}) do not leave enough"
         return f"{r.id!r} needs {in_words(r.booking)} on {_devices(count)}, and pinned models ({names}) leave less"
@@ -278,7 +278,7 @@ class Fit:
         used = {a.device.index: (a, a.capacity - supply[a.device.index]) for a in self.allowed(r)}
         devices = "a free device" if r.spec.device_count == 1 else f"{r.spec.device_count} free devices"
         least = f", at least {min(rule.shares):g} of it free" if rule.shares else ""
-        reasons = filter(None, (_reason(r, a, others, since) for a, others in used.values()))
+        reasons = filter(None, [_reason(r, a, others, since) for a, others in used.values()])
         why = f"{devices} (others use less than {in_words(rule.used_below)}{least}): {'; '.join(reasons)}"
         numbers = {f"used_{index}": others for index, (_, others) in used.items()}
         return Wait(why, {"used_below": rule.used_below, **numbers}, not all(_read(a, since) for a, _ in used.values()))
@@ -362,7 +362,7 @@ NEAR: tuple[Callable[[DeviceSupply, DeviceSupply], bool], ...] = (  # from the n
 
 def distance(supply: DeviceSupply, others: Iterable[DeviceSupply]) -> int:
     """How far it is from the farthest of the others: 0 joined directly, and so on as in ``NEAR``; 0 where none are."""
-    steps = (next((n for n, near in enumerate(NEAR) if near(supply, other)), len(NEAR)) for other in others)
+    steps = [next((n for n, near in enumerate(NEAR) if near(supply, other)), len(NEAR)) for other in others]
     return max(steps, default=0)
 
 

@@ -144,7 +144,7 @@ class Scheduler:
     def activity(self, now: float) -> Snapshot:
         """The same of those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
         core = self.core
-        models = dict.fromkeys(r.model for r in core.active)
+        models = dict.fromkeys([r.model for r in core.active])
         return snapshot(core, self.planner, max(now, core.now), models)
 
     def replicas_of(self, name: str, now: float) -> list[ReplicaView]:
@@ -248,7 +248,7 @@ class Scheduler:
         """The next moment at which time alone changes something for ``r``, whatever other replicas do."""
         due, model, now = idle_due(r), r.model, self.core.now
         if model.leases:
-            due = min([due, *(lease.deadline for lease in model.leases.values())])
+            due = min([due, *[lease.deadline for lease in model.leases.values()]])
         oldest = model.queue.oldest
         if oldest is not None:
             timeout = model.spec.queue_timeout
@@ -257,7 +257,7 @@ class Scheduler:
         job = r.job
         if job and r.running and r.state is State.DRAINING:  # what runs is frozen or cut then; a moment that has
             limits = (job.cut_at, job.freeze_at if r.freezable else INFINITY)  # passed was acted on, or cannot be
-            due = min([due, *(limit for limit in limits if limit > now)])
+            due = min([due, *[limit for limit in limits if limit > now]])
         # Room in which to sleep deeper may come with any other engine's leaving, which marks no review of this one.
         deepens = job and job.kind is Kind.SLEEP and r.state is State.SLEEPING
         return min(due, now + DEEPEN_RETRY) if deepens else due

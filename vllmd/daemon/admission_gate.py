@@ -205,7 +205,7 @@ class AdmissionGate:
     def _update_offers(self) -> None:
         """List what is offered beside the models, and forget what names meant before."""
         self._offers = Offers(self._models, self._pools, self._adapters)
-        self._names = Names(((model.name, model.aliases) for model in self._models.values()), self._offers)
+        self._names = Names([(model.name, model.aliases) for model in self._models.values()], self._offers)
         self._targets: dict[tuple[str, str], Target] = {}  # by engine (or its model), and adapter or variant
         self._resolved: dict[str, Target] = {}  # by names that clients use and that mean the same to everybody
 
@@ -216,7 +216,7 @@ class AdmissionGate:
 
     def running(self) -> Counter[tuple[str, str]]:
         """The number of admitted requests, by model and key."""
-        return Counter((permit.model, permit.key) for permit in self._permits.values() if permit.admitted)
+        return Counter([(permit.model, permit.key) for permit in self._permits.values() if permit.admitted])
 
     # -- names -----------------------------------------------------------------------------
 

@@ -36,7 +36,6 @@ class Inner(Exchange):
         ``sent`` is called when an engine has the request.
         """
         self._on_sent = sent
-        self._follows_pauses: Callable[[bool], None] | None = None
         super().__init__(_inner(outer.request, path), cast(Wire, None), self.write, keep_alive=True)
         self.response: Response | None = None
         self._outer = outer
@@ -50,7 +49,7 @@ class Inner(Exchange):
 
     def close(self) -> None:
         """Drop all further bytes, and the references to and from the client's exchange: both are freed at once."""
-        self._outer.on_pause = self._follows_pauses = self._task = None
+        self._outer.on_pause = self.on_pause = self._task = None
         self.client_left()
 
     # -- called by the relay
@@ -130,16 +129,10 @@ class Inner(Exchange):
         """Charge the client's exchange with the body's memory."""
         self._outer.charge_body(size)
 
-    @property
-    def on_pause(self) -> Callable[[bool], None] | None:
-        """The function that is told when the client stalls, set once an engine has the request."""
-        return self._follows_pauses
-
-    @on_pause.setter
-    def on_pause(self, callback: Callable[[bool], None] | None) -> None:
-        self._follows_pauses = callback
-        if callback is not None:
-            self._on_sent()
+    def follow_pauses(self, callback: Callable[[bool], None]) -> None:
+        """An engine has the request: have ``callback`` told when the client stalls."""
+        super().follow_pauses(callback)
+        self._on_sent()
 
     # -- what goes to the client
 
@@ -177,7 +170,7 @@ class Inner(Exchange):
             except (ValueError, RecursionError):
                 text = ""
             text = text or body[:1000].decode("utf-8", "replace").strip() or f"the engine answered {self.status}"
-            fields = (line.partition(": ") for line in self._opening.split("\r\n")[1:])
+            fields = [line.partition(": ") for line in self._opening.split("\r\n")[1:]]
             kept = [(name, value) for name, _, value in fields if name in PASSED_ON]
             return json_response({"error": text}, self.status, kept)
         try:

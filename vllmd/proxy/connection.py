@@ -39,8 +39,12 @@ UNCHARGED_HEAD_BYTES = 4 << 10  # a head that is not larger takes nothing of the
 DISCARDED_BODY_BYTES = 64 << 10  # read and dropped on a route that takes no body
 NO_ROOM = "too many large requests wait at the moment; try again later"
 LINGER_SECONDS = 2.0  # for a refused client to read the refusal before its connection is reset
-_ids = (f"{prefix}{number:016x}" for prefix in (os.urandom(8).hex(),) for number in itertools.count(1))
-new_id = _ids.__next__  # the id of a request that brought none: unique, but guessable
+_ID_BEGINS, _id_numbers = os.urandom(8).hex(), itertools.count(1)
+
+
+def new_id() -> str:
+    """The id of a request that brought none: unique, but guessable."""
+    return f"{_ID_BEGINS}{next(_id_numbers):016x}"
 
 
 async def _answer_nothing(exchange: Exchange) -> None:
@@ -78,8 +82,10 @@ class Host(Protocol):
         """A connection has been closed."""
 
 
-class Connection(asyncio.Protocol):
+class Connection:
     """One client's connection. Requests are read one after another, and each is answered before the next is begun.
+
+    It has the methods of ``asyncio.Protocol``, and is not derived from it: see ``upstream.Upstream``.
 
     The states are those of ``Phase``. Each has a time limit, and there is one timer for all of them
     (``_set_deadline``). Nearly every request moves the deadline several times and hardly any reaches it, so a later

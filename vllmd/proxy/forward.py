@@ -224,9 +224,7 @@ class AnswerRelay:
         if self._error is None:  # else it was cut off while it connected
             self._done = asyncio.get_running_loop().create_future()
             upstream.send(self._exchange.request.method, head, body, size, self)
-            self._exchange.on_pause = self._on_pause
-            if self._exchange.paused:
-                self._on_pause(True)
+            self._exchange.follow_pauses(self._on_pause)
             await self._done
         if self._error is not None:
             raise self._error

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import h11
@@ -88,6 +88,11 @@ class RequestHead:
             self.request_id,
         )
 
+    @property
+    def has_length(self) -> bool:
+        """Whether a Content-Length in it is that of its body: in a request it always is."""
+        return True
+
     def framing(self) -> Length | Chunked:
         """The scanner for the end of its body; it keeps the payload."""
         return Chunked(keep=True) if self.length is None else Length(self.length, keep=True)
@@ -113,6 +118,11 @@ class ResponseHead:
             self.status, headers, length, False, self.dated, self.keep_alive, self.content_type, self.has_location
         )
 
+    @property
+    def has_length(self) -> bool:
+        """Whether a Content-Length in it is that of its body: not in an answer to HEAD, a 204 and a 304."""
+        return self.length is not None and self.status not in BODYLESS
+
     def framing(self) -> Framing:
         """A new scanner for the end of its body."""
         if self.chunked:
@@ -120,7 +130,18 @@ class ResponseHead:
         return UntilEof() if self.length is None else Length(self.length)
 
 
-H = TypeVar("H", RequestHead, ResponseHead)
+class Head(Protocol):
+    """A head of either kind, as ``HeadMemo`` knows it."""
+
+    @property
+    def has_length(self) -> bool:
+        """Whether a Content-Length in it is that of its body."""
+
+    def with_length(self, length: int) -> Self:
+        """The same head with another Content-Length."""
+
+
+H = TypeVar("H", bound=Head)
 
 
 class HeadMemo(Generic[H]):
@@ -149,9 +170,7 @@ class HeadMemo(Generic[H]):
             head = self._parse(raw)
         if len(raw) <= MEMO_SIZE:
             self._head, self._raw = head, raw
-            # In an answer to HEAD, a 204 and a 304 the Content-Length is not the body's length.
-            counts = isinstance(head, RequestHead) or (head.length is not None and head.status not in BODYLESS)
-            self._shape = shape if digits is not None and counts else NO_SHAPE
+            self._shape = shape if digits is not None and head.has_length else NO_SHAPE
         return head
 
 

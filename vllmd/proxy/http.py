@@ -80,7 +80,7 @@ class Headers:
         """The same without the fields called ``name``, and with ``more``."""
         dropped = name.encode("ascii")
         kept = [pair for pair in self.raw if pair[0] != dropped]
-        return Headers([*kept, *((key.encode("ascii"), value.encode("latin-1")) for key, value in more)])
+        return Headers([*kept, *[(key.encode("ascii"), value.encode("latin-1")) for key, value in more]])
 
     def get(self, name: str, default: str = "") -> str:
         """The first value of ``name`` (any case), or ``default``."""
@@ -95,7 +95,8 @@ class Headers:
         return any(key == sought for key, _ in self.raw)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return ((key.decode("latin-1"), value.decode("latin-1")) for key, value in self.raw)
+        for key, value in self.raw:
+            yield key.decode("latin-1"), value.decode("latin-1")
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from vllmd.errors import OUT_OF_FILES, BadRequest, TooManyRequests, Unavailable, VllmdError
 from vllmd.proxy.body_memory import BodyMemory
@@ -143,8 +144,9 @@ class Server:
                     sock, BadRequest("TLS is spoken here, and this is plain HTTP: the URL must begin with https://")
                 )
                 return
+            made = cast(asyncio.Protocol, connection)
             left = max(SHORTEST_HANDSHAKE_SECONDS, until - loop.time()) if tls else None
-            await loop.connect_accepted_socket(lambda: connection, sock, ssl=tls, ssl_handshake_timeout=left)
+            await loop.connect_accepted_socket(lambda: made, sock, ssl=tls, ssl_handshake_timeout=left)
         except OSError as error:
             log.debug("a connection was gone before it was served: %s", error)
             sock.close()

@@ -174,7 +174,7 @@ class Tunnels:
         ``still``, called every ``RECHECK_SECONDS``, ends it by raising.
         """
         try:
-            far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, lambda: FarEnd(exchange))
+            far = await connect(permit.upstream, self._relay.limits.now.connect_timeout, FarEnd(exchange))
         except OutOfFiles:
             raise
         except UpstreamFailed as error:  # its message has the engine's address, which is for the log only

@@ -94,8 +94,12 @@ def _key(address: Address) -> _Key:
     return address.uds, address.host, address.port, address.tls, address.owner
 
 
-class Upstream(asyncio.Protocol):
-    """One connection to an engine. Carries one request at a time, and reports its answer to a ``Sink``."""
+class Upstream:
+    """One connection to an engine. Carries one request at a time, and reports its answer to a ``Sink``.
+
+    It has the methods of ``asyncio.Protocol``, and is not derived from it: mypyc keeps the attributes of a class with a
+    foreign base class in a dict.
+    """
 
     def __init__(self, address: Address, pool: Pool | None = None) -> None:
         self.address = address
@@ -212,7 +216,7 @@ class Upstream(asyncio.Protocol):
             self.transport.write(b"".join((head, *body)))
         else:
             self.transport.write(head)
-            self._unsent.extend(memoryview(part) for part in body)
+            self._unsent.extend([memoryview(part) for part in body])
             self._send_on()
 
     def _send_on(self) -> None:
@@ -306,7 +310,7 @@ class Pool:
 
     async def connect(self, address: Address) -> Upstream:
         """Open a new connection. Raises UpstreamFailed."""
-        return await connect(address, self._limits.now.connect_timeout, lambda: Upstream(address, self))
+        return await connect(address, self._limits.now.connect_timeout, Upstream(address, self))
 
     def put(self, connection: Upstream) -> None:
         """Keep a connection, whose answer is over, for the next request."""
@@ -355,28 +359,34 @@ class Pool:
             self._timer = loop.call_at(next_due, self._sweep)
 
 
-P = TypeVar("P", bound=asyncio.BaseProtocol)
+P = TypeVar("P")
 
 
-async def connect(address: Address, limit: float, protocol: Callable[[], P]) -> P:
-    """Connect within ``limit`` seconds. Raises UpstreamFailed saying why not.
+async def connect(address: Address, limit: float, protocol: P) -> P:
+    """Connect ``protocol``, which has the methods of asyncio's, within ``limit`` seconds; returns it.
+
+    Raises UpstreamFailed saying why not.
 
     Unreached if no process listens there (QueueFull if one does, and is busy), Impostor if one of another user than
     ``address.owner`` does, OutOfFiles if this process has no file descriptor left.
     """
     loop = asyncio.get_running_loop()
+    made = cast(Callable[[], asyncio.Protocol], lambda: protocol)
     place = "the engine's socket" if address.uds else describe(address)  # clients are not told the socket's path
     try:
         async with asyncio.timeout(limit):
             if address.owner is not None:
                 sock = await connected(address)
                 if address.uds:
-                    return (await loop.create_unix_connection(protocol, sock=sock))[1]
-                return (await loop.create_connection(protocol, sock=sock))[1]
-            if address.uds:
-                return (await loop.create_unix_connection(protocol, address.uds))[1]
-            context = tls_context(address.tls) if address.tls else None
-            return (await loop.create_connection(protocol, address.host, address.port, ssl=context))[1]
+                    await loop.create_unix_connection(made, sock=sock)
+                else:
+                    await loop.create_connection(made, sock=sock)
+            elif address.uds:
+                await loop.create_unix_connection(made, address.uds)
+            else:
+                context = tls_context(address.tls) if address.tls else None
+                await loop.create_connection(made, address.host, address.port, ssl=context)
+            return protocol
     except Impostor as error:
         raise Impostor(f"no connection to {describe(address)}: {error.message}") from None
     except TimeoutError:
@@ -468,7 +478,7 @@ async def request(
     connection: Upstream | None = None
     try:
         async with asyncio.timeout(timeout):
-            connection = await connect(listen, timeout, lambda: Upstream(listen))
+            connection = await connect(listen, timeout, Upstream(listen))
             connection.send(method, write_request_head(method, listen.prefix + path, fields), (body,), len(body), sink)
             head = await sink.over
     except TimeoutError:

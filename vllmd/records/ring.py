@@ -18,7 +18,7 @@ from typing import NamedTuple
 from vllmd.api.answers import RequestEntry, RequestTokens
 from vllmd.proxy.access import Caller
 from vllmd.proxy.exchange import Exchange
-from vllmd.proxy.http import Request
+from vllmd.proxy.http import Peer, Request
 from vllmd.proxy.tokens import Tokens
 
 LONGEST_HEAD = 2048  # bytes that are kept of one
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     model: str
     replica: str
     key: str
-    peer: object
+    peer: Peer
     status: int
     error: str
     message: str
