@@ -271,8 +271,9 @@ class Status:
         earlier.sort(key=lambda each: each.at)
         if back is None:
             return Decisions(tuple(earlier))
-        now, made = back.dispatcher.now(), back.snapshot().decisions
-        return Decisions((*earlier, *(decision(each, now) for each in made if not model or concerns(each, names))))
+        date, made = self._learnt.dates.of, back.snapshot().decisions
+        told = (decision(each, date(each.at)) for each in made if not model or concerns(each, names))
+        return Decisions((*earlier, *told))
 
     async def models(self) -> list[Card]:
         """Every model for ``/v1/models``. Raises the gate's refusal while there is one, as every request does."""
