@@ -300,8 +300,7 @@ def test_a_client_that_says_nothing_to_tls_has_a_place_as_any_other() -> None:
                 return await connect(*arguments, **options)
 
             loop.connect_accepted_socket = noted  # type: ignore[method-assign]
-            await asyncio.sleep(0.05)  # of its time
-            slow.send(b"\x16")
+            loop.call_later(0.05, slow.send, b"\x16")  # takes so much of its time
             await until(lambda: given != [])
             assert given[0] < server.HANDSHAKE_SECONDS, "what was left of it when the first byte came"
             assert act.server.busy == 0
