@@ -58,7 +58,7 @@ class Devices:
         core.news_for_all = True
 
     def _concerned(self) -> list[Replica]:
-        """The replicas to be looked at when the devices are others. A model at rest, as most are, is only shown anew."""
+        """The replicas to be looked at when devices are others; a model at rest, as most are, is only shown anew."""
         concerned = []
         for r in self._core.replicas.values():
             if self._core.at_rest(r.model):
