@@ -266,6 +266,7 @@ def test_a_name_keeps_both_its_ends() -> None:
     assert shortened("short", 20) == "short"
     for most in range(5, 40):
         assert width(shortened("模型" * 30, most)) <= most
+    assert width("e\u0301\u0323") == 1
 
 
 def test_a_table_that_fits_is_one_line_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with collector.paused():
             config = load(arguments.config, os.environ, overrides, strict=arguments.check)
+            collector.exempt_existing()
     except ConfigError as error:
         broken = error.message
+    if arguments.check and not broken:
+        from vllmd.config.as_daemon import problems_of_daemon  # of a check only
+
+        broken = "\n".join(map(str, problems_of_daemon(arguments.config, os.environ)))
     if broken and (arguments.check or not given_sockets):
         print(broken, file=sys.stderr)
         return EX_CONFIG
