@@ -108,7 +108,7 @@ class Upstream:
         self.idle_since = 0.0  # seconds of the loop's clock
         self._pool = pool
         self.transport: asyncio.Transport
-        self.loop: asyncio.AbstractEventLoop  # kept, because Python asks for the process's id at each look for it
+        self.loop = asyncio.get_running_loop()  # kept, because Python asks for the process's id at each look for it
         self._sink: Sink | None = None
         self._method = ""
         self._heads = HeadMemo(lambda head: parse_response_head(head, "POST"))
@@ -127,7 +127,6 @@ class Upstream:
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio once the engine has accepted the connection."""
         self.transport = cast(asyncio.Transport, transport)
-        self.loop = asyncio.get_running_loop()
         read_small(transport)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
