@@ -397,3 +397,16 @@ def test_models_and_devices_that_are_not_well(
     assert "bad      bad has failed: it died; vllmctl why bad; vllmctl logs bad\n" in said
     assert "bad      big cannot be loaded: it needs 90 GiB\n" in said
     assert "bad      device 0 is avoided: 1 GiB did not come back; vllmctl gpus\n" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [({"state": "stopped"}, 0), ({"state": "stopped", "never": "it needs 90 GiB"}, 69), ({"state": "error"}, 69)],
+)
+def test_status_of_a_model_says_by_its_exit_whether_it_can_be_used(
+    line: dict[str, str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script asks for no more: a model that can never be loaded answers as few requests as one that has failed."""
+    monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "admin.sock"))
+    with fake_daemon({"GET /admin/status": (200, status(model("m", **line)))}, tmp_path / "admin.sock"):
+        assert main(["status", "m"]) == code
