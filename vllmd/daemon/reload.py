@@ -69,6 +69,8 @@ async def apply_configuration(
     # 3. The core takes it, and with the core everything else (``answered``); then the core's commands are executed.
     settings = settings_of(config, inventory)
     back.ask(events.ModelsChanged(expected.specs, frozenset(changed), devices_changed, settings, unless_used), answered)
+    # It is in force, wholly. What follows takes turns of the loop of its own: streams go on between.
+    await asyncio.sleep(0)
     # 4. What operators have disabled: a model may be new here, or its file may have been mended.
     names = {*config.models, *engines}
     if not was_broken:
@@ -80,6 +82,7 @@ async def apply_configuration(
         await back.readings.look()
     if was_broken:
         await adopt_running(front, back)
+    await asyncio.sleep(0)
     added, removed = sorted(config.models.keys() - models_before), sorted(models_before.keys() - config.models)
     warnings = (*config.warnings, *_unmentioned(expected.problems, config.unfit))
     done = Reloaded(len(config.models), tuple(added), tuple(removed), tuple(sorted(changed)), later, warnings)

@@ -475,18 +475,20 @@ async def request(
         fields.append((b"authorization", b"Bearer " + listen.key.encode()))
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in headers)
     sink = Collector(limit)
-    connection: Upstream | None = None
+    request_head = write_request_head(method, listen.prefix + path, fields)
     try:
         async with asyncio.timeout(timeout):
-            connection = await connect(listen, timeout, Upstream(listen))
-            connection.send(method, write_request_head(method, listen.prefix + path, fields), (body,), len(body), sink)
-            head = await sink.over
+            try:
+                connection = await connect(listen, timeout, Upstream(listen))
+            except UpstreamFailed as error:  # which says where
+                raise type(error)(f"{method} {path}: {error.message}") from None
+            try:
+                connection.send(method, request_head, (body,), len(body), sink)
+                head = await sink.over
+            except UpstreamFailed as error:
+                raise type(error)(f"{method} {path} to {describe(listen)}: {error.message}") from None
+            finally:
+                connection.abort()
     except TimeoutError:
         raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None
-    except UpstreamFailed as error:
-        where = f" to {describe(listen)}" if connection else ""  # else the message has it
-        raise type(error)(f"{method} {path}{where}: {error.message}") from None
-    finally:
-        if connection is not None:
-            connection.abort()
     return head.status, list(head.headers.raw), bytes(sink.body)
