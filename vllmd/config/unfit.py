@@ -26,7 +26,7 @@ class Unfit(NamedTuple):
 
     @property
     def why(self) -> str:
-        """The reason in words."""
+        """The reason in words about the model, as "it"; with the device that there is not, or its figures."""
         needed = self.model.devices_here
         if self.setting == "devices":
             numbers = ", ".join(str(device.index) for device in self.there)
