@@ -223,7 +223,7 @@ class AnswerRelay:
         """
         self._upstream, self._resend, self.usage_refused = upstream, False, False
         if self._error is None:  # else it was cut off while it connected
-            self._done = asyncio.get_running_loop().create_future()
+            self._done = upstream.loop.create_future()
             upstream.send(self._exchange.request.method, head, body, size, self)
             self._exchange.follow_pauses(self._on_pause)
             await self._done

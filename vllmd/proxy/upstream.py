@@ -108,6 +108,7 @@ class Upstream:
         self.idle_since = 0.0  # seconds of the loop's clock
         self._pool = pool
         self.transport: asyncio.Transport
+        self.loop = asyncio.get_running_loop()  # kept, because Python asks for the process's id at each look for it
         self._sink: Sink | None = None
         self._method = ""
         self._heads = HeadMemo(lambda head: parse_response_head(head, "POST"))
@@ -299,9 +300,9 @@ class Pool:
     def get_idle(self, address: Address) -> Upstream | None:
         """Take an idle connection to ``address`` out of the pool, if one is young enough."""
         idle = self._idle.get(_key(address))
-        oldest = asyncio.get_running_loop().time() - self._limits.now.upstream_idle
         while idle:
             connection = idle.pop()
+            oldest = connection.loop.time() - self._limits.now.upstream_idle
             if connection.idle_since > oldest and connection.usable and connection.is_silent():
                 connection.reused = True
                 return connection
@@ -317,7 +318,7 @@ class Pool:
         if self._closed:
             connection.abort()
             return
-        loop = asyncio.get_running_loop()
+        loop = connection.loop
         connection.idle_since = loop.time()
         self._idle.setdefault(connection.key, []).append(connection)
         if self._timer is None:
