@@ -445,7 +445,7 @@ def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_s
         assert standing.now(bad, made=True) == f"bad is stopped; it {told}"
         assert [what for _, what, _ in doctor.models(await living.front.status.status())] == [f"bad {told}"]
         (warning,) = (await living.daemon.apply_configuration(small)).warnings
-        assert "models.bad.gpu_memory: 90GiB does not fit" in warning
+        assert "models.bad.gpu_memory: it would take 90GiB" in warning
         answer = await living.daemon.apply_configuration(of("100GiB"))
         assert answer.warnings == ()
         assert [line.never for line in (await living.front.status.status()).models] == ["", ""]

@@ -88,6 +88,21 @@ class Core:
         model = self.models.get(name)
         return list(model.replicas or model.retired) if model else [self.replica(name)]
 
+    def forget(self, r: Replica) -> None:
+        """The configuration has the replica no more, and it has no engine: nothing is left of it."""
+        self.replicas.pop(r.id, None)
+        self.waiting.pop(r, None)
+        self.swaps.cancel(r)
+        self.active.pop(r, None)
+        self.timers.set(r, INFINITY)
+        self.changed[r] = None
+
+    def at_rest(self, model: Model) -> bool:
+        """Whether it has one replica, of which nothing runs, and nothing waits for it or keeps it: most have that."""
+        if model.retired or model.leases or model.queue or model.spec.balancing or len(model.replicas) != 1:
+            return False
+        return model.replicas[0] not in self.active
+
     def rename(self, r: Replica, name: str) -> None:
         """Give the replica, and what was learnt of it, another id."""
         del self.replicas[r.id]

@@ -28,7 +28,7 @@ against each other), and change nothing where they cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllmd.core import events as ev
@@ -52,7 +52,7 @@ from vllmd.core.policy_input import sleep_levels
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import Device, ModelSpec, ReplicaView, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
-from vllmd.core.views import snapshot
+from vllmd.core.views import draw_unused, snapshot
 
 DEFAULTS = Settings()
 
@@ -84,7 +84,7 @@ class Scheduler:
         self._unloading = Unloading(core, self.planner)
         self.handlers = self._handlers_by_event()
         for spec in models:
-            self._operator.configure(spec)
+            self._operator.take(spec)
         core.regroup()
 
     # -- the public face
@@ -168,6 +168,17 @@ class Scheduler:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""
         core = self.core
         return snapshot(core, self.planner, max(now, core.now), core.models.values())
+
+    def draw_ahead(self, models: int) -> Iterator[None]:
+        """Draw the views of models that nobody has used, so many at a time: a snapshot then costs little.
+
+        Of ten thousand models they take longer than a stream should wait. Events may be handled between.
+        """
+        undrawn = [model for model in self.core.models.values() if model.unused_view is None]
+        for number, model in enumerate(undrawn, 1):
+            draw_unused(self.core, model)
+            if number % models == 0:
+                yield
 
     def activity(self, now: float) -> Snapshot:
         """The same of those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
@@ -382,13 +393,7 @@ class Scheduler:
             core.news[r] = None
 
     def _forget(self, r: Replica) -> None:
-        """The configuration has the replica no more, and its engine is gone: nothing is left of it."""
-        core = self.core
+        """The configuration has the replica no more, and its engine is gone."""
         r.model.retired = tuple([each for each in r.model.retired if each is not r])
         r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it
-        core.replicas.pop(r.id, None)
-        core.waiting.pop(r, None)
-        core.swaps.cancel(r)
-        core.active.pop(r, None)
-        core.timers.set(r, INFINITY)
-        core.changed[r] = None
+        self.core.forget(r)

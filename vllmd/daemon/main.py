@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with collector.paused():
             config = load(arguments.config, os.environ, overrides, strict=arguments.check)
+            collector.exempt_existing()
     except ConfigError as error:
         broken = error.message
     if arguments.check and not broken:
