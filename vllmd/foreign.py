@@ -138,7 +138,11 @@ class Folder:
         """A regular file in it. Raises OSError, Unreadable."""
         with self._opened_path(name) as handle:
             # The kernel opens what the handle means, not what the name means by now.
-            fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            try:
+                fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            except OSError as error:
+                error.filename = str(self.path / name)  # its reader knows no handles
+                raise
         try:
             yield File(fd, os.fstat(fd).st_size, self.budget)
         finally:

@@ -57,7 +57,7 @@ def _written_out(found: re.Match[str]) -> str:
 
 
 def width(text: str) -> int:
-    """Columns that the text takes on a terminal: colours none, wide characters two."""
+    """Columns that the text takes on a terminal: colours and combining marks none, wide characters two."""
     if text.isascii() and "\033" not in text:
         return len(text)
     taken, hidden = 0, False
@@ -67,7 +67,7 @@ def width(text: str) -> int:
         elif hidden:
             hidden = char != "m"
         else:
-            taken += 2 if unicodedata.east_asian_width(char) in "WF" else 1
+            taken += 0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
     return taken
 
 

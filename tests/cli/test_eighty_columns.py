@@ -260,12 +260,18 @@ def test_other_terminals(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, co
         assert widest > 132
 
 
+def test_a_row_is_one_line() -> None:
+    """Whatever a name of somebody else's has in it."""
+    assert table(("A", "B"), [("x\ny", "z")]).splitlines() == ["A     B", "x\\ny  z"]
+
+
 def test_a_name_keeps_both_its_ends() -> None:
     """Where models differ: who made it, and in which form."""
     assert shortened("Qwen/Qwen3-Coder-480B-A35B-Instruct-FP8", 20) == "Qwen/Qwen..truct-FP8"
     assert shortened("short", 20) == "short"
     for most in range(5, 40):
         assert width(shortened("模型" * 30, most)) <= most
+    assert width("e\u0301\u0323") == 1
 
 
 def test_a_table_that_fits_is_one_line_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

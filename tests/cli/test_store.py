@@ -135,6 +135,9 @@ def test_add_serves_what_is_here(daemon: FakeDaemon, tmp_path: Path, capsys: pyt
         daemon.answers[f"PUT /admin/store/models/{name}"] = (200, {"file": "/var/lib/vllmd/models.d/m.yaml"})
         assert main(["add", *argv]) == 0, capsys.readouterr()
         assert [body for request, body, _ in daemon.seen if request.startswith("PUT")][-1] == settings
+    daemon.answers["GET /admin/status"] = (200, status(model("m", never="'m' needs 40 GiB")))
+    assert main(["add", "org/m-GGUF:Q4_K_M", "--name", "m"]) == 69
+    assert "m was added, but it can never be loaded: 'm' needs 40 GiB; " in capsys.readouterr().err
     assert main(["add", "org/none"]) == 65
     assert "vllmctl run org/none fetches and serves it" in capsys.readouterr().err
     assert main(["add", "--ollama", "llama3"]) == 65

@@ -212,6 +212,21 @@ def test_what_others_hold_of_a_device_is_not_held_of_another_one_in_its_place() 
     assert w.ask("r1", "m") == [StartEngine("m", Placement((0,)), 20 * GiB)]
 
 
+@pytest.mark.parametrize("left", [PAIR[:1], ()])
+def test_nobody_waits_for_a_device_that_is_gone_and_still_held(left: tuple[Device, ...]) -> None:
+    """It was counted as one on which a model might fit, for as long as the engine on it had not ended, and ever after.
+    Where no device is left at all, models start without one, as on any machine that has none."""
+    w = World([model("m", 30, devices=(1,)), model("n", 60, devices=(1,))], PAIR)
+    w.load("m")
+    w.do(DevicesChanged(left))
+    assert w.view("m").devices == (1,)
+    (told,) = w.ask("r1", "n")
+    if left:
+        assert isinstance(told, Reject) and told.message == "'n' needs 1 device, and there are none for it"
+    else:
+        assert told == StartEngine("n", Placement(()), 60 * GiB)
+
+
 def test_a_reserve_that_changes_is_kept_from_now_on() -> None:
     """As after a reload: what is promised stays, what is free is reckoned anew."""
     w = World([model("m", 70)], [GPU])

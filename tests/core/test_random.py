@@ -190,12 +190,12 @@ class CoreUnderAnything(RuleBasedStateMachine):
         self.world.do(RequestArrived(f"r{self.count}", "a", key, avoid))
 
     @precondition(lambda self: self.world.running)
-    @rule(data=st.data(), failed=st.booleans(), streamed=st.booleans())
-    def hear(self, data: st.DataObject, failed: bool, streamed: bool) -> None:
+    @rule(data=st.data(), failed=st.booleans(), streamed=st.booleans(), unsent=st.sampled_from([False, False, True]))
+    def hear(self, data: st.DataObject, failed: bool, streamed: bool, unsent: bool) -> None:
         """The first byte of an answer, or that there will be none."""
         request = data.draw(st.sampled_from(sorted(self.world.running)))
         if request in self.world.probes:
-            self.world.do(ReplicaProbed(request, None if failed else 0.3, "no answer"))
+            self.world.do(ReplicaProbed(request, None if failed else 0.3, "no answer", unsent=failed and unsent))
         elif not failed:
             self.world.do(RequestAnswered(request, streamed))
         elif request not in self.world.frozen:

@@ -676,6 +676,7 @@ def test_a_probe_that_was_never_sent_tells_nothing_of_the_replica() -> None:
     w.ask("first", "m")
     w.answer("m@1" if "m@1" in w.pending else next(iter(w.pending)))
     (probe,) = w.probes
-    (again,) = w.do(ReplicaProbed(probe, None, "Too many open files", unsent=True))
+    assert w.do(ReplicaProbed(probe, None, "Too many open files", unsent=True)) == [], "nor without a pause"
+    (again,) = w.pass_time(w.now + 1.0)
     assert isinstance(again, ProbeReplica)
     assert w.probed(again.replica) == [Admit("first", again.replica)]

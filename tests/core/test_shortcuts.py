@@ -23,6 +23,7 @@ from vllmd.core.policy import (
     Resident,
     Waiting,
 )
+from vllmd.core.types import IdleRules
 
 NOW = 1000.0
 
@@ -151,3 +152,27 @@ def test_what_happens_on_a_device_is_no_news_for_who_cannot_come_up_there() -> N
     (sleep,) = w.finish("load-a")
     assert isinstance(sleep, SleepEngine)
     assert policy.asked > before
+
+
+def whole_story(block: int, *, short: bool) -> tuple[object, ...]:
+    """What the core said and shows: requests come and go to two models that serve and one that has to come up."""
+    rng = random.Random(block)
+    models = [model("a", 20, idle=IdleRules(sleep_after=5.0)), model("b", 20, concurrency=2), model("c", 20)]
+    w, said = World(models, PAIR), []
+    w.short_way = short
+    for number in range(200):
+        w.now += rng.choice((0.0, 0.01, 1.0, 7.0))
+        if w.running and rng.random() < 0.5:
+            said.append(w.finish(rng.choice(sorted(w.running))))
+        else:
+            said.append(w.ask(f"r{number}", rng.choice("aaabbbc")))
+        said.extend(w.answer(name) for name in list(w.pending) if rng.random() < 0.7)
+    s = w.scheduler
+    assert bool(w.shortened) is short
+    return said, s.snapshot(w.now), s.next_timer(), s.costs.to_dict(), {r.id: (r.due, r.used) for r in s.core.active}
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_the_short_way_of_a_request_leads_to_the_same_as_the_events(block: int) -> None:
+    """In bursts and after rests, to models that serve and to one that has to come up, with idle rules and limits."""
+    assert whole_story(block, short=True) == whole_story(block, short=False)

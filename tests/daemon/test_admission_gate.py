@@ -47,6 +47,12 @@ class Rig:
     def post(self, event: events.Event) -> None:
         self.posted.append(event)
 
+    def admit_at_once(self, request: str, model: str) -> str | None:
+        return None
+
+    def finish_at_once(self, request: str) -> bool:
+        return False
+
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
         self.posted.append(event)
 

@@ -17,6 +17,7 @@ import pytest
 
 from vllmd.config.loader import load
 from vllmd.config.types import Config
+from vllmd.core import events
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Device
 from vllmd.daemon.current import RuntimeEnvironment
@@ -81,3 +82,25 @@ def test_one_more_model_costs_little(tmp_path: Path, kind: str, most: int, caplo
     each = sum(trace.size for trace in traces if trace.size < 100_000) / MODELS
     assert len(kept.scheduler.core.models) == MODELS
     assert each < most, f"{each:.0f} bytes"
+
+
+def test_the_views_of_many_models_are_drawn_in_turns(tmp_path: Path) -> None:
+    """A stream goes on between; the snapshot of one moment that follows is the same as without that."""
+    ahead, at_once = whole(tmp_path, "remote", 500).scheduler, whole(tmp_path, "remote", 500).scheduler
+    assert list(ahead.draw_ahead(100)) == [None] * 5
+    assert list(ahead.draw_ahead(100)) == []
+    assert ahead.snapshot(1.0).models == at_once.snapshot(1.0).models
+
+
+def test_nothing_is_reviewed_of_models_that_nobody_wants(tmp_path: Path) -> None:
+    """A start, and a reload that adds, changes and takes away, cost nothing beyond noting what each model is now."""
+    before, after = whole(tmp_path, "remote", 300).expected.specs, whole(tmp_path, "vllm", 200).expected.specs
+    scheduler = Scheduler(before, DEVICES)
+    core = scheduler.core
+    for specs in (before, after, before):
+        scheduler.handlers[events.ModelsChanged](events.ModelsChanged(specs))  # without what follows from the event
+        assert not core.for_review
+        assert list(core.models) == [spec.name for spec in specs] == list(core.replicas)
+        assert scheduler.specs == {spec.name: spec for spec in specs}
+    # One of them is wanted after all: it is as any other model.
+    assert scheduler.handle(events.RequestArrived("r", "model-299"), 9.0)

@@ -9,6 +9,7 @@ import pytest
 from vllmd.api.answers import Decision
 from vllmd.core.costs import CostBook
 from vllmd.core.types import Footprint, ReplicaSpec, Source
+from vllmd.daemon.last_starts import Start
 from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.main import learnt_of
 from vllmd.sizes import GiB
@@ -30,6 +31,15 @@ def test_what_was_learnt_is_there_the_next_time(tmp_path: Path) -> None:
     cache.save()
     retry = CostBook.from_dict(learnt(tmp_path / "learnt.json").costs)
     assert retry.open(spec).footprint == Footprint(22 * GiB, 21 * GiB, GiB, 0, Source.MEASURED)
+
+
+def test_the_phases_of_a_start_keep_their_order(tmp_path: Path) -> None:
+    """That in which they passed: so the next daemon shows them, too."""
+    cache = learnt(tmp_path / "learnt.json")
+    cache.starts.note("m", Start(3.0, {"process": 0.1, "imports": 2.0, "compile": 0.9}))
+    cache.save()
+    (last,) = learnt(tmp_path / "learnt.json").starts.values()
+    assert list(last.phases) == ["process", "imports", "compile"]
 
 
 def test_other_settings_forget_what_was_measured(tmp_path: Path) -> None:

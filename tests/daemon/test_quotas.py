@@ -43,6 +43,12 @@ class Core:
         elif isinstance(event, events.KeptAlive):
             self.kept_alive.append(event.seconds)
 
+    def admit_at_once(self, request: str, model: str) -> str | None:
+        return None
+
+    def finish_at_once(self, request: str) -> bool:
+        return False
+
     def address_of(self, replica: str) -> Listen:
         return Listen(uds="/engine.sock")
 

@@ -66,6 +66,12 @@ class Site:
     def post(self, event: events.Event) -> None:
         self.dispatcher.post(event)
 
+    def admit_at_once(self, request: str, model: str) -> str | None:
+        return self.dispatcher.admit_at_once(request, model)
+
+    def finish_at_once(self, request: str) -> bool:
+        return self.dispatcher.finish_at_once(request)
+
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
         self.dispatcher.ask(event, answered)
 

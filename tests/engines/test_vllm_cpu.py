@@ -107,6 +107,14 @@ def test_its_cache_takes_a_quarter_of_the_host_at_most(tmp_path: Path) -> None:
     assert found.host_running == found.footprint.awake == 15 * GiB + 4 * GiB + vllm_cpu.OVERHEAD
 
 
+def test_its_threads_do_not_spin_while_they_wait_for_each_other() -> None:
+    """Several engines share the cores; also of one that is a fork, whose threads vLLM binds to none. On a GPU vLLM's
+    own choice stands."""
+    place, on_gpu = Place(Path("/run/x")), Place(Path("/run/x"), ("0",))
+    assert Vllm(accelerator=lambda: False).launch(ModelConfig("m"), place).env["OMP_WAIT_POLICY"] == "passive"
+    assert "OMP_WAIT_POLICY" not in Vllm(accelerator=lambda: True).launch(ModelConfig("m"), on_gpu).env
+
+
 def test_under_a_quota_it_has_a_thread_for_each_cpu_that_is_left() -> None:
     """By itself it takes each that it may be on; told what a model's env says, or nothing on a GPU."""
     place = Place(Path("/run/x"), cpus=2, quota=True)

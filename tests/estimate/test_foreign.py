@@ -105,6 +105,24 @@ def test_a_device_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert opened == [(str(tmp_path / "config.json"), True)]
 
 
+def test_a_file_that_may_not_be_read_is_named_as_its_reader_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the handle through which it was to be opened."""
+    (tmp_path / "key").write_text("x")
+    opened = os.open
+
+    def refuse(path: Any, *rest: Any) -> int:
+        if str(path).startswith("/proc/self/fd/"):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError) as caught:
+        Folder(tmp_path).read("key", 10)
+    assert caught.value.filename == str(tmp_path / "key")
+
+
 def test_a_link_leads_to_a_blob_but_not_out_of_the_repository(tmp_path: Path) -> None:
     """The daemon may read what an engine may not: the engine's cache must not make it do so."""
     snapshot = cached(tmp_path, "org/m")

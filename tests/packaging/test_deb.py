@@ -66,6 +66,21 @@ def test_configuration_is_the_administrators(installed_machine: Machine) -> None
     assert installed_machine.run("vllmd --check").returncode == 0
 
 
+def test_root_is_told_of_what_the_daemon_may_not_read(installed_machine: Machine) -> None:
+    """Root may read all of it, and would hear that it is valid; after the next start no model would be served."""
+    machine, file = installed_machine, "/etc/vllmd/models.d/closed.yaml"
+    machine.write("/etc/vllmd/token", "hf_x\n", mode="600")
+    machine.write(file, "closed: {engine: sim, hf_token_file: /etc/vllmd/token}\n")
+    try:
+        for command in ("vllmd --check", "vllmctl config check"):
+            done = machine.run(command, check=False)
+            assert done.returncode == 78, command
+            assert f"{file}:1: models.closed.hf_token_file: /etc/vllmd/token: Permission denied" in done.stderr
+        machine.run("chown root:vllmd /etc/vllmd/token && chmod 640 /etc/vllmd/token && vllmd --check")
+    finally:
+        machine.run(f"rm /etc/vllmd/token {file}")
+
+
 def test_units_are_valid(installed_machine: Machine) -> None:
     """systemd itself has nothing to complain of, and neither has it logged anything about them."""
     files = installed_machine.out("dpkg -L vllmd | grep -E '^(/usr)?/lib/systemd/system/.*[.](socket|service|slice)$'")

@@ -18,7 +18,6 @@ from vllmd.daemon.other_routes import PageEndpoints, add_others
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound, VllmdError
 from vllmd.proxy.access import ADMIN, EVERYTHING, READ, Caller
 from vllmd.proxy.forward import Relay
-from vllmd.proxy.gate import AllowAll
 from vllmd.proxy.heads import split_target
 from vllmd.proxy.http import Headers, Request
 from vllmd.proxy.limits import Limits
@@ -28,7 +27,7 @@ from vllmd.proxy.routing import OPERATORS, Route, Router
 CALLER = Caller("k", EVERYTHING - {ADMIN, READ}, refusal=lambda: Forbidden("not yours"))
 
 
-class ByScope(AllowAll):
+class ByScope:
     """Lets in whoever asks for no more than a model."""
 
     def identify(self, request: Request) -> Caller:
@@ -62,7 +61,7 @@ def test_what_is_added_later_is_what_no_other_route_fits() -> None:
     add_model_routes(first, Relay(SimpleNamespace(), Limits(ServerConfig())))  # type: ignore[arg-type]
     known = {(route.method, route.pattern) for route in first.routes}
     later = [route for route in ROUTER.routes if (route.method, route.pattern) not in known]
-    assert len(later) > 80
+    assert len(later) > 70
     for route in later:
         path = re.sub(r"\{\w+(:path)?\}", "x", route.pattern)
         assert first._at(sent(route.method, path), path) is None, route.pattern

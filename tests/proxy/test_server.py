@@ -6,11 +6,14 @@ import asyncio
 import errno
 import os
 import socket
+import ssl
 from pathlib import Path
+from typing import Any
 
 from tests.proxy.fakes import Client, get, hello, reply, soon, stage, until
 from vllmd.config.types import ServerConfig
 from vllmd.errors import Unauthorized
+from vllmd.proxy import server
 from vllmd.proxy.access import EVERYTHING, Caller
 from vllmd.proxy.http import Request, Response, json_response
 from vllmd.proxy.limits import Limits
@@ -274,5 +277,38 @@ def test_a_connection_that_is_refused_is_told_of() -> None:
             for writer in (first, second.writer):
                 writer.close()
             await server.close()
+
+    asyncio.run(play())
+
+
+def test_a_client_that_says_nothing_to_tls_has_a_place_as_any_other() -> None:
+    """It counts for its address, is no request that a stop waits for, and has one time limit for all that it owes."""
+
+    async def play() -> None:
+        limits = Limits(ServerConfig(max_connections_per_address=2))
+        async with stage(limits=limits) as act:
+            act.server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            silent, slow = await act.client(), await act.client()
+            await until(lambda: act.server.connections == 2)
+            third = await act.client()
+            assert (await third.answer()).status == 429
+            loop, given = asyncio.get_running_loop(), list[float]()
+            connect = loop.connect_accepted_socket
+
+            async def noted(*arguments: Any, **options: Any) -> Any:
+                given.append(options["ssl_handshake_timeout"])
+                return await connect(*arguments, **options)
+
+            loop.connect_accepted_socket = noted  # type: ignore[method-assign]
+            loop.call_later(0.05, slow.send, b"\x16")  # takes so much of its time
+            await until(lambda: given != [])
+            assert given[0] < server.HANDSHAKE_SECONDS, "what was left of it when the first byte came"
+            assert act.server.busy == 0
+            silent.close()
+            await until(lambda: act.server.connections == 1)
+            another = await act.client()
+            await until(lambda: act.server.connections == 2)
+            assert await asyncio.wait_for(act.server.drain(60.0, grace=0.0), 30), "nobody is waited for"
+            another.close()
 
     asyncio.run(play())

@@ -63,7 +63,7 @@ class Status(Protocol):
     async def model(self, name: str) -> answers.Card | None:
         """One of them by its name; None if none is called so."""
 
-    def health(self) -> answers.Health:
+    async def health(self) -> answers.Health:
         """The health of vllmd, with its devices and the state of every model."""
 
     async def status(self, caller: Caller = ANYBODY) -> answers.Status:

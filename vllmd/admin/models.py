@@ -67,16 +67,16 @@ class ModelEndpoints:
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: 200 with ``status: ok``, or 503 and what is wrong."""
-        health = self._health(request)
+        health = await self._health(request)
         return json(health, 200 if health.status == "ok" else 503)
 
     async def ready(self, request: Request) -> Response:
         """``GET /health/ready``: 200 once requests need not wait for devices and engines to be found."""
-        health = self._health(request)
+        health = await self._health(request)
         return json(health, 200 if health.ready else 503)
 
-    def _health(self, request: Request) -> Health:
-        health, may_use = self._control.status.health(), request.caller.may_use
+    async def _health(self, request: Request) -> Health:
+        health, may_use = await self._control.status.health(), request.caller.may_use
         states = {model: state for model, state in health.model_status.items() if may_use(model)}
         return replace(health, loaded_models=tuple(filter(may_use, health.loaded_models)), model_status=states)
 

@@ -159,19 +159,21 @@ def place(host: Host) -> Iterator[Finding]:
 def configuration(host: Host) -> Iterator[Finding]:
     """Whether the configuration is valid, and the engines' programs and files are there."""
     from vllmd.cli.examine_engines import programs, vllm_on_cpu
+    from vllmd.config.as_daemon import problems_of_daemon
     from vllmd.config.loader import read
 
     reading = read(env=host.env)
-    for path in reading.config.files if not host.user else ():
-        if not host.readable_by("vllmd", path):
-            yield "bad", f"the daemon's user vllmd cannot read {path}", f"chown root:vllmd {path} && chmod 640 {path}"
-    for problem in reading.problems:
+    closed = [path for path in reading.config.files if not host.user and not host.readable_by("vllmd", path)]
+    for path in closed:
+        yield "bad", f"the daemon's user vllmd cannot read {path}", f"chown root:vllmd {path} && chmod 640 {path}"
+    problems = reading.problems or ([] if host.user or closed else problems_of_daemon(None, host.env))
+    for problem in problems:
         yield "bad", str(problem), "vllmctl config check"
     for warning in reading.config.warnings:
         yield "warning", warning, ""
-    if not reading.problems:
+    if not problems and not closed:
         yield "ok", f"the configuration is valid, with {len(reading.config.models)} models", ""
-    if not reading.problems and not reading.config.models:
+    if not problems and not reading.config.models:
         yield "warning", "no models are configured", "vllmctl run smollm2 fetches a small one and asks it"
     for name, model in reading.config.models.items():
         yield from model_files(host, name, model.source)

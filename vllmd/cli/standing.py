@@ -35,6 +35,11 @@ def now(line: ModelLine, made: bool) -> str:
     return text if made or line.waiting_for else f"{text}; nothing has been decided about it yet"
 
 
+def is_broken(line: ModelLine) -> bool:
+    """Whether a request to it would fail until somebody mends something: it has failed, or can never be loaded."""
+    return line.state == "error" or bool(line.never)
+
+
 def replicas_of(line: ModelLine) -> str:
     """How many of a model's replicas serve; of a replica its health status and the time to its first byte."""
     if line.replicas:

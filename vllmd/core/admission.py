@@ -77,6 +77,42 @@ class Admission:
             self._queued[e.request] = model  # 1.8
             model.enqueue(e.request, e.key, core.now, e.rank)
 
+    def admit_at_once(self, request: str, name: str) -> str | None:
+        """1.2, where only that applies: the replica that has the request; None, nothing changed, where more may apply.
+
+        The same as ``arrived`` and the command that follows, without either: see ``Scheduler.admit_at_once``.
+        """
+        core, model = self._core, self._core.models.get(name)
+        if model is None or not model.replicas or model.disabled or model.promised:
+            return None
+        r = model.replicas[0]
+        most = r.spec.concurrency
+        if not core.only_serves(r) or r.disabled or r.health or (most is not None and len(r.running) >= most):
+            return None
+        if request in self._admitted or request in self._queued:
+            return None
+        model.used = core.engines.now
+        self._admitted[request] = r
+        core.engines.begin(r, request)
+        core.note_use(r)
+        return r.id
+
+    def finish_at_once(self, request: str) -> bool:
+        """``finished`` for one that did not fail, where nothing follows from it; False, and nothing changed: it may."""
+        core, r = self._core, self._admitted.get(request)
+        if r is None or r.spec.preempt or r.health or not core.only_serves(r):
+            return False
+        run = r.running.get(request)
+        if run is None or run.frozen:
+            return False
+        del self._admitted[request], r.running[request]
+        r.used = now = core.engines.now
+        r.costs.observe("service", now - run.began)
+        if not r.running:
+            r.idle_since = now
+        core.note_use(r)
+        return True
+
     def _only_there(self, model: Model, e: RequestArrived) -> None:
         """8.1: what one replica alone has is to be had while its engine is up; it does not come back with another."""
         r = next(iter(model.replicas), None) if e.only == model.name else self._core.replicas.get(e.only)

@@ -48,14 +48,22 @@ class Core:
     def mark_request(self, r: Replica) -> None:
         """A request has begun or ended in ``r``. Where nothing else goes on there, all that follows is done here.
 
-        That is the case of nearly every request: the engine serves, nobody waits, nothing keeps the replica or is to
-        happen to it. Then only the policy sees that one more or less runs, and the idle rules that it is used or not.
+        That is the case of nearly every request (``only_serves``). Then only the policy sees that one more or less
+        runs, and the idle rules that it is used or not.
         """
-        model = r.model
         proves = r.spec.preempt and not r.running  # it may be the moment for that
-        if r.job or model.queue or model.leases or model.spec.balancing or proves or r.state is not State.READY:
-            self.for_review[model] = None
-            return
+        if proves or not self.only_serves(r):
+            self.for_review[r.model] = None
+        else:
+            self.note_use(r)
+
+    def only_serves(self, r: Replica) -> bool:
+        """Whether it serves, and nothing else goes on there: nobody waits, nothing keeps it or is to happen to it."""
+        model = r.model
+        return r.state is State.READY and not (r.job or model.queue or model.leases or model.spec.balancing)
+
+    def note_use(self, r: Replica) -> None:
+        """All that follows from a request that begins or ends in a replica that only serves."""
         self.used[r] = None
         self.timers.set(r, INFINITY if r.running or r.pinned else rules_due(r))
 
@@ -79,6 +87,21 @@ class Core:
         """The replicas of a model, or the one of that id. Raises LifecycleError."""
         model = self.models.get(name)
         return list(model.replicas or model.retired) if model else [self.replica(name)]
+
+    def forget(self, r: Replica) -> None:
+        """The configuration has the replica no more, and it has no engine: nothing is left of it."""
+        self.replicas.pop(r.id, None)
+        self.waiting.pop(r, None)
+        self.swaps.cancel(r)
+        self.active.pop(r, None)
+        self.timers.set(r, INFINITY)
+        self.changed[r] = None
+
+    def at_rest(self, model: Model) -> bool:
+        """Whether it has one replica, of which nothing runs, and nothing waits for it or keeps it: most have that."""
+        if model.retired or model.leases or model.queue or model.spec.balancing or len(model.replicas) != 1:
+            return False
+        return model.replicas[0] not in self.active
 
     def rename(self, r: Replica, name: str) -> None:
         """Give the replica, and what was learnt of it, another id."""

@@ -34,7 +34,7 @@ class Devices:
         was = {index: account.device.runtime for index, account in ledger.accounts.items()}
         ledger.set_devices(e.devices)
         ledger.unknown, ledger.asking = e.unknown, e.asking
-        for r in core.replicas.values():
+        for r in self._concerned():
             if r.loaded and not ledger.held(r):
                 ledger.add_gone(r.placement.devices)
                 core.engines.rebook(r)
@@ -56,6 +56,16 @@ class Devices:
         if e.unknown != before and not e.asking:  # asked for an instant at each start, which is no decision
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.news_for_all = True
+
+    def _concerned(self) -> list[Replica]:
+        """The replicas to be looked at when devices are others; a model at rest, as most are, is only shown anew."""
+        concerned = []
+        for r in self._core.replicas.values():
+            if self._core.at_rest(r.model):
+                r.model.unused_view = None
+            else:
+                concerned.append(r)
+        return concerned
 
     def troubled(self, e: DevicesTroubled) -> None:
         """9.2: an ill device is avoided, and what is on it leaves once it has drained; on a lost one it has failed."""

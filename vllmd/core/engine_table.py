@@ -85,13 +85,17 @@ class EngineTable:
         self._out.append(cmd.Record(decision))
 
     def admit(self, r: Replica, request: str) -> None:
-        """The engine may have this request. Only now it counts as demand: many who wait leave before."""
+        """The engine may have this request."""
+        self.begin(r, request)
+        self._out.append(cmd.Admit(request, r.id))
+
+    def begin(self, r: Replica, request: str) -> None:
+        """The request runs in the engine. Only now it counts as demand: many who wait leave before."""
         r.running[request] = Run(self.now)
         r.used = self.now
         r.costs.arrived(self.now)
         if r.health:
             r.health.unanswered[request] = self.now
-        self._out.append(cmd.Admit(request, r.id))
 
     def answer(
         self, ask: str, chosen: str = "", refused: str = "", error: cmd.RejectReason = cmd.RejectReason.CONFLICT

@@ -94,8 +94,8 @@ class Fit:
     # -- supplies
 
     def alone(self) -> Supply:
-        """Everything that can be promised."""
-        return {index: a.capacity for index, a in self._ledger.accounts.items()}
+        """Everything that can be promised, of the devices that are there."""
+        return {index: a.capacity for index, a in self._ledger.accounts.items() if not a.gone}
 
     def beside(self, others: Iterable[Replica]) -> dict[int, int]:
         """What can be promised beside what these replicas hold; bytes by device."""
@@ -123,9 +123,9 @@ class Fit:
         return self._ledger.unknown if r.spec.device_count else ""
 
     def allowed(self, r: Replica) -> list[Account]:
-        """The devices that it may use."""
-        accounts = self._ledger.accounts
-        return [accounts[index] for index in dict.fromkeys(r.devices or accounts) if index in accounts]
+        """The devices that it may use, of those that are there."""
+        found = (self._ledger.accounts.get(index) for index in dict.fromkeys(r.devices or self._ledger.accounts))
+        return [account for account in found if account and not account.gone]
 
     def wakes(self, r: Replica, supply: Supply) -> bool:
         """Whether it could wake where it sleeps."""
@@ -140,7 +140,7 @@ class Fit:
         """Whether it could start, or wake where it sleeps, with nobody leaving."""
         if self._ledger.held(r):
             return self.wakes(r, self.now(r))
-        return not self._ledger.accounts or self.starts(r, self.now(r)) >= r.spec.device_count
+        return not self._ledger.has_devices or self.starts(r, self.now(r)) >= r.spec.device_count
 
     def has_room_on(self, r: Replica, devices: Sequence[int]) -> bool:
         """Whether it could start on these, or wake where it sleeps, at this moment."""
@@ -186,7 +186,7 @@ class Fit:
     def never(self, r: Replica) -> str:
         """Why ``r`` cannot fit even with these devices to itself; empty if it can, be it by waking where it sleeps."""
         count = r.spec.device_count
-        if not self._ledger.accounts or not count:
+        if not self._ledger.has_devices or not count:
             return ""
         if r.state is State.SLEEPING and self.wakes(r, self.alone()):
             return ""
@@ -215,7 +215,7 @@ class Fit:
         Those are named of which one would be enough; where none is, all.
         """
         count = r.spec.device_count
-        if not self._ledger.accounts or not count:
+        if not self._ledger.has_devices or not count:
             return ""
         pinned = [p for p in self._active if p.pinned and p.loaded and p is not r]
         if self.starts(r, self.beside(pinned)) >= count:
@@ -270,7 +270,7 @@ class Fit:
     def held_back(self, r: Replica, since: float) -> Wait | None:
         """What keeps a start of ``r`` waiting, and for what; None where others leave it enough devices."""
         rule = r.spec.when_free
-        if rule is None or r.state is State.SLEEPING or not self._ledger.accounts:
+        if rule is None or r.state is State.SLEEPING or not self._ledger.has_devices:
             return None
         if len(self.vacant(r, since)) >= r.spec.device_count:
             return None

@@ -118,7 +118,9 @@ class HealthChecks:
             return
         h.probe = ""
         if e.unsent:
-            h.vouched = self._core.now + self._hang_limit(r, h)  # one that is set aside is asked again at once
+            # It says nothing. Whoever serves is suspected again later, whoever does not is asked again in a moment.
+            h.vouched = self._core.now + self._hang_limit(r, h)
+            h.look_at = INFINITY if h.status is HealthStatus.SERVING else self._core.now + PAUSE
         elif e.seconds is not None:
             self._probe_passed(r, h, e.seconds)
         elif h.status is HealthStatus.SERVING and h.seen > h.probed_at:
@@ -164,7 +166,7 @@ class HealthChecks:
         if h.status is HealthStatus.NEW and not self._rules(r).probe:
             h.status = HealthStatus.SERVING
             self._core.mark_news(r)
-        elif h.status is HealthStatus.NEW or min(h.look_at, self._hangs_at(r, h)) <= self._core.now:
+        elif h.is_unseen or min(h.look_at, self._hangs_at(r, h)) <= self._core.now:
             self._probe(r, h)
 
     def _probe(self, r: Replica, h: Health) -> None:

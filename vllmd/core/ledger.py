@@ -101,6 +101,11 @@ class Ledger:
             else:
                 self._open(now[index])
 
+    @property
+    def has_devices(self) -> bool:
+        """Whether any device is there. Where none is, engines run without: on the CPU, as the configuration has it."""
+        return any(not account.gone for account in self.accounts.values())
+
     def add_gone(self, indices: Iterable[int]) -> None:
         """Have an account, marked as gone, for each device that is not there although an adopted engine is on it."""
         for index in indices:

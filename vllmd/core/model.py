@@ -84,12 +84,17 @@ class Health:
     timely: int = 0  # answers in a row that did not
     rounds: int = 0  # how often it was set aside or ejected, without a few timely answers in between
     failed: int = 0  # probes in a row that failed
-    look_at: float = INFINITY  # when one that was set aside or ejected is probed
+    look_at: float = INFINITY  # when one that was set aside or ejected, or whose probe was not sent, is probed
     vouched: float = -INFINITY  # until when a missing answer raises no suspicion
     probe: str = ""  # the probe under way
     why: str = ""  # the reason of its status, if it does not serve
     halted: bool = False  # an operator took it down while others serve
     unanswered: dict[str, float] = field(default_factory=dict)  # request -> when it was admitted; oldest first
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether the engine has just come up, and no probe of it was tried."""
+        return self.status is HealthStatus.NEW and self.look_at == INFINITY
 
     @property
     def latency(self) -> float | None:

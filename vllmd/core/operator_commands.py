@@ -17,7 +17,7 @@ from vllmd.core.lifecycle import BY_HAND, OWN, Kind, Reason
 from vllmd.core.model import INFINITY, Health, HealthStatus, Job, Lease, Model, Replica
 from vllmd.core.policies import POLICIES
 from vllmd.core.scaling import Scaling
-from vllmd.core.types import ModelSpec, ReplicaSpec, State, renamed
+from vllmd.core.types import ModelSpec, ReplicaSpec, Settings, State, renamed
 
 UP = frozenset({State.READY, State.STARTING, State.WAKING})
 GONE = frozenset({State.STOPPED, State.FAILED})
@@ -235,26 +235,38 @@ class OperatorCommands:
             return
         if e.devices:  # first: nothing may be put on a device that is about to be another one
             self._devices.changed(e.devices)
-        if e.settings and e.settings != core.settings:  # 3.7: what was begun goes on
-            if e.settings.policy != core.settings.policy:
-                core.policy = POLICIES[e.settings.policy]
-            core.settings = e.settings
-            core.engines.ledger.host_budget = e.settings.host_memory
-            for r in core.replicas.values():
-                core.mark_news(r)
+        if e.settings and e.settings != core.settings:
+            self._take_settings(e.settings)
         specs = {spec.name: spec for spec in e.models}
         for model in [model for name, model in core.models.items() if name not in specs]:
+            if core.at_rest(model):
+                self._drop(model)
+                continue
             why = f"{model.name!r} was removed from the configuration"
             self._admission.reject_queue(model, Refusal(RejectReason.UNKNOWN_MODEL, why))
             gone, model.replicas, model.disabled = model.replicas, (), ""
             for r in gone:
                 self._retire(r)
         for spec in specs.values():
-            self.configure(spec, e.restart)
+            self.take(spec, e.restart)
         if list(core.models) != list(specs):
             order = {name: place for place, name in enumerate(specs)}
             core.models = dict(sorted(core.models.items(), key=lambda item: order.get(item[0], len(order))))
         core.regroup()
+
+    def _take_settings(self, settings: Settings) -> None:
+        """3.7: what was begun goes on."""
+        core = self._core
+        if settings.policy != core.settings.policy:
+            core.policy = POLICIES[settings.policy]
+        core.settings = settings
+        core.engines.ledger.host_budget = settings.host_memory
+        for model in core.models.values():
+            if core.at_rest(model):
+                model.unused_view = None
+            else:
+                for r in (*model.replicas, *model.retired):
+                    core.mark_news(r)
 
     def _used(self, name: str) -> str:
         """How a model, or a replica by its id, is in use; "" if it is not, or has failed."""
@@ -264,19 +276,24 @@ class OperatorCommands:
             return f"{name} is in use ({number} requests, {len(model.leases)} leases)" if number or model.leases else ""
         return f"{name} is {r.state.value}" if r and not model and (r.loaded or r.demand) else ""
 
-    def configure(self, spec: ModelSpec, restart: frozenset[str] = frozenset()) -> None:
-        """A model, new or known, is to be like this; each replica that stays keeps its engine.
-
-        The first replica of a model that gets replicas, or loses them, is called something else then: it goes on.
-        """
+    def take(self, spec: ModelSpec, restart: frozenset[str] = frozenset()) -> None:
+        """A model, new or known, is to be like this. Of ten thousand nearly all are at rest, and stay so."""
         core = self._core
         model = core.models.get(spec.name)
         if model is None:
             model = core.models[spec.name] = Model(spec)
-        resting = model.replicas and not model.retired and not any(r in core.active for r in model.replicas)
-        if resting and self._respec_at_rest(model, spec):
-            return
-        model.spec = spec
+            done = self._add_at_rest(model, spec)
+        else:
+            done = core.at_rest(model) and (model.spec is spec or self._respec_at_rest(model, spec))
+        if not done:
+            self._configure(model, spec, restart)
+
+    def _configure(self, model: Model, spec: ModelSpec, restart: frozenset[str]) -> None:
+        """Each replica that stays keeps its engine.
+
+        The first replica of a model that gets replicas, or loses them, is called something else then: it goes on.
+        """
+        core, model.spec = self._core, spec
         names = renamed([r.id for r in model.replicas], [each.id for each in spec.replicas])
         if names:
             core.rename(core.replicas[names[0]], names[1])
@@ -287,6 +304,7 @@ class OperatorCommands:
             r = known.pop(each.id, None)
             if r is None:
                 r = self._add(model, each)
+                core.mark_for_review(r)
             else:
                 self._respec(r, each, each.id in restart)
             r.health = (r.health or Health()) if spec.balancing else None
@@ -304,15 +322,26 @@ class OperatorCommands:
             for ask in asks:
                 core.engines.answer(ask, r.id)
 
-    def _respec_at_rest(self, model: Model, spec: ModelSpec) -> bool:
-        """Take the specification of a model that nothing runs of and nothing waits for, if it keeps its only replica.
+    def _add_at_rest(self, model: Model, spec: ModelSpec) -> bool:
+        """Give a new model its only replica. Nobody wants it yet, so there is nothing to review; returns whether so."""
+        if len(spec.replicas) != 1 or spec.balancing or self._adding:
+            return False
+        model.nominee = r = self._add(model, spec.replicas[0])
+        model.replicas = (r,)
+        return True
 
-        There is no more to do then. Of ten thousand models nearly all are such. Returns whether it was taken.
-        """
-        if model.spec is spec or model.spec == spec:
-            return True
-        is_one = len(model.replicas) == len(spec.replicas) == 1 and model.replicas[0].id == spec.replicas[0].id
-        if not is_one or spec.balancing or model.spec.balancing or self._adding:
+    def _drop(self, model: Model) -> None:
+        """Forget a model at rest that the configuration has no more."""
+        (r,), model.replicas, model.nominee = model.replicas, (), None
+        self.preload.pop(r, None)
+        self._core.forget(r)
+        self._core.for_review.pop(model, None)
+        del self._core.models[model.name]
+
+    def _respec_at_rest(self, model: Model, spec: ModelSpec) -> bool:
+        """Take the specification of a model at rest, if it keeps its only replica. Returns whether it was taken."""
+        is_same = len(spec.replicas) == 1 and model.replicas[0].id == spec.replicas[0].id
+        if not is_same or spec.balancing or self._adding:
             return False
         model.spec = spec
         self._respec(model.replicas[0], spec.replicas[0], restart=False)
@@ -324,7 +353,7 @@ class OperatorCommands:
         r.learnt = r.book.known(spec)
         r.pinned = spec.pinned
         self._core.replicas[r.id] = r
-        self._core.mark_for_review(r)
+        self._core.changed[r] = None
         if spec.preload:
             self._preload_later(r)
         return r

@@ -212,7 +212,7 @@ class Planner:
             if leaving:
                 return Outlook(seconds, f"{leaving} to leave{running}, in about {seconds:.0f} s")
             return Outlook(seconds, f"a swap in about {seconds:.0f} s")
-        if r not in core.waiting or not core.engines.ledger.accounts:
+        if r not in core.waiting or not core.engines.ledger.has_devices:
             return None
         return core.policy.outlook(s or self.preview(), r.id)
 

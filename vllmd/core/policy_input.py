@@ -257,7 +257,7 @@ def elsewhere(engines: EngineTable, r: Replica) -> tuple[int, ...]:
 
 def device_count(engines: EngineTable, r: Replica) -> int:
     """How many devices it takes; none on a machine without any."""
-    return r.spec.device_count if engines.ledger.accounts else 0
+    return r.spec.device_count if engines.ledger.has_devices else 0
 
 
 def see_resident(engines: EngineTable, r: Replica, options: tuple[OffloadOption, ...]) -> Resident:

@@ -16,7 +16,10 @@ Theory of operation. An event changes state in the one file that owns it (``_han
    asked again: the next plan sees the last one's claims.
 
 A request to a ready model, nine tenths of all events, must cost microseconds: it marks nothing (``Core.mark_request``),
-so all three rounds are skipped, and timers are looked at only where the first one is due.
+so all three rounds are skipped, and timers are looked at only where the first one is due. Where nothing else is under
+way at all it takes the *short way*: ``admit_at_once`` and ``finish_at_once`` change what the event would change, and
+say that nothing else follows. They decide nothing that ``handle`` would decide differently (``tests/core`` holds them
+against each other), and change nothing where they cannot tell.
 
 ``design.md`` has the decision tree as numbered prose; the same numbers stand in the comments of the files:
 1 ``admission``, 2 ``engine_events``, 3 ``operator_commands``, 4 and 5 here, 6 ``unloading``, 7 ``planner``,
@@ -25,7 +28,7 @@ so all three rounds are skipped, and timers are looked at only where the first o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vllmd.core import events as ev
@@ -49,7 +52,7 @@ from vllmd.core.policy_input import sleep_levels
 from vllmd.core.scaling import Scaling
 from vllmd.core.types import Device, ModelSpec, ReplicaView, Settings, Snapshot, State
 from vllmd.core.unloading import DEEPEN_RETRY, Unloading
-from vllmd.core.views import snapshot
+from vllmd.core.views import draw_unused, snapshot
 
 DEFAULTS = Settings()
 
@@ -81,7 +84,7 @@ class Scheduler:
         self._unloading = Unloading(core, self.planner)
         self.handlers = self._handlers_by_event()
         for spec in models:
-            self._operator.configure(spec)
+            self._operator.take(spec)
         core.regroup()
 
     # -- the public face
@@ -96,9 +99,7 @@ class Scheduler:
             self._expire()
         if core.for_review:
             self._settle()
-        # Where no model waits, none has several replicas, none is to be preloaded or moved, there is nothing to begin.
-        anything_to_begin = core.waiting or core.balanced or self._operator.preload or self.planner.held_back
-        if anything_to_begin or (engines.displaced and (core.news_for_all or core.news)):
+        if self._anything_to_begin() or (engines.displaced and (core.news_for_all or core.news)):
             for _ in self.planner.plan():  # 7
                 self._settle()
             if self._operator.preload and self._operator.preloading:
@@ -110,6 +111,33 @@ class Scheduler:
         core.news.clear()
         engines.stirred.clear()
         return engines.collect()
+
+    def _anything_to_begin(self) -> bool:
+        """Whether a model waits, has several replicas, or is to be preloaded or moved: the policy is to look."""
+        core = self.core
+        return bool(core.waiting or core.balanced or self._operator.preload or self.planner.held_back)
+
+    # -- the short way of nearly every request
+
+    def admit_at_once(self, request: str, name: str, now: float) -> str | None:
+        """Admit a request whose model only serves, while nothing else is to be done: the replica that has it now.
+
+        It is what ``handle`` would come to, without an event, a command, and the rounds that would find nothing to do.
+        None, and nothing has changed, in every other case: then ``handle`` decides.
+        """
+        return self._admission.admit_at_once(request, name) if self._is_calm(now) else None
+
+    def finish_at_once(self, request: str, now: float) -> bool:
+        """The same for the end of a request that did not fail: whether it is noted, or ``handle`` is to hear of it."""
+        return self._is_calm(now) and self._admission.finish_at_once(request)
+
+    def _is_calm(self, now: float) -> bool:
+        """Whether time brings nothing, and the policy has nothing to look at; the core's time is ``now`` then."""
+        engines = self.core.engines
+        if self._anything_to_begin() or engines.displaced or self.core.timers.none_before <= max(now, engines.now):
+            return False
+        engines.now = max(now, engines.now)
+        return True
 
     def next_timer(self) -> float | None:
         """The moment at which the daemon is to post ``TimePassed`` if nothing else happens before; None: never."""
@@ -140,6 +168,17 @@ class Scheduler:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""
         core = self.core
         return snapshot(core, self.planner, max(now, core.now), core.models.values())
+
+    def draw_ahead(self, models: int) -> Iterator[None]:
+        """Draw the views of models that nobody has used, so many at a time: a snapshot then costs little.
+
+        Of ten thousand models they take longer than a stream should wait. Events may be handled between.
+        """
+        undrawn = [model for model in self.core.models.values() if model.unused_view is None]
+        for number, model in enumerate(undrawn, 1):
+            draw_unused(self.core, model)
+            if number % models == 0:
+                yield
 
     def activity(self, now: float) -> Snapshot:
         """The same of those models only of which something runs, is wanted, or has failed: cheap, however many rest."""
@@ -354,13 +393,7 @@ class Scheduler:
             core.news[r] = None
 
     def _forget(self, r: Replica) -> None:
-        """The configuration has the replica no more, and its engine is gone: nothing is left of it."""
-        core = self.core
+        """The configuration has the replica no more, and its engine is gone."""
         r.model.retired = tuple([each for each in r.model.retired if each is not r])
         r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it
-        core.replicas.pop(r.id, None)
-        core.waiting.pop(r, None)
-        core.swaps.cancel(r)
-        core.active.pop(r, None)
-        core.timers.set(r, INFINITY)
-        core.changed[r] = None
+        self.core.forget(r)

@@ -36,7 +36,9 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
     engines = core.engines
     return Snapshot(
         at=now,
-        models=tuple([each.unused_view or _unused(core, each) or _model(core, each, now, outlook) for each in models]),
+        models=tuple(
+            [each.unused_view or draw_unused(core, each) or _model(core, each, now, outlook) for each in models]
+        ),
         devices=tuple(
             DeviceView(
                 a.device.index, a.device.memory, a.device.reserve, a.promised, a.external, a.wedged, bool(a.drained)
@@ -88,8 +90,11 @@ def _model(core: Core, model: Model, now: float, outlook: Outlooks) -> ModelView
     )
 
 
-def _unused(core: Core, model: Model) -> ModelView | None:
-    """The same, a tenth as dear, of a model with one engine that nobody has used or wants; None for any other."""
+def draw_unused(core: Core, model: Model) -> ModelView | None:
+    """The view, a tenth as dear, of a model with one engine that nobody has used or wants; None for any other.
+
+    It is kept with the model until something changes there.
+    """
     r = model.replicas[0] if len(model.replicas) == 1 else None
     if r is None or r in core.active or not r.untouched or model.retired or model.rules or model.leases or r.failure:
         return None

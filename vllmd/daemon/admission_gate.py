@@ -13,7 +13,8 @@ So one object, the ``Permit``, is the request from its arrival to its end::
 
 ``_permits`` has the requests that the core knows of and that are not over. Only ``_leave``, ``reject`` and
 ``Permit.release`` take one out, so whichever comes first is the only one that counts. The core may admit within the
-very call that told it of the arrival, and then ``acquire`` waits for nothing; or at any time later, and then
+very call that told it of the arrival (where a model serves and nothing else is under way, even without an event:
+``admit_at_once``), and then ``acquire`` waits for nothing; or at any time later, and then
 ``acquire`` waits for the future ``Permit.decided``. That future may have been cancelled, because the client has left,
 in the same turn of the event loop in which the core admits: the permit is released then (``_leave``), not dropped.
 
@@ -77,6 +78,12 @@ class BackEnd(Protocol):
     def post(self, event: events.Event) -> None:
         """Hand an event to the core."""
 
+    def admit_at_once(self, request: str, model: str) -> str | None:
+        """Tell the core of a request: the replica that has it now, or None: its arrival is to be posted."""
+
+    def finish_at_once(self, request: str) -> bool:
+        """Tell the core that a request has ended well; False: its end is to be posted."""
+
     def address_of(self, replica: str) -> Listen | None:
         """Where the replica's engine listens; None if there is none."""
 
@@ -136,7 +143,10 @@ class AdmissionGate:
         self._quotas = quotas
         self._counters = counters
         self._back: BackEnd | None = None
-        self._post: Callable[[events.Event], None] = _unheard  # the back end's, once it is there
+        # The back end's, once it is there:
+        self._post: Callable[[events.Event], None] = _unheard
+        self._admit_at_once: Callable[[str, str], str | None] = lambda request, model: None
+        self._finish_at_once: Callable[[str], bool] = lambda request: False
         self._opening: set[asyncio.Future[None]] = set()  # requests that the core does not know yet
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
         self._numbers = itertools.count(1)
@@ -147,6 +157,7 @@ class AdmissionGate:
     def open(self, back: BackEnd) -> None:
         """Let requests through to the core and the engines, which are there now."""
         self._back, self._post = back, back.post
+        self._admit_at_once, self._finish_at_once = back.admit_at_once, back.finish_at_once
         for waiting in self._opening:
             if not waiting.done():
                 waiting.set_result(None)
@@ -349,11 +360,13 @@ class AdmissionGate:
         public path that it came by. ``waits`` is called if it is not admitted at once.
         """
         # 1. The key's quota: a key over its limit takes no place in a queue.
-        began, use = self._quotas.clock(), self._quotas.begin(key, body)
+        use = self._quotas.begin(key, body)
+        began: float | None = None  # when it began to wait, if it did
         permit = Permit(self, model, key, only, waits, offer)
         try:
             # 2. Devices and engines must have been found.
             if self._back is None:
+                began = self._quotas.clock()
                 waits()
                 opened = asyncio.get_running_loop().create_future()
                 self._opening.add(opened)
@@ -364,20 +377,23 @@ class AdmissionGate:
                 self._check_served(model, route)
             # A model that is not here is fetched first; what its name means is known only then.
             if model not in self._models and self._fetching.may_fetch(model):
+                began = began or self._quotas.clock()
                 await self._fetch(permit, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             self._arrive(permit)
             if not permit.admitted:
+                began = began or self._quotas.clock()
                 await self._decision(permit)
             # 4. An adapter is loaded, unless the engine has it.
             if offer:
+                began = began or self._quotas.clock()
                 await self._load_adapter(permit)
         except BaseException:
             if use is not None:
                 use.abandon()
             raise
         permit.use = use
-        self._counters.waited(offer or model, self._quotas.clock() - began)
+        self._counters.waited(offer or model, 0.0 if began is None else self._quotas.clock() - began)
         return permit
 
     def _check_served(self, model: str, route: str) -> None:
@@ -409,8 +425,11 @@ class AdmissionGate:
         """Tell the core of the request, which may admit it at once. Raises VllmdError if it is refused at once."""
         permit.request = request = str(next(self._numbers))
         self._permits[request] = permit
-        tried, rank = frozenset(permit.tried), self._quotas.rank(permit.key)
-        self._post(events.RequestArrived(request, permit.model, permit.key, tried, permit.only, rank))
+        if (replica := self._admit_at_once(request, permit.model)) is not None:
+            self._let_in(permit, replica)
+        else:
+            tried, rank = frozenset(permit.tried), self._quotas.rank(permit.key)
+            self._post(events.RequestArrived(request, permit.model, permit.key, tried, permit.only, rank))
         if permit.refusal is not None:
             raise permit.refusal
 
@@ -491,7 +510,13 @@ class AdmissionGate:
 
     def admit(self, command: commands.Admit) -> None:
         """Let a request pass to its replica's engine; an engine that is no longer there ends the request at once."""
-        permit, replica = self._permits[command.request], command.replica
+        permit = self._permits[command.request]
+        self._let_in(permit, command.replica)
+        if permit.decided is not None:
+            permit.decide()
+
+    def _let_in(self, permit: Permit, replica: str) -> None:
+        """The core has admitted the request to this replica."""
         address = self._back.address_of(replica) if self._back else None
         permit.admitted, permit.replica, permit.target = True, replica, permit.fetched
         model = self._models.get(permit.model)
@@ -502,8 +527,6 @@ class AdmissionGate:
             permit.release()
         else:
             permit.upstream = address
-        if permit.decided is not None:
-            permit.decide()
 
     def reject(self, command: commands.Reject) -> None:
         """Refuse a request, which the core has forgotten with this command."""
@@ -555,7 +578,8 @@ class AdmissionGate:
             self._counters.used(permit.called, permit.key, tokens)
             if permit.use is None and permit.key:  # the key has no limits now, and may be given some today
                 self._quotas.spent(permit.key, tokens.total, 0.0)
-        self._post(events.RequestFinished(permit.request, failed))
+        if failed or not self._finish_at_once(permit.request):
+            self._post(events.RequestFinished(permit.request, failed))
 
 
 class Permit:

@@ -46,6 +46,16 @@ class BackEnd:
         return self.dispatcher.post
 
     @property
+    def admit_at_once(self) -> Callable[[str, str], str | None]:
+        """Tells the core of a request: the replica that has it now, or None: its arrival is to be posted."""
+        return self.dispatcher.admit_at_once
+
+    @property
+    def finish_at_once(self) -> Callable[[str], bool]:
+        """Tells the core that a request has ended well; False: its end is to be posted."""
+        return self.dispatcher.finish_at_once
+
+    @property
     def perform(self) -> Callable[[events.Event], None]:
         """Hands an operator's event to the core. Raises InternalError if the core fails at it."""
         return self.dispatcher.perform

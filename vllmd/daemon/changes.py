@@ -65,7 +65,7 @@ class Changes:
     def decided(self, made: core.Decision, now: float) -> None:
         """The core has decided something, at ``now`` by its clock."""
         self._counters.decided(made)
-        answer = decision(made, now)
+        answer = decision(made, self._learnt.dates.note(made.at, now))
         if answer.model:
             self._learnt.decided(answer)
         if self._watchers:

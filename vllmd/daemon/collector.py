@@ -4,11 +4,11 @@ The problem: a full collection looks at every object there is. Ten thousand mode
 them takes a quarter of a second in which no token passes. Reading a configuration of that size makes so many objects
 that the collector does so again and again, and takes half of the time.
 
-So it does not run while much is made that stays, and what stays is then put out of its sight: once after the start,
-for what the daemon is made of are a hundred thousand objects with ten models as well (20 milliseconds at each full
-collection), and after each reload of many models. Nothing is lost by that: what a reload replaces is freed when the
-last reference to it goes, for it has no cycles (a model and its replicas do, and the core cuts those when it forgets
-them).
+So it does not run while much is made that stays, and what stays is then put out of its sight, before it runs again: in
+the start, for what the daemon is made of are a hundred thousand objects with ten models as well (20 milliseconds at
+each full collection), and after each reload of many models. Nothing is lost by that: what a reload replaces is freed
+when the last reference to it goes, for it has no cycles (a model and its replicas do, and the core cuts those when it
+forgets them).
 
 Nor does it look at each 700 new objects, as it does from the start on: that is what ten requests are made of, and all
 of them are still under way then, so that it frees nothing, and looks at them a second time before they end.

@@ -146,6 +146,26 @@ class Dispatcher:
         # 3. What follows changes: ``vllmctl watch``, the progress of a load.
         self._changed()
 
+    def admit_at_once(self, request: str, model: str) -> str | None:
+        """The replica that has the request from now on, where nothing else is under way; None: post its arrival."""
+        if self._handling:  # events are taken one after the other
+            return None
+        replica = self._scheduler.admit_at_once(request, model, self._clock())
+        if replica is not None:
+            self._changed()
+        return replica
+
+    def finish_at_once(self, request: str) -> bool:
+        """Tell the core that a request has ended well, where nothing else follows from it; False: post its end."""
+        if self._handling:
+            return False
+        if not self._scheduler.finish_at_once(request, self._clock()):
+            return False
+        if self._scheduler.wants_time_before(self._timer_due):
+            self._set_timer()
+        self._changed()
+        return True
+
     def perform(self, event: events.Event) -> None:
         """Handle an operator's event, as ``post`` does. Raises InternalError if the scheduler fails at the event.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from vllmd.api.answers import Decision
 from vllmd.api.codec import parse, plain
 from vllmd.api.json_types import ForeignJson
+from vllmd.daemon.dates import Dates
 from vllmd.daemon.failures import Failure
 from vllmd.daemon.last_starts import Start, Starts
 from vllmd.daemon.state_files import write_whole
@@ -46,6 +47,7 @@ class Learnt:
         self.starts = Starts()
         self.failures: dict[str, Failure] = {}  # by engine
         self.loaders = LoaderBook()
+        self.dates = Dates()  # of this daemon's decisions
         self._written = ""
         self.trouble = ""  # why it cannot be written now
         self._trouble = Repeated(log)
@@ -102,7 +104,7 @@ class Learnt:
         starts = {name: asdict(start) for name, start in self.starts.items()}
         kept = {"costs": self.costs, "runs": dict(self.runs), "decisions": dict(self.decisions), "starts": starts}
         kept |= {"failures": failures, "loaders": self.loaders.plain()}
-        text = json.dumps(kept, sort_keys=True, default=plain)
+        text = json.dumps(kept, default=plain)
         if text == self._written:
             return
         try:

@@ -44,8 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with collector.paused():
             config = load(file, os.environ, overrides, strict=check_only)
+            collector.exempt_existing()
     except ConfigError as error:
         broken = error.message
+    if check_only and not broken:
+        from vllmd.config.as_daemon import problems_of_daemon  # of a check only
+
+        broken = "\n".join(map(str, problems_of_daemon(file, os.environ)))
     if broken and (check_only or not given_sockets):
         print(broken, file=sys.stderr)
         return EX_CONFIG

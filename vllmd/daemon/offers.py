@@ -59,7 +59,9 @@ class Offers:
             for offer in _offers_of(model, adapters):
                 if offer.name not in models:
                     self._offers.setdefault(offer.name, offer)
-        self._pools = dict(pools)
+        self._pools, self._members = dict(pools), dict[str, tuple[str, ...]]()
+        if not pools:
+            return
         named = {name: model.name for model in models.values() for name in (model.name, *model.aliases)}
         named |= {name: name for name in self._offers}
         # Members that are not configured here are for other machines, or not in the cache yet.

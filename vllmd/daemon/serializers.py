@@ -194,10 +194,6 @@ def device(view: DeviceView) -> Device:
     return Device(**asdict(view))
 
 
-def decision(made: core.Decision, now: float) -> Decision:
-    """A decision with Unix time instead of the core's clock, which shows ``now``.
-
-    Its subject is the replica, if any.
-    """
-    at = time.time() - now + made.at
+def decision(made: core.Decision, at: float) -> Decision:
+    """A decision with its date, ``at``, in Unix time. Its subject is the replica, if any."""
     return Decision(at, made.what, made.replica or made.model, made.why, dict(made.numbers))

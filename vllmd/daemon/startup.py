@@ -63,9 +63,10 @@ async def back_end(front: FrontEnd) -> BackEnd:
     with collector.paused():
         expected = await expect(config, runtime, memory.inventory, front.resolver)
         front.gate.learn_kinds(expected.kinds)
-        scheduler = Scheduler(
-            expected.specs, memory.inventory, settings_of(config, memory.inventory), CostBook.from_dict(learnt.costs)
-        )
+        settings, costs = settings_of(config, memory.inventory), CostBook.from_dict(learnt.costs)
+        # Made in a thread: of ten thousand models it takes time in which clients are let in.
+        scheduler = await asyncio.to_thread(Scheduler, expected.specs, memory.inventory, settings, costs)
+        collector.exempt_existing()  # before it runs again: the first look at all of that would be the longest
 
     # 3. The launcher's client and the engines behind it. It is opened, and calls these, when everything is there.
     def ended(report: ExitReport) -> None:
@@ -143,7 +144,8 @@ async def apply_devices(front: FrontEnd, back: BackEnd, devices: Devices) -> Non
         back.memory.use_devices(devices, files_of(config))
         log_devices(back.memory)
         if not devices.trouble:
-            expected = await expect(config, front.runtime, devices.inventory(), front.resolver)
+            known = back.dispatcher.scheduler.specs
+            expected = await expect(config, front.runtime, devices.inventory(), front.resolver, known)
             back.engines.configure(expected.engines, expected.estimates)
             front.gate.learn_kinds(expected.kinds)
             settings = settings_of(config, devices.inventory())

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vllmd.daemon.standbys import StandbyProcess
 
 AT_A_TIME = 100  # models of a list for which one turn of the event loop is used
+DRAWN_AT_A_TIME = 1000  # models whose views are drawn in one
 SCRAPE_LIMIT = 5.0  # seconds for an engine's metrics
 SCRAPE_SAMPLE = 0.5  # seconds for a reading of the devices; after that the last reading is shown
 
@@ -233,12 +234,19 @@ class Status:
             self._unanswered() if for_lines else {},
         )  # fmt: skip
 
+    async def _draw_ahead(self) -> None:
+        """Make a snapshot of all models cheap, in turns of the loop; it is of one moment all the same."""
+        if (back := self._back.now) is not None:
+            for _ in back.dispatcher.scheduler.draw_ahead(DRAWN_AT_A_TIME):
+                await asyncio.sleep(0)
+
     async def opened(self) -> None:
         """Wait until devices and engines have been found."""
         await self._back.wait()
 
     async def status(self, caller: Caller = ANYBODY) -> answers.Status:
         """The whole status, of the models that the caller may use."""
+        await self._draw_ahead()
         seen, lines = self.status_input(for_lines=True), list[ModelLine]()
         for number, view in enumerate(seen.snapshot.models if seen.snapshot else (), 1):
             if number % AT_A_TIME == 0:  # with 10,000 models the list takes time that streams need
@@ -247,8 +255,9 @@ class Status:
         shown = replace(of_caller(status(seen, self._started, tuple(lines)), caller), host=host())
         return replace(shown, downloads=tuple(self._downloads())) if caller.models is None else shown
 
-    def health(self) -> answers.Health:
+    async def health(self) -> answers.Health:
         """Whether the daemon is healthy, with devices and models."""
+        await self._draw_ahead()
         seen = self.status_input()
         views, devices = (seen.snapshot.models, seen.snapshot.devices) if seen.snapshot else ((), ())
         trouble = seen.back.memory.trouble if seen.back else ""
@@ -272,8 +281,9 @@ class Status:
         earlier.sort(key=lambda each: each.at)
         if back is None:
             return Decisions(tuple(earlier))
-        now, made = back.dispatcher.now(), back.snapshot().decisions
-        return Decisions((*earlier, *(decision(each, now) for each in made if not model or concerns(each, names))))
+        date, made = self._learnt.dates.of, back.activity().decisions
+        told = (decision(each, date(each.at)) for each in made if not model or concerns(each, names))
+        return Decisions((*earlier, *told))
 
     async def models(self) -> list[Card]:
         """Every model for ``/v1/models``. Raises the gate's refusal while there is one, as every request does."""
@@ -292,6 +302,8 @@ class Status:
         if self._kinds is None or self._kinds[0] is not config:
             self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
         kinds = self._kinds[1]
+        if len(names) > 1:
+            await self._draw_ahead()
         # All of one moment: a reload may come while the engines are asked.
         seen = self.status_input(next(iter(names)) if len(names) == 1 else "")
         engines_of = {name: self._current.engines_of(name) for name in names if name in seen.config.models}
@@ -320,6 +332,7 @@ class Status:
         if back is not None and not back.memory.hangs:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(back.memory.sample(), SCRAPE_SAMPLE)
+        await self._draw_ahead()
         seen = self.status_input()
         if back is None:
             return Gauges(seen.snapshot, seen.connections, seen.requests, valid=not seen.broken)
@@ -327,6 +340,8 @@ class Status:
         starts: dict[str, Start] = {}
         devices = memory.last.devices if memory.last and memory.readable else {}
         for engine, start in back.learnt.starts.items():
+            if engine not in self._current.engines:  # it was removed, and may come back
+                continue
             model = self._current.model_of(engine)
             if model not in starts or start.seconds > starts[model].seconds:  # of several replicas the slowest start
                 starts[model] = start

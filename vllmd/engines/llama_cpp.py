@@ -32,7 +32,7 @@ from vllmd.engines.checkpoint import gguf_file, projector_file
 from vllmd.engines.facts import argument
 from vllmd.engines.llama_memory import prompt_cache
 from vllmd.engines.options import switch, text, unknown, whole
-from vllmd.engines.plain import Plain, environment, has_flag
+from vllmd.engines.plain import SHARING, Plain, environment, has_flag
 from vllmd.engines.vllm import check_path
 from vllmd.foreign import Unreadable, within
 from vllmd.hub import is_repository, locate
@@ -127,7 +127,7 @@ class LlamaCpp(Plain):
         sleep_idle = whole(model, "sleep_idle")
         argv += [*_options(model), *(["--sleep-idle-seconds", str(sleep_idle)] if sleep_idle is not None else [])]
         argv += [*adapters.llama_flags(model), *model.extra_args]
-        env = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), "OMP_WAIT_POLICY": "passive"}
+        env = {"LLAMA_ARG_CACHE_RAM": str(prompt_cache(model) // MiB), **SHARING}  # layers may be left to the CPU
         env |= environment(model, place) | ({"CUDA_VISIBLE_DEVICES": ""} if layers == 0 else {})
         return Launch(tuple(argv), Listen(uds=str(socket)), env, self_managed=sleep_idle is not None)
 

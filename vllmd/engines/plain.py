@@ -139,11 +139,16 @@ class Plain:
         return None
 
 
+# Engines on the CPU share its cores. A thread of OpenMP that waits for the others of its engine is to sleep meanwhile,
+# and not to spin on a core that another engine needs, or the thread for which it waits.
+SHARING = {"OMP_WAIT_POLICY": "passive"}
+
+
 def environment(model: ModelConfig, place: Place) -> dict[str, str]:
-    """The variables of every engine: its devices, its CPUs where it has none, and the token for gated models."""
+    """The variables of every engine: its devices, how it uses the CPU where it has none, the token for gated models."""
     token = {"HF_TOKEN": model.hf_token} if model.hf_token else {}
     by_id = {"CUDA_VISIBLE_DEVICES": ",".join(place.device_ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return {**(place.visible or (by_id if place.device_ids else threads(place))), **token}
+    return {**(place.visible or (by_id if place.device_ids else SHARING | threads(place))), **token}
 
 
 def threads(place: Place) -> dict[str, str]:

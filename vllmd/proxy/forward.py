@@ -59,7 +59,7 @@ KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # a traced request carries the 
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSE_ID_BYTES = 256  # at most, with its key
 REPLICA_FAILURES = frozenset({502, 503, 504})  # statuses of one replica, instead of which another may serve
-TAIL_BYTES_BEFORE_CUT = 16 * TAIL_BYTES
+MAX_TAIL_PIECES = 64  # of an answer, kept for its end; cut when so many have collected: at each it would be copied anew
 OPENING_BYTES = 8192  # of an answer, in which its id or its first usage is looked for
 RESPONSES = "/v1/responses"
 
@@ -119,7 +119,6 @@ class Relay:
                 finally:
                     heartbeat.stop()
                 attempt = upstream_request if permit.target is None else upstream_request.for_replica(permit.target)
-                failure = None
                 account.admit(attempt.target.model)
                 answer = AnswerRelay(exchange, account, attempt, heartbeat, permit, self.requests.responses)
                 try:
@@ -138,12 +137,13 @@ class Relay:
                     # function on the way: in that cycle of references the request's body, which body_memory no longer
                     # counts, would stay until the cycle collector runs.
                     failure = error.with_traceback(None)
+                    answer.note_failure(failure)
                     if heartbeat.answer_begun or exchange.over:
                         raise
                     acquiring = permit.retry(failure)  # awaited once this permit is given back
                 finally:
                     # 6. Release, unless the answer's last byte has done so already.
-                    answer.close(failure)
+                    answer.close()
         except VllmdError as error:
             heartbeat.fail(error.with_traceback(None))
         finally:
@@ -208,7 +208,8 @@ class AnswerRelay:
         self._heartbeats: Heartbeats | None = None  # until the first byte of the body, if the client is sent comments
         self._takes_comments = False  # it is a stream whose head does not give its length: comments may precede it
         self._size = 0  # bytes of the body that came
-        self._tail: bytes | bytearray = b""  # the last of them, TAIL_BYTES or more
+        self._tail: list[bytes] = []  # the last of them, TAIL_BYTES or more, as they came
+        self._attentive = True  # the next piece is looked at (``_attend``): mostly only the first one is
         self._opening = b""  # the first of them, as long as they are of interest
         self._reads_opening = exchange.request.path in (RESPONSES, ANTHROPIC_PATH)
         self._responses = responses
@@ -222,7 +223,7 @@ class AnswerRelay:
         """
         self._upstream, self._resend, self.usage_refused = upstream, False, False
         if self._error is None:  # else it was cut off while it connected
-            self._done = asyncio.get_running_loop().create_future()
+            self._done = upstream.loop.create_future()
             upstream.send(self._exchange.request.method, head, body, size, self)
             self._exchange.follow_pauses(self._on_pause)
             await self._done
@@ -230,16 +231,18 @@ class AnswerRelay:
             raise self._error
         return not self._resend
 
-    def close(self, failure: VllmdError | None) -> None:
-        """Release the permit and close the engine's connection, unless that is done. ``failure``: why it failed."""
+    def note_failure(self, error: VllmdError) -> None:
+        """Have the permit given back with the error, unless another one was the first."""
+        self._error = self._error or error
+
+    def close(self) -> None:
+        """Release the permit and close the engine's connection, unless that is done."""
         self._exchange.on_pause = None
         if self._heartbeats is not None:
             self._stop_signs_of_life()
         if self._upstream is not None:
             self._upstream.abort()
-        if self._permit is not None:
-            self._error = self._error or failure
-            self._release()
+        self._release()
 
     def cut(self, reason: str) -> None:
         """The daemon breaks the request off."""
@@ -251,7 +254,8 @@ class AnswerRelay:
         if permit is None:
             return
         attempt = self._attempt
-        used = tokens.from_usage(self._tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
+        tail = self._tail[0] if len(self._tail) == 1 else b"".join(self._tail)
+        used = tokens.from_usage(tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
         if used is None and self._status == 200 and attempt.route.endswith(tokens.COUNTED):  # no usage, or broken off
             used = tokens.estimate(attempt.route, attempt.parsed.raw, self._size, stream=attempt.parsed.stream)
         self.account.tokens = used
@@ -290,25 +294,30 @@ class AnswerRelay:
         """More of the body has come, framing included: pass it on, and keep its end, where the usage is."""
         size = len(data)
         self._size += size
-        if self._heartbeats is not None and size:
-            self._stop_signs_of_life()
-        tail = self._tail
-        if size >= TAIL_BYTES or not tail:
-            self._tail = data[-TAIL_BYTES:]
-            if size:
-                self.account.answered = True
-        elif len(tail) > TAIL_BYTES_BEFORE_CUT:  # cut when much has collected: at each piece it would be copied anew
-            self._tail = tail[-TAIL_BYTES:] + data
+        if self._attentive:
+            self._attend(data)
+        if size >= TAIL_BYTES:
+            self._tail = [data[-TAIL_BYTES:]]
         else:
-            if not isinstance(tail, bytearray):
-                self._tail = tail = bytearray(tail)
-            tail += data
+            tail = self._tail
+            tail.append(data)
+            if len(tail) > MAX_TAIL_PIECES:
+                self._tail = [b"".join(tail)[-TAIL_BYTES:]]
+        if self._answer is not None:
+            self._answer.more(data)
+
+    def _attend(self, data: bytes) -> None:
+        """Do what follows from the body's first piece, and note its beginning, or all of it, where that is wanted."""
+        if not data:  # the head came alone
+            return
+        self.account.answered = True
+        if self._heartbeats is not None:
+            self._stop_signs_of_life()
         if self._reads_opening:
             self._read_opening(data)
         if self._recorded is not None:
             self._recorded.more(data)
-        if self._answer is not None:
-            self._answer.more(data)
+        self._attentive = self._reads_opening or self._recorded is not None
 
     def _read_opening(self, data: bytes) -> None:
         """Collect the opening: a response's id is in it, perhaps cut in two, or the usage of a message's prompt."""
@@ -331,7 +340,7 @@ class AnswerRelay:
             return
         if isinstance(answer, OptionRefusal) and answer.is_about_option:
             self._answer, self._resend, self.usage_refused = None, True, True
-            self.account.answered = False
+            self._tail, self._attentive, self.account.answered = [], True, False
             self._settle(None)
             return
         self._release()  # before the client has the last byte, see the invariants

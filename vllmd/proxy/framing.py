@@ -94,17 +94,33 @@ class UntilEof:
 class Chunked:
     """A chunked body (RFC 9112, 7.1), strictly: line ends are CRLF, sizes are plain hex, trailers are well-formed.
 
-    Chunk extensions and trailers are recognised and left out of ``pieces``. ``seen`` counts all bytes and
-    ``payload`` the body's own, so that a reader can refuse a body of tiny chunks.
+    Chunk extensions and trailers are recognised and left out of ``pieces``. With ``counted``, ``seen`` counts all bytes
+    and ``payload`` the body's own, so that a reader can refuse a body of tiny chunks. ``between``: the next byte begins
+    a chunk's size line.
     """
 
-    __slots__ = ("_held", "_left", "_step", "_trailers", "keep", "payload", "pieces", "seen")
+    __slots__ = (
+        "_held",
+        "_left",
+        "_line",
+        "_step",
+        "_trailers",
+        "between",
+        "counted",
+        "keep",
+        "payload",
+        "pieces",
+        "seen",
+    )
 
-    def __init__(self, *, keep: bool = False) -> None:
+    def __init__(self, *, keep: bool = False, counted: bool = False) -> None:
         self.keep = keep
+        self.counted = counted
         self.pieces: list[bytes] = []
         self.seen = 0
         self.payload = 0
+        self.between = True
+        self._line = 5  # bytes of the last size line: a stream's are mostly as long as the one before
         self._held = b""  # a line that has not come whole yet
         self._left = 0  # bytes of the present chunk still to come
         self._trailers = 0
@@ -114,33 +130,36 @@ class Chunked:
 
     def scan(self, data: bytes) -> int:
         """Walk over as many chunks as there are."""
-        size, held = len(data), len(self._held)
-        self.seen += size
-        if not held and self._step is Chunked._size:  # the common case, at each event of a stream: one chunk, whole
-            start = data.find(b"\n", 0, 18) + 1
+        size = len(data)
+        if self.counted:
+            self.seen += size
+        if self.between:  # the common case, at each event of a stream: one chunk, whole
+            start = self._line
             payload = _sizes.get(data[:start], 0)
+            if not payload:
+                start = self._line = data.find(b"\n", 0, 18) + 1
+                payload = _sizes.get(data[:start], 0)
             if payload and start + payload + 2 == size and data[-2:] == b"\r\n":
-                self.payload += payload
+                if self.counted:
+                    self.payload += payload
                 if self.keep:
                     self.pieces.append(data[start:-2])
                 return -1
+        held = len(self._held)
         if held:
             data, self._held, size = self._held + data, b"", held + size
-        pos = self._chunks(data, 0)
+        pos, end = self._chunks(data, 0), -1
         while 0 <= pos < size:
             pos = self._chunks(data, self._step(self, data, pos))
             if self._step is Chunked._over:
-                return pos - held
-        return -1
+                end = pos - held
+                break
+        self.between = self._step is Chunked._size and not self._held
+        return end
 
     def finished_by_eof(self) -> bool:
         """Only the last chunk ends it."""
         return False
-
-    @property
-    def between(self) -> bool:
-        """Whether the next byte begins a chunk's size line."""
-        return self._step is Chunked._size and not self._held
 
     @property
     def over(self) -> bool:

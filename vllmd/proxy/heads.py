@@ -95,7 +95,7 @@ class RequestHead:
 
     def framing(self) -> Length | Chunked:
         """The scanner for the end of its body; it keeps the payload."""
-        return Chunked(keep=True) if self.length is None else Length(self.length, keep=True)
+        return Chunked(keep=True, counted=True) if self.length is None else Length(self.length, keep=True)
 
 
 @dataclass(slots=True)

@@ -194,17 +194,21 @@ async def list_response(
 
     ``default`` is that of ``json.dumps``. ``make`` makes the JSON value of each item of the list, in its turn.
     """
-    items, written = cast(Sequence[object], value[name]), list[str]()
+    items, written = cast(Sequence[object], value[name]), list[bytes]()
     for start in range(0, len(items), MEMBERS_PER_TURN):
         if start:
             await asyncio.sleep(0)
         some = [make(item) for item in items[start : start + MEMBERS_PER_TURN]]
-        written.append(json.dumps(some, separators=(",", ":"), default=default)[1:-1])
-    members = {
-        key: json.dumps(each, separators=(",", ":"), default=default) for key, each in value.items() if key != name
-    }
-    members = {key: f"[{','.join(written)}]" if key == name else members[key] for key in value}
-    return Response(200, f"{{{','.join(f'{json.dumps(key)}:{text}' for key, text in members.items())}}}".encode())
+        written.append(json.dumps(some, separators=(",", ":"), default=default)[1:-1].encode())
+    # As bytes, and joined at the end: each copy of megabytes takes milliseconds.
+    pieces = list[bytes]()
+    for key, each in value.items():
+        pieces += b"," if pieces else b"{", json.dumps(key).encode(), b":"
+        if key == name:
+            pieces += b"[", b",".join(written), b"]"
+        else:
+            pieces.append(json.dumps(each, separators=(",", ":"), default=default).encode())
+    return Response(200, b"".join((*pieces, b"}")))
 
 
 def text_response(text: str, status: int = 200, content_type: str = "text/plain; charset=utf-8") -> Response:

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 ACCEPTS_PER_TURN = 64  # of the loop, so that connections being served get theirs
 ACCEPT_PAUSE_SECONDS = 0.5  # without accepting, when no file descriptor was left
-HANDSHAKE_SECONDS = 10.0  # for TLS; a silent client counts as a connection no longer
+SHORTEST_HANDSHAKE_SECONDS = 0.01
+HANDSHAKE_SECONDS = 10.0  # from the connection to the end of TLS's handshake; no silent client has a place longer
 
 
 class Server:
@@ -57,7 +58,8 @@ class Server:
         self._on_refused = on_refused
         self.open_connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
-        self._by_address: Counter[str] = Counter()
+        self._unopened: dict[Connection, str] = {}  # accepted, and not made yet: TLS's handshake is under way; address
+        self._by_address: Counter[str] = Counter()  # connections, those not made yet included
         self._empty = asyncio.Event()
         self._accept_pause: asyncio.TimerHandle | None = None
         self._sweeping: asyncio.TimerHandle | None = None
@@ -67,7 +69,7 @@ class Server:
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self.open_connections) + len(self._opening)
+        return len(self.open_connections) + len(self._unopened)
 
     def exchanges(self) -> list[Exchange]:
         """The requests that are being answered now."""
@@ -117,7 +119,10 @@ class Server:
         if sock.family != socket.AF_UNIX:  # asyncio does this only for sockets that were made with proto 6
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
-        opening = asyncio.get_running_loop().create_task(self._open(sock))
+        connection, origin = Connection(self), address[0] if isinstance(address, tuple) else ""
+        self._unopened[connection] = origin
+        self._by_address[origin] += bool(origin)
+        opening = asyncio.get_running_loop().create_task(self._open(sock, connection))
         self._opening.add(opening)
         opening.add_done_callback(self._opened)
 
@@ -129,8 +134,9 @@ class Server:
             return TooManyRequests(f"more than {most} connections from {address[0]}", retry_after=5)
         return None
 
-    async def _open(self, sock: socket.socket) -> None:
-        tls = self.tls
+    async def _open(self, sock: socket.socket, connection: Connection) -> None:
+        tls, loop = self.tls, asyncio.get_running_loop()
+        until = loop.time() + HANDSHAKE_SECONDS
         try:
             if tls is not None and await _speaks_plainly(sock):
                 sock.recv(RECEIVE)  # a socket that is closed with unread bytes is reset, and the answer is lost
@@ -138,15 +144,18 @@ class Server:
                     sock, BadRequest("TLS is spoken here, and this is plain HTTP: the URL must begin with https://")
                 )
                 return
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: cast(asyncio.Protocol, Connection(self)),
-                sock,
-                ssl=tls,
-                ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
-            )
+            made = cast(asyncio.Protocol, connection)
+            left = max(SHORTEST_HANDSHAKE_SECONDS, until - loop.time()) if tls else None
+            await loop.connect_accepted_socket(lambda: made, sock, ssl=tls, ssl_handshake_timeout=left)
         except OSError as error:
             log.debug("a connection was gone before it was served: %s", error)
             sock.close()
+        except asyncio.CancelledError:  # the server stops
+            sock.close()
+            raise
+        finally:
+            if (origin := self._unopened.pop(connection, None)) is not None:  # it never was a connection
+                self._forget_address(origin)
 
     def _opened(self, opening: asyncio.Task[None]) -> None:
         self._opening.discard(opening)
@@ -155,22 +164,23 @@ class Server:
     # -- called by connections
 
     def joined(self, connection: Connection) -> None:
-        """A connection has been accepted."""
+        """A connection has been made, and can be served."""
+        self._unopened.pop(connection, None)
         self.open_connections.add(connection)
         if self._sweeping is None:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
-        if connection.peer.address:
-            self._by_address[connection.peer.address] += 1
 
     def left(self, connection: Connection) -> None:
         """A connection has been closed."""
         self.open_connections.discard(connection)
-        address = connection.peer.address
+        self._forget_address(connection.peer.address)
+        self._check_empty()
+
+    def _forget_address(self, address: str) -> None:
         if address:
             self._by_address[address] -= 1
             if not self._by_address[address]:
                 del self._by_address[address]
-        self._check_empty()
 
     def _sweep(self) -> None:
         """Look for clients that vanished in the middle of an answer."""
@@ -189,7 +199,7 @@ class Server:
     @property
     def busy(self) -> int:
         """Connections on which a request is being read or answered."""
-        return sum(connection.busy for connection in self.open_connections) + len(self._opening)
+        return sum(connection.busy for connection in self.open_connections)
 
     def disable_keep_alive(self) -> None:
         """Close each connection after its present answer, or after its next one; new ones are still accepted."""
@@ -205,7 +215,8 @@ class Server:
     async def drain(self, limit: float, grace: float = 1.0) -> bool:
         """Stop accepting and wait until all requests have ended, at most ``limit`` seconds. Returns whether they did.
 
-        Idle connections are closed at once; one that has never sent a request gets ``grace`` seconds to do so.
+        Idle connections are closed at once; one that has never sent a request gets ``grace`` seconds to do so, and so
+        does one of which TLS's handshake is not over.
         """
         self.disable_keep_alive()
         self.closing = True
@@ -226,6 +237,8 @@ class Server:
     def _close_idle(self, *, fresh_too: bool) -> None:
         for connection in list(self.open_connections):
             connection.close_if_idle(fresh_too=fresh_too)
+        for opening in list(self._opening) if fresh_too else ():
+            opening.cancel()
 
     async def _wait_empty(self, limit: float) -> bool:
         self._empty.clear()

@@ -32,7 +32,7 @@ class Tokens:
         return self.prompt + self.answer
 
 
-def from_usage(tail: bytes | bytearray, opening: bytes = b"") -> Tokens | None:
+def from_usage(tail: bytes, opening: bytes = b"") -> Tokens | None:
     """The tokens by the usage in the last bytes of an answer, in the form of any of the APIs; None if there is none.
 
     ``opening``: the first bytes of a stream of Anthropic's, whose first usage has numbers that the last one leaves out.
@@ -66,7 +66,7 @@ def prompt_tokens(body: bytes) -> int:
     """About how many tokens an engine reads for a request with this body; each file in it counts the same."""
     if body.startswith(b"--"):  # a form
         return TOKENS_PER_FILE
-    if FILE not in body:
+    if body.find(FILE) < 0:  # not ``in``, which takes the bytes for a number first
         return len(body) // BYTES_PER_TOKEN
     text, *files = body.split(FILE)
     rest = sum(len(file) - (file.find(b'"') + 1 or len(file)) for file in files)

@@ -152,7 +152,8 @@ class WithoutUsage:
 
     def more(self, data: bytes) -> None:
         """Pass on what may pass, the first piece along with the head."""
-        if self._between and b"[]" not in data and (data[-4:] == b"\n\n\r\n" or self._framing.over):
+        # ``find``, because ``in`` first takes the bytes for a number, and pays for the exception that they are none.
+        if self._between and data.find(b"[]") < 0 and (data[-4:] == b"\n\n\r\n" or self._framing.over):
             self._between = self._framing.between  # whole events, and none of them without choices
         elif data:
             data = self._filtered(data)

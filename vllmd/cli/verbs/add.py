@@ -14,7 +14,7 @@ from urllib.parse import quote
 from vllmd.api.json_types import Settings
 from vllmd.cli import show
 from vllmd.cli.admin import Admin
-from vllmd.cli.failures import EX_DATAERR, EX_NOINPUT, EX_USAGE, Failure
+from vllmd.cli.failures import EX_DATAERR, EX_NOINPUT, EX_UNAVAILABLE, EX_USAGE, Failure
 
 HEAD = ("MODEL", "SIZE", "WHERE")
 
@@ -41,9 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(show.as_json(answer))
         return 0
+    status, source = admin.status(), str(settings.get("model", ""))
+    if never := next((line.never for line in status.models if line.name == name), ""):
+        raise Failure(f"{name} was added, but it can never be loaded: {never}; its settings, which may help: "
+                      f"{answer['file']}; vllmctl rm {name} takes it away again", EX_UNAVAILABLE)  # fmt: skip
     show.say(f"{name} is served from now on; vllmctl run {name} asks it. Its settings: {answer['file']}")
-    source = str(settings.get("model", ""))
-    if source.startswith("/") and admin.status().backend == "systemd" and (advice := unreadable(Path(source))):
+    if source.startswith("/") and status.backend == "systemd" and (advice := unreadable(Path(source))):
         show.say(advice)
     return 0
 

@@ -8,6 +8,7 @@ and where each setting comes from. schema prints the JSON Schema for editors.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -34,12 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
+    from vllmd.config.as_daemon import problems_of_daemon
     from vllmd.config.loader import read
     from vllmd.config.replicas import engines_of
     from vllmd.engines.programs import system_daemon_is_meant, troubles
 
     reading = read(arguments.file)
-    config, problems = reading.config, reading.problems
+    config, problems = reading.config, reading.problems or problems_of_daemon(arguments.file, os.environ)
     absent = troubles(engines_of(config.models).values(), system=system_daemon_is_meant())
     warnings = [*config.warnings, *map(str, absent)]
     if arguments.json:
@@ -65,7 +67,7 @@ def effective(arguments: argparse.Namespace) -> int:
     reading = read(arguments.file)
     for problem in reading.problems:
         show.say(str(problem), sys.stderr)
-    if any(not problem.alone for problem in reading.problems):
+    if any(not problem.unfit for problem in reading.problems):
         return EX_CONFIG
     print(show.as_json(as_data(reading)) if arguments.json else as_yaml(reading).rstrip())
     return 0

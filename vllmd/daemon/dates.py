@@ -1,0 +1,33 @@
+"""Dates of what was noted by the monotonic clock, as the wall clock was then.
+
+Counted back from now they would be wrong by every second by which the wall clock was set since, and by every second of
+a suspension, in which the monotonic clock stands still.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+SLACK = 1.0  # seconds by which the clocks may part before that is noted
+NOTED = 100  # times
+
+
+class Dates:
+    """What the wall clock was ahead of the core's, and since when."""
+
+    def __init__(self, wall: Callable[[], float] = time.time, clock: Callable[[], float] = time.monotonic) -> None:
+        self._wall = wall
+        self._ahead = [(-math.inf, wall() - clock())]  # since when, by how much; the last one last
+
+    def note(self, at: float, now: float) -> float:
+        """The date of something that has just happened, at ``at``. Both are by the core's clock."""
+        ahead = self._wall() - now
+        if abs(ahead - self._ahead[-1][1]) > SLACK:
+            self._ahead = [*self._ahead, (at, ahead)][-NOTED:]
+        return at + ahead
+
+    def of(self, at: float) -> float:
+        """The date of something that was noted then."""
+        return at + next((ahead for since, ahead in reversed(self._ahead) if since <= at), self._ahead[0][1])
