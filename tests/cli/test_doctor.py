@@ -158,13 +158,21 @@ def test_a_program_that_is_missing_is_said_once() -> None:
     assert not is_known(("bad", "m has failed: out of memory", ""), "m: there is no command 'vllm'")
 
 
-def test_a_model_that_can_never_fit_is_said_once() -> None:
-    """Where a file declares the devices the configuration's finding has it; another one about the model has not."""
-    what = "org/m can never be loaded: 'org/m' needs 90 GiB"
-    assert is_known(("bad", what, ""), "/etc/v.yaml:4: models.org/m.gpu_memory: 90GiB does not fit")
-    assert is_known(("bad", what, ""), "/etc/v.yaml:4: models.org/m.devices: there is no device 3")
-    for other in ("models.org/m.env.TOKEN: everybody can read this", "models.org/m2.gpu_memory: 90GiB does not fit"):
-        assert not is_known(("bad", what, ""), f"/etc/v.yaml:4: {other}")
+def test_a_model_that_can_never_fit_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a file declares the devices the configuration's finding has it, be it of a replica; others are told."""
+    (tmp_path / "vllmd.yaml").write_text(
+        "devices: [{memory: 80GiB}]\n"
+        "models:\n  org/m: {gpu_memory: 90GiB}\n  org/r: {replicas: {of: [{devices: [3]}]}}\n  org/n: {}\n"
+    )
+    monkeypatch.setenv("VLLMD_CONFIG", str(tmp_path / "vllmd.yaml"))
+    monkeypatch.setenv("VLLMD_ADMIN_SOCKET", str(tmp_path / "admin.sock"))
+    told = status(*(model(name, never="it needs 90 GiB") for name in ("org/m", "org/r", "org/n")))
+    with fake_daemon({"GET /admin/status": (200, told)}, tmp_path / "admin.sock"):
+        assert main(["doctor"]) == 69
+    said = capsys.readouterr().out
+    assert [name for name in ("org/m", "org/r", "org/n") if f"{name} can never be loaded" in said] == ["org/n"]
 
 
 def test_a_driver_without_its_device_nodes(tmp_path: Path) -> None:

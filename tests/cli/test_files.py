@@ -77,7 +77,7 @@ def test_config_show_of_a_model_that_can_never_fit(file: Path, capsys: pytest.Ca
     assert main(["config", "show"]) == 0
     shown = capsys.readouterr()
     assert "gpu_memory: 20GiB" in shown.out
-    assert shown.err.startswith(f"{file}:2: models.big.gpu_memory: 20GiB does not fit")
+    assert shown.err.startswith(f"{file}:2: models.big.gpu_memory: it would take 20GiB")
 
 
 def test_V_assign_writes_yaml(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def test_assign_that_would_not_be_valid_changes_nothing(file: Path, capsys: pyte
     assert file.read_text() == before
     assert capsys.readouterr().err == (
         "vllmctl: nothing was changed, for it would not be valid:\n"
-        f"{file}:2: models.m.devices: there is no device 3; the only declared device is 0\n"
+        f"{file}:2: models.m.devices: there is no device 3; there is only 0\n"
     )
 
 
@@ -162,7 +162,7 @@ def test_assign_refuses_what_no_device_has(
     refused = "vllmctl: nothing was changed, for Qwen/Qwen3-0.6B could never be loaded: "
     assert capsys.readouterr().err == f"{refused}it would take {asked}, and device {room}\n"
     assert main(["assign", "Qwen3-0.6B", "--devices", "3"]) == 78
-    assert capsys.readouterr().err == f"{refused}there is no device 3; this machine has 0, 1\n"
+    assert capsys.readouterr().err == f"{refused}there is no device 3; there are 0, 1\n"
     assert file.read_text() == before
     assert main(["assign", "Qwen3-0.6B", "--devices", "auto", "--gpu-memory", "20GiB"]) == 0
     capsys.readouterr()
@@ -172,7 +172,7 @@ def test_assign_refuses_what_no_device_has(
     ("ranks", "why"),
     [
         (2, "it would take 12GiB on each of 2 devices, and device 0 has 8GiB less a reserve of 512MiB: 7.5GiB"),
-        (4, "it takes 4 devices, but may use 2 only"),
+        (4, "it takes 4 devices (tensor_parallel_size times pipeline_parallel_size), but may use 2 only"),
     ],
 )
 def test_assign_names_what_several_devices_lack(
@@ -221,7 +221,8 @@ def test_assign_asks_only_the_devices_of_this_machine(
     assert main(["assign", "far", "--devices", "3", "--gpu-memory", "20GiB"]) == 0
     capsys.readouterr()
     assert main(["assign", "two", "--devices", "auto"]) == 78
-    assert capsys.readouterr().err.endswith("two could never be loaded: it takes 2 devices, but may use 1 only\n")
+    takes = "it takes 2 devices (tensor_parallel_size times pipeline_parallel_size)"
+    assert capsys.readouterr().err.endswith(f"two could never be loaded: {takes}, but may use 1 only\n")
 
 
 def test_assign_on_a_full_disk_leaves_the_file(

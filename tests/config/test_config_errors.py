@@ -147,7 +147,7 @@ GOLDEN = [
     ),
     (
         GPU + "reserve: 2GiB\nmodels: {m: {gpu_memory: 79GiB}}",
-        "vllmd.yaml:3: models.m.gpu_memory: 79GiB does not fit: 80GiB less the reserve of 2GiB leaves 78GiB",
+        "vllmd.yaml:3: models.m.gpu_memory: it would take 79GiB, and device 0 has 80GiB less a reserve of 2GiB: 78GiB",
     ),
     # ---- times
     ("idle: {energy: 5}", f"vllmd.yaml:1: idle.energy: 5 is not {ENERGY}"),
@@ -164,7 +164,7 @@ GOLDEN = [
     # ---- devices
     (
         GPU + "models: {m: {devices: 3}}",
-        "vllmd.yaml:2: models.m.devices: there is no device 3; the only declared device is 0",
+        "vllmd.yaml:2: models.m.devices: there is no device 3; there is only 0",
     ),
     (
         GPU + "models: {m: {tensor_parallel_size: 2}}",
@@ -396,8 +396,11 @@ def test_message(tmp_path: Path, text: str, message: str) -> None:
 
 
 UNFIT = [
-    ("{gpu_memory: 100GiB}", "gpu_memory: 100GiB does not fit: 80GiB less the reserve of 512MiB leaves 79.5GiB"),
-    ("{devices: [3]}", "devices: there is no device 3; the only declared device is 0"),
+    (
+        "{gpu_memory: 100GiB}",
+        "gpu_memory: it would take 100GiB, and device 0 has 80GiB less a reserve of 512MiB: 79.5GiB",
+    ),
+    ("{devices: [3]}", "devices: there is no device 3; there is only 0"),
     ("{tensor_parallel_size: 2}", "it takes 2 devices (tensor_parallel_size times pipeline_parallel_size)"),
 ]
 

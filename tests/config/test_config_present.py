@@ -83,7 +83,7 @@ def test_each_setting_shows_its_origin(tmp_path: Path) -> None:
 def test_the_table_covers_every_field_of_the_dataclasses() -> None:
     """No setting without a row, no row without its field."""
     own = {
-        Config: {"files", "added", "warnings", "origins", "template", "templates"},
+        Config: {"files", "added", "warnings", "unfit", "origins", "template", "templates"},
         ModelConfig: {"name", "where", "replica_of"},
         ReplicaConfig: {"of"},
     }

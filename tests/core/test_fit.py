@@ -69,7 +69,7 @@ def test_the_supplies_of_a_device() -> None:
     assert gib(m.fit.beside_kept(pinned)) == {0: 75, 1: 80}
     assert gib(m.fit.now(idle)) == {0: 75, 1: 60}
     assert gib(m.fit.now(pinned)) == {0: 45, 1: 80}
-    m.ledger.accounts[1].drained = True
+    m.ledger.accounts[1].drained = "by an operator"
     assert gib(m.fit.beside_kept(idle)) == {0: 75, 1: -1}
     assert gib(m.fit.now(idle)) == {0: 75, 1: -1}
     assert gib(freed_asleep(m.ledger, idle, GiB)) == {0: 29}
@@ -101,7 +101,7 @@ def test_a_sleeper_is_stuck_only_if_it_could_start_elsewhere() -> None:
     assert m.fit.stuck([sleeper]) == {}
     pinned.pinned = True
     assert m.fit.stuck([sleeper]) == {sleeper: "it cannot wake on device 0, and can start elsewhere"}
-    m.ledger.accounts[1].drained = True
+    m.ledger.accounts[1].drained = "by an operator"
     assert m.fit.stuck([sleeper]) == {}
 
 

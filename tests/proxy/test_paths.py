@@ -16,7 +16,6 @@ from vllmd.errors import Forbidden, MethodNotAllowed, NotFound, VllmdError
 from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import ADMIN, EVERYTHING, READ, Caller
 from vllmd.proxy.forward import Relay
-from vllmd.proxy.gate import AllowAll
 from vllmd.proxy.heads import split_target
 from vllmd.proxy.http import Headers, Request
 from vllmd.proxy.limits import Limits
@@ -26,7 +25,7 @@ from vllmd.proxy.routing import OPERATORS, Router
 CALLER = Caller("k", EVERYTHING - {ADMIN, READ}, refusal=lambda: Forbidden("not yours"))
 
 
-class ByScope(AllowAll):
+class ByScope:
     """Lets in whoever asks for no more than a model."""
 
     def identify(self, request: Request) -> Caller:

@@ -72,7 +72,7 @@ def test_models_that_wait_for_a_free_device(given: list[str], capsys: pytest.Cap
     [
         (["--policy", "adaptve"], 78, "there is no policy 'adaptve'; did you mean 'adaptive'?"),
         (["--trace", "/nowhere/t.csv"], 65, "/nowhere/t.csv: cannot read the trace"),
-        (["--devices", "40GiB"], 78, "60GiB does not fit: 40GiB less the reserve of 512MiB leaves 39.5GiB"),
+        (["--devices", "40GiB"], 78, "it would take 60GiB, and device 0 has 40GiB less a reserve of 512MiB: 39.5GiB"),
         (["--devices", "plenty"], 78, "'plenty' is not a size"),
         (["--warm", "lukewarm"], 64, "invalid choice: 'lukewarm'"),
     ],

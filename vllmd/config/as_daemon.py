@@ -30,7 +30,7 @@ def problems_of_daemon(config_file: str | Path | None, env: Mapping[str, str], u
     except KeyError:  # it is not installed as a system's service
         return ()
     with _rights_of(account):
-        return [problem for problem in read(env=env).problems if not problem.alone]
+        return [problem for problem in read(env=env).problems if not problem.unfit]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from vllmd.config import offers, secrets
 from vllmd.config.engine_kinds import WITH_VERSIONS, one_name
 from vllmd.config.nodes import Where
 from vllmd.config.types import Config, ModelConfig
+from vllmd.config.unfit import declared, memory_of
+from vllmd.config.unfit import unfit as unfit_of
 from vllmd.config.value_types import show_duration, show_size
 from vllmd.core.types import IdleRules
 
@@ -45,18 +47,16 @@ def check(config: Config) -> Iterator[Finding]:
         yield from replicas(model, config)
 
 
-def unfit(config: Config) -> Iterator[Finding]:
-    """What keeps a model from ever being loaded on the devices that are declared; others can be served beside it."""
+def unfit(config: Config) -> Iterator[tuple[str, Finding]]:
+    """What keeps a model from ever being loaded on the devices that are declared; others can be served beside it.
+
+    Each finding with the name of the model that it is about, also where it is about one of its replicas.
+    """
+    there = declared(config)
     for model in config.models.values():
         for each in (model, *(model.replicas.of if model.replicas else ())):
-            yield from devices(each, config)
-            yield from fits(each, config)
-
-
-def says_unfit(findings: str, model: str) -> bool:
-    """Whether the text of findings has one of ``unfit`` about a model, and not only others about it."""
-    settings = ("devices", "gpu_memory", "tensor_parallel_size", "local_devices")
-    return any(f": models.{model}.{setting}: " in findings for setting in settings)
+            for found in unfit_of(each, there):
+                yield model.name, (_place(each), f"models.{each.name}.{found.setting}", found.why)
 
 
 def warnings_of(config: Config) -> Iterator[Finding]:
@@ -183,36 +183,6 @@ def is_private(address: str) -> bool:
     return address.startswith("/") or not host or is_loopback(host)
 
 
-def devices(model: ModelConfig, config: Config) -> Iterator[Finding]:
-    """Devices that are not declared, or too few of them."""
-    declared = len(config.devices) if config.devices is not None else None
-    have, count = len(model.devices) or declared, model.devices_here
-    if not model.devices and (not have or count <= have):
-        return
-    where, path = _place(model), f"models.{model.name}"
-    if declared is not None and (absent := [index for index in model.devices if index >= declared]):
-        there = f"the declared devices are 0 to {declared - 1}" if declared > 1 else "the only declared device is 0"
-        there = there if declared else "no device is declared"
-        yield from ((where, f"{path}.devices", f"there is no device {index}; {there}") for index in absent)
-    if have and count > have:  # none declared: engines run on the CPU
-        product = " (tensor_parallel_size times pipeline_parallel_size)" if model.local_devices is None else ""
-        name = "tensor_parallel_size" if product else "local_devices"
-        yield where, f"{path}.{name}", f"it takes {count} devices{product}, but may use {have} only"
-
-
-def fits(model: ModelConfig, config: Config) -> Iterator[Finding]:
-    """Memory that no device has."""
-    if not config.devices or not isinstance(model.gpu_memory, int):
-        return
-    own = [config.devices[i] for i in model.devices if i < len(config.devices)] or list(config.devices)
-    largest = max(device.memory for device in own)
-    room = largest - config.reserve
-    if model.gpu_memory > room:
-        what = f"{show_size(model.gpu_memory)} does not fit: {show_size(largest)} "
-        what += f"less the reserve of {show_size(config.reserve)} leaves {show_size(max(0, room))}"
-        yield _place(model), f"models.{model.name}.gpu_memory", what
-
-
 def of_model(model: ModelConfig) -> Iterator[Finding]:
     """What is wrong with one model or replica by itself, whatever devices there are."""
     path, here = f"models.{model.name}", model.local_devices
@@ -287,9 +257,3 @@ def pins(config: Config) -> Iterator[Finding]:
             taken, given = show_size(total), show_size(room)
             what = f"the pinned models {names} take {taken} of device {index}, which has {given} to give"
             yield _place(pinned[-1]), f"models.{pinned[-1].name}.pin", what
-
-
-def memory_of(model: ModelConfig, device: int) -> int:
-    """Bytes that a model takes of a device of ``device`` bytes, as configured; 0 for auto: nothing is known of it."""
-    memory = model.gpu_memory
-    return int(memory * device) if isinstance(memory, float) else memory or 0

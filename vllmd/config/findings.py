@@ -21,7 +21,7 @@ class Problem:
     what: str
     accepted: str = ""
     nearest: str = ""
-    alone: bool = False  # it concerns one model, which cannot be loaded; all others can be served
+    unfit: str = ""  # the model, by name, that it keeps from ever being loaded; all others can be served
 
     def __str__(self) -> str:
         text = self.what
@@ -51,10 +51,10 @@ class Findings:
         self.origins = Origins()
 
     def complain(
-        self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "", *, alone: bool = False
+        self, where: Where, path: str, what: str, accepted: str = "", nearest: str = "", *, unfit: str = ""
     ) -> None:
-        """Note a problem, once for each place and reason, however many models inherit it. ``alone``: see Problem."""
-        self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest, alone))
+        """Note a problem, once for each place and reason, however many models inherit it. ``unfit``: see Problem."""
+        self._problems.setdefault((where, what), Problem(where, path, what, accepted, nearest, unfit))
 
     def warn(self, where: Where, path: str, what: str) -> None:
         """Note, likewise once, what works but should be looked at."""

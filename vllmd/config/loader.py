@@ -73,7 +73,7 @@ def load(
     ``file:line: key.path: what is wrong; did you mean "..."? accepted: ...``
     """
     reading = read(config_file, env, overrides)
-    alone = tuple(str(problem) for problem in reading.problems if problem.alone)
+    alone = tuple(str(problem) for problem in reading.problems if problem.unfit)
     if len(alone) < len(reading.problems) or (alone and strict):
         raise ConfigError("\n".join(map(str, reading.problems)))
     return replace(reading.config, warnings=(*reading.config.warnings, *alone))
@@ -100,13 +100,14 @@ def read(
     config = replace(_Parser(findings, env).config(tree), files=tuple(files.read), added=added)
     for where, path, what in checks.check(config):
         findings.complain(findings.origins.get(path, where), path, what)
-    for where, path, what in checks.unfit(config):
-        findings.complain(findings.origins.get(path, where), path, what, alone=True)
+    for name, (where, path, what) in checks.unfit(config):
+        findings.complain(findings.origins.get(path, where), path, what, unfit=name)
     for where, path, what in checks.warnings_of(config):
         findings.warn(findings.origins.get(path, where), path, what)
-    warnings = tuple(map(str, findings.warnings))
-    config = replace(config, warnings=warnings, origins=findings.origins)
-    return Reading(config, findings.problems(), findings.origins)
+    warnings, problems = tuple(map(str, findings.warnings)), findings.problems()
+    unfit = frozenset(problem.unfit for problem in problems if problem.unfit)
+    config = replace(config, warnings=warnings, unfit=unfit, origins=findings.origins)
+    return Reading(config, problems, findings.origins)
 
 
 def parse_model(name: str, node: Node, findings: Findings) -> tuple[ModelConfig, frozenset[str]]:

@@ -80,7 +80,7 @@ def changed(name: str, settings: Mapping[str, Any], config: Config) -> ModelConf
 
 def _unfit(model: ModelConfig, config: Config) -> list[str]:
     """Why one model can never be loaded on the declared devices. Others, which a file may have, are not looked at."""
-    return [f"{path}: {what}" for _, path, what in unfit(replace(config, models={model.name: model}))]
+    return [f"{path}: {what}" for _, (_, path, what) in unfit(replace(config, models={model.name: model}))]
 
 
 def _over(template: ModelConfig, model: ModelConfig, given: frozenset[str]) -> ModelConfig:

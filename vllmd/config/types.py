@@ -314,7 +314,10 @@ class AuthConfig:
 
 @frozen
 class Config:
-    """The whole configuration. ``warnings``: what was accepted, but should be looked at, each with its file:line."""
+    """The whole configuration. ``warnings``: what was accepted, but should be looked at, each with its file:line.
+
+    ``unfit``: the models, by name, of which a problem or a warning says that they can never be loaded.
+    """
 
     server: ServerConfig = ServerConfig()
     auth: AuthConfig = AuthConfig()
@@ -335,6 +338,7 @@ class Config:
     files: tuple[Path, ...] = ()
     added: Path | None = None  # the folder of the models that vllmctl adds
     warnings: tuple[str, ...] = ()
+    unfit: frozenset[str] = frozenset()
     origins: Mapping[str, object] = field(default_factory=dict, compare=False)  # of settings by path: file:line
 
     def template_of(self, kind: str) -> ModelConfig:

@@ -25,6 +25,7 @@ STEP = 0.2  # by what the logarithm of a correction must have changed to count
 NEWEST = 0.3  # the least weight of a new observation
 LEAST = 0.001  # seconds
 SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
+TOGETHER = 0.01  # seconds, in which they fall by less than a five thousandth
 
 _PRIORS: Mapping[str, Callable[[float], float]] = {
     "start": lambda w: 37 + 0.2 * w,
@@ -166,10 +167,16 @@ class Costs:
         self._seen.clear()
 
     def arrived(self, now: float) -> None:
-        """Count a request, in the rates of the last minutes and of the last hours."""
-        for rate in (self.rate, self.rate_long):
-            fades = math.exp((rate.at - now) / rate.tau) if now > rate.at else 1.0
-            rate.value, rate.at = rate.value * fades + 1.0 / rate.tau, now
+        """Count a request, in the rates of the last minutes and of the last hours.
+
+        Within ``TOGETHER`` of another one it counts as if it had come with it, which saves the fading.
+        """
+        short, long = self.rate, self.rate_long
+        if now - short.at > TOGETHER:
+            for rate in (short, long):
+                rate.value, rate.at = rate.value * math.exp((rate.at - now) / rate.tau), now
+        short.value += 1.0 / SHORT
+        long.value += 1.0 / LONG
 
     @property
     def has_learnt(self) -> bool:

@@ -356,11 +356,13 @@ class AdmissionGate:
         public path that it came by. ``waits`` is called if it is not admitted at once.
         """
         # 1. The key's quota: a key over its limit takes no place in a queue.
-        began, use = self._quotas.clock(), self._quotas.begin(key, body)
+        use = self._quotas.begin(key, body)
+        began: float | None = None  # when it began to wait, if it did
         permit = Permit(self, model, key, only, waits, offer)
         try:
             # 2. Devices and engines must have been found.
             if self._back is None:
+                began = self._quotas.clock()
                 waits()
                 opened = asyncio.get_running_loop().create_future()
                 self._opening.add(opened)
@@ -371,20 +373,23 @@ class AdmissionGate:
                 self._check_served(model, route)
             # A model that is not here is fetched first; what its name means is known only then.
             if model not in self._models and self._fetching.may_fetch(model):
+                began = began or self._quotas.clock()
                 await self._fetch(permit, route)
             # 3. The core admits it, now or when the model is awake and it is its turn.
             self._arrive(permit)
             if not permit.admitted:
+                began = began or self._quotas.clock()
                 await self._decision(permit)
             # 4. An adapter is loaded, unless the engine has it.
             if offer:
+                began = began or self._quotas.clock()
                 await self._load_adapter(permit)
         except BaseException:
             if use is not None:
                 use.abandon()
             raise
         permit.use = use
-        self._counters.waited(offer or model, self._quotas.clock() - began)
+        self._counters.waited(offer or model, 0.0 if began is None else self._quotas.clock() - began)
         return permit
 
     def _check_served(self, model: str, route: str) -> None:

@@ -87,7 +87,10 @@ class Plans:
             cases = [(AS_IT_IS, base)] if present else []
             cases += [(CHANGED, changed)] if changed != base or not present else []
             # Without secrets, and without what a plan does not need.
-            cases = [(name, replace(each, auth=type(each.auth)(), origins={}, warnings=())) for name, each in cases]
+            cases = [
+                (name, replace(each, auth=type(each.auth)(), origins={}, warnings=(), unfit=frozenset()))
+                for name, each in cases
+            ]
             cache = self._cache()
             question = await asyncio.to_thread(lambda: pickle.dumps(Question(cases, rows_of(arrivals), cache)))
             plan = await _simulated(question)

@@ -41,7 +41,7 @@ from vllmd.records import bodies, ring
 from vllmd.records.bodies import KeptBodies, Recordings
 from vllmd.records.ring import Entry, Filter, Ring
 from vllmd.records.sums import DAY, Sums
-from vllmd.records.trace import Arrival, anonymous
+from vllmd.records.trace import Arrival, anonymous, new_arrival
 from vllmd.sizes import MiB
 from vllmd.systemd.throttle import Repeated
 
@@ -182,12 +182,14 @@ class Records:
     @staticmethod
     def _add_up(entries: list[Entry], sums: Sums, arrivals: list[Arrival]) -> None:
         """Add requests to the sums of use, and to the arrivals, of which the last ``MOST_ARRIVALS`` stay."""
+        # Each entry takes the interpreter's lock from the thread that serves, so this is written for speed.
         for entry in entries:
-            tokens = entry.tokens
-            engine_seconds = 0.0 if entry.waited is None else max(0.0, entry.seconds - entry.waited)
-            sums.request(entry.at, entry.key, entry.model, tokens, engine_seconds, failed=ring.failed(entry))
-            prompt, answer = (tokens.prompt, tokens.answer) if tokens is not None else (0, 0)
-            arrivals.append(Arrival(int(entry.at * 1000), entry.model, entry.key, prompt, answer))
+            at, key, model, tokens, waited = entry.at, entry.key, entry.model, entry.tokens, entry.waited
+            engine_seconds = 0.0 if waited is None else max(0.0, entry.seconds - waited)
+            failed = (entry.error or entry.status >= 400) and ring.failed(entry)
+            sums.request(at, key, model, tokens, engine_seconds, failed=bool(failed))
+            prompt, answer = (0, 0) if tokens is None else (tokens.prompt, tokens.answer)
+            arrivals.append(new_arrival((int(at * 1000), model, key, prompt, answer)))
         del arrivals[: max(0, len(arrivals) - MOST_ARRIVALS)]
 
     def engine_up(self, replica: str, took: float) -> None:

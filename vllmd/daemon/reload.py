@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 from vllmd.api.answers import Reloaded
-from vllmd.config.checks import says_unfit
 from vllmd.config.reload import LATER, in_force
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import commands, events
@@ -85,15 +84,15 @@ async def apply_configuration(
         await adopt_running(front, back)
     await asyncio.sleep(0)
     added, removed = sorted(config.models.keys() - models_before), sorted(models_before.keys() - config.models)
-    warnings = (*config.warnings, *_unmentioned(expected.problems, config.warnings))
+    warnings = (*config.warnings, *_unmentioned(expected.problems, config.unfit))
     done = Reloaded(len(config.models), tuple(added), tuple(removed), tuple(sorted(changed)), later, warnings)
     _log(done, config.warnings)
     return done
 
 
-def _unmentioned(problems: Mapping[str, str], warnings: Sequence[str]) -> list[str]:
-    """The problems of models, which are in the log already, that no warning names by its line."""
-    return [why for model, why in problems.items() if not any(says_unfit(each, model) for each in warnings)]
+def _unmentioned(problems: Mapping[str, str], warned_of: Collection[str]) -> list[str]:
+    """The problems of models, which are in the log already, without those of which a warning names the line."""
+    return [why for model, why in problems.items() if model not in warned_of]
 
 
 def _outdated(

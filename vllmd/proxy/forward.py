@@ -59,7 +59,7 @@ KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # a traced request carries the 
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSE_ID_BYTES = 256  # at most, with its key
 REPLICA_FAILURES = frozenset({502, 503, 504})  # statuses of one replica, instead of which another may serve
-MAX_TAIL_PIECES = 16  # of an answer, kept for its end; they are cut when so many have collected
+MAX_TAIL_PIECES = 64  # of an answer, kept for its end; cut when so many have collected: at each it would be copied anew
 OPENING_BYTES = 8192  # of an answer, in which its id or its first usage is looked for
 RESPONSES = "/v1/responses"
 
@@ -119,7 +119,6 @@ class Relay:
                 finally:
                     heartbeat.stop()
                 attempt = upstream_request if permit.target is None else upstream_request.for_replica(permit.target)
-                failure = None
                 account.admit(attempt.target.model)
                 answer = AnswerRelay(exchange, account, attempt, heartbeat, permit, self.requests.responses)
                 try:
@@ -138,12 +137,13 @@ class Relay:
                     # function on the way: in that cycle of references the request's body, which body_memory no longer
                     # counts, would stay until the cycle collector runs.
                     failure = error.with_traceback(None)
+                    answer.note_failure(failure)
                     if heartbeat.answer_begun or exchange.over:
                         raise
                     acquiring = permit.retry(failure)  # awaited once this permit is given back
                 finally:
                     # 6. Release, unless the answer's last byte has done so already.
-                    answer.close(failure)
+                    answer.close()
         except VllmdError as error:
             heartbeat.fail(error.with_traceback(None))
         finally:
@@ -223,7 +223,7 @@ class AnswerRelay:
         """
         self._upstream, self._resend, self.usage_refused = upstream, False, False
         if self._error is None:  # else it was cut off while it connected
-            self._done = asyncio.get_running_loop().create_future()
+            self._done = upstream.loop.create_future()
             upstream.send(self._exchange.request.method, head, body, size, self)
             self._exchange.follow_pauses(self._on_pause)
             await self._done
@@ -231,16 +231,18 @@ class AnswerRelay:
             raise self._error
         return not self._resend
 
-    def close(self, failure: VllmdError | None) -> None:
-        """Release the permit and close the engine's connection, unless that is done. ``failure``: why it failed."""
+    def note_failure(self, error: VllmdError) -> None:
+        """Have the permit given back with the error, unless another one was the first."""
+        self._error = self._error or error
+
+    def close(self) -> None:
+        """Release the permit and close the engine's connection, unless that is done."""
         self._exchange.on_pause = None
         if self._heartbeats is not None:
             self._stop_signs_of_life()
         if self._upstream is not None:
             self._upstream.abort()
-        if self._permit is not None:
-            self._error = self._error or failure
-            self._release()
+        self._release()
 
     def cut(self, reason: str) -> None:
         """The daemon breaks the request off."""

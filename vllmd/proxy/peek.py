@@ -117,7 +117,7 @@ def _parse_at_once(body: bytes, text: str) -> ParsedBody | None:
     start, stop = key.end(), scanstring(text, key.end() + 1, True)[1]
     if len(text) != len(body):
         start, stop = len(text[:start].encode()), len(text[:stop].encode())
-    keep_alive = ()
+    keep_alive: tuple[object, ...] = ()
     if "keep_alive" in members or "ttl" in members:
         keep_alive = tuple(members[name] for name in KEEP_ALIVE if name in members)
     stream = members.get("stream") is True

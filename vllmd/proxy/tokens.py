@@ -66,7 +66,7 @@ def prompt_tokens(body: bytes) -> int:
     """About how many tokens an engine reads for a request with this body; each file in it counts the same."""
     if body.startswith(b"--"):  # a form
         return TOKENS_PER_FILE
-    if FILE not in body:
+    if body.find(FILE) < 0:  # not ``in``, which takes the bytes for a number first
         return len(body) // BYTES_PER_TOKEN
     text, *files = body.split(FILE)
     rest = sum(len(file) - (file.find(b'"') + 1 or len(file)) for file in files)

@@ -108,6 +108,7 @@ class Upstream:
         self.idle_since = 0.0  # seconds of the loop's clock
         self._pool = pool
         self.transport: asyncio.Transport
+        self.loop = asyncio.get_running_loop()  # kept, because Python asks for the process's id at each look for it
         self._sink: Sink | None = None
         self._method = ""
         self._heads = HeadMemo(lambda head: parse_response_head(head, "POST"))
@@ -299,9 +300,9 @@ class Pool:
     def get_idle(self, address: Address) -> Upstream | None:
         """Take an idle connection to ``address`` out of the pool, if one is young enough."""
         idle = self._idle.get(_key(address))
-        oldest = asyncio.get_running_loop().time() - self._limits.now.upstream_idle
         while idle:
             connection = idle.pop()
+            oldest = connection.loop.time() - self._limits.now.upstream_idle
             if connection.idle_since > oldest and connection.usable and connection.is_silent():
                 connection.reused = True
                 return connection
@@ -317,7 +318,7 @@ class Pool:
         if self._closed:
             connection.abort()
             return
-        loop = asyncio.get_running_loop()
+        loop = connection.loop
         connection.idle_since = loop.time()
         self._idle.setdefault(connection.key, []).append(connection)
         if self._timer is None:
@@ -475,18 +476,20 @@ async def request(
         fields.append((b"authorization", b"Bearer " + listen.key.encode()))
     fields.extend((name.lower().encode(), value.encode("latin-1")) for name, value in headers)
     sink = Collector(limit)
-    connection: Upstream | None = None
+    request_head = write_request_head(method, listen.prefix + path, fields)
     try:
         async with asyncio.timeout(timeout):
-            connection = await connect(listen, timeout, Upstream(listen))
-            connection.send(method, write_request_head(method, listen.prefix + path, fields), (body,), len(body), sink)
-            head = await sink.over
+            try:
+                connection = await connect(listen, timeout, Upstream(listen))
+            except UpstreamFailed as error:  # which says where
+                raise type(error)(f"{method} {path}: {error.message}") from None
+            try:
+                connection.send(method, request_head, (body,), len(body), sink)
+                head = await sink.over
+            except UpstreamFailed as error:
+                raise type(error)(f"{method} {path} to {describe(listen)}: {error.message}") from None
+            finally:
+                connection.abort()
     except TimeoutError:
         raise UpstreamFailed(f"{method} {path} to {describe(listen)} was not answered within {timeout:g} s") from None
-    except UpstreamFailed as error:
-        where = f" to {describe(listen)}" if connection else ""  # else the message has it
-        raise type(error)(f"{method} {path}{where}: {error.message}") from None
-    finally:
-        if connection is not None:
-            connection.abort()
     return head.status, list(head.headers.raw), bytes(sink.body)

@@ -37,7 +37,7 @@ class Sums:
 
     def request(self, at: float, key: str, model: str, tokens: Tokens | None, engine: float, *, failed: bool) -> None:
         """Add a request that has ended ``at`` this Unix time, after ``engine`` seconds at its engine."""
-        row = self._row(at, key, model)
+        row = self._rows.get((int(at // HOUR), key, model)) or self._row(at, key, model)
         row[REQUESTS] += 1
         row[ENGINE] += engine
         if failed:

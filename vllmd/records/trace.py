@@ -25,6 +25,9 @@ class Arrival(NamedTuple):
     answer: int
 
 
+new_arrival = Arrival._make  # of the five values in one tuple; half of what the constructor takes
+
+
 class Damaged(ValueError):
     """The bytes are no segment."""
 
@@ -36,11 +39,15 @@ def packed(arrivals: Iterable[Arrival]) -> tuple[int, bytes]:
     first = last = ordered[0][0] if ordered else 0
     out = bytearray(json.dumps([list(models), list(keys)], separators=(",", ":")).encode() + b"\n")
     for at, model, key, prompt, answer in ordered:
-        for number in (at - last, models[model], keys[key], prompt, answer):
-            while number > 0x7F:
-                out.append(number & 0x7F | 0x80)
-                number >>= 7
-            out.append(number)
+        numbers = at - last, models[model], keys[key], prompt, answer
+        if max(numbers) <= 0x7F:  # the common case: a byte for each
+            out += bytes(numbers)
+        else:
+            for number in numbers:
+                while number > 0x7F:
+                    out.append(number & 0x7F | 0x80)
+                    number >>= 7
+                out.append(number)
         last = at
     return first, zlib.compress(out, 1)
 

@@ -93,7 +93,7 @@ def write(model: str, settings: dict[str, str], config_file: Path | None) -> tup
     reading = read(main, texts={path: new})
     # Another model that can never be loaded is in nobody's way, or two of them could not be mended one by one.
     own = (f"models.{name}.", f"models.{name}@")
-    problems = [each for each in reading.problems if not each.alone or each.path.startswith(own)]
+    problems = [each for each in reading.problems if not each.unfit or each.path.startswith(own)]
     if problems:
         text = "\n".join(map(str, problems))
         raise Failure(f"nothing was changed, for it would not be valid:\n{text}", EX_CONFIG)

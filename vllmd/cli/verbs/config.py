@@ -67,7 +67,7 @@ def effective(arguments: argparse.Namespace) -> int:
     reading = read(arguments.file)
     for problem in reading.problems:
         show.say(str(problem), sys.stderr)
-    if any(not problem.alone for problem in reading.problems):
+    if any(not problem.unfit for problem in reading.problems):
         return EX_CONFIG
     print(show.as_json(as_data(reading)) if arguments.json else as_yaml(reading).rstrip())
     return 0

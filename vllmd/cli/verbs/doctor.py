@@ -7,7 +7,7 @@ driver and its device nodes, free space, the configuration and the daemon.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from vllmd.api.answers import ModelLine, Status
 from vllmd.cli import show, standing
@@ -25,9 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vllmd.cli.examine import examine
     from vllmd.cli.examined import Host
+    from vllmd.config.loader import read
 
-    of_machine = examine(Host(user=arguments.user))
-    findings = [*of_machine, *daemon(arguments, known="\n".join(what for _, what, _ in of_machine))]
+    host = Host(user=arguments.user)
+    of_machine = examine(host)
+    known, unfit = "\n".join(what for _, what, _ in of_machine), read(env=host.env).config.unfit
+    findings = [*of_machine, *daemon(arguments, known, unfit)]
     if arguments.json:
         keys = ("verdict", "what", "advice")
         print(show.as_json([dict(zip(keys, finding, strict=True)) for finding in findings]))
@@ -39,10 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     return EX_UNAVAILABLE if any(verdict == "bad" for verdict, _, _ in findings) else 0
 
 
-def daemon(arguments: argparse.Namespace, known: str) -> list[Finding]:
+def daemon(arguments: argparse.Namespace, known: str, unfit: Collection[str]) -> list[Finding]:
     """Whether the daemon answers, whether its configuration is valid, and which devices and models are not well.
 
-    ``known``: the text of the findings so far, which are not repeated.
+    ``known``: the text of the findings so far, which are not repeated; ``unfit``: the models of which one of them says
+    that they can never be loaded.
     """
     try:
         status = Admin(arguments).status(broken=True)
@@ -55,7 +59,7 @@ def daemon(arguments: argparse.Namespace, known: str) -> list[Finding]:
     answers = f"the daemon answers; engines are run by {status.backend or '(still opening)'}"
     if status.event_loop:
         answers += f"; its event loop is {status.event_loop}"
-    failed = (each for each in models(status) if not is_known(each, known))
+    failed = (each for each in models(status, unfit) if not is_known(each, known))
     return [("ok", answers, ""), *devices(status, known), *failed]
 
 
@@ -69,19 +73,14 @@ def devices(status: Status, known: str = "") -> Iterator[Finding]:
 
 
 def is_known(finding: Finding, known: str) -> bool:
-    """Whether another finding says it already: that a program is missing, or that a model can never fit."""
+    """Whether another finding says already that a program is missing."""
     _, what, _ = finding
-    name, never, _ = what.partition(" can never be loaded: ")
-    if never:
-        from vllmd.config.checks import says_unfit
-
-        return says_unfit(known, name)
     name, failed, why = what.partition(" has failed: there is no command ")
     return bool(failed) and f"{name}: there is no command {why.partition(':')[0]}" in known
 
 
-def models(status: Status) -> Iterator[Finding]:
-    """Models that have failed, can never be loaded, or miss a replica."""
+def models(status: Status, unfit: Collection[str] = ()) -> Iterator[Finding]:
+    """Models that have failed, can never be loaded (but for ``unfit``, of which that is known), or miss a replica."""
     for line in status.models:
         name, why = line.name, show.first_line(line.failure)
         if line.state == "error":
@@ -95,6 +94,8 @@ def models(status: Status) -> Iterator[Finding]:
                 f"vllmctl logs {name}; vllmctl restart {name} --force",
             )
         elif line.never:
+            if name in unfit:
+                continue
             yield (
                 "bad",
                 f"{name} can never be loaded: {line.never}",

@@ -77,7 +77,7 @@ def check(arguments: argparse.Namespace, *, system: bool) -> int:
     arguments.file = path if path.exists() else None
     status = config.check(arguments)
     if not arguments.json:
-        fails = any(not problem.alone for problem in read(arguments.file).problems)
+        fails = any(not problem.unfit for problem in read(arguments.file).problems)
         does = "fails on this" if fails else "serves all other models" if status == EX_CONFIG else "reads this"
         print(f"vllmd does not run: its next start {does}")
     return status
