@@ -122,7 +122,7 @@ def discover(cache: Path) -> tuple[Found, ...]:
     """Every model in the cache that an engine can serve, by name.
 
     Left out: data sets, adapters, tokenizers, image generators, downloads without any weights yet; and, with a line
-    in the log, whatever cannot be read as a model.
+    in the log, whatever cannot be read as a model, or is not named like a repository.
     """
     found: list[Found] = []
     ends = time.monotonic() + ALL_MODELS
@@ -188,6 +188,8 @@ def _ref(folder: Path, revision: str) -> str | None:
 
 def _examine(folder: Path) -> Iterator[Found]:
     name = folder.name.removeprefix("models--").replace("--", "/")
+    if not is_repository(name):  # engines may write there: it could be a path, a flag, or several lines
+        raise Unreadable("it is not named like a repository")
     path = _snapshot(folder, "main")
     if path is None:
         return

@@ -251,7 +251,7 @@ def test_the_read_only_socket_shows_and_changes_nothing() -> None:
     for scope in ("open", "health", "metrics", "read"):
         assert may(onlooker, scope, Reach.MACHINE) == ""
     for scope in ("models", "admin"):
-        with pytest.raises(Forbidden, match="shows and changes nothing"):
+        with pytest.raises(Forbidden, match="for looking only"):
             may(onlooker, scope)
 
 

@@ -260,6 +260,11 @@ def test_other_terminals(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, co
         assert widest > 132
 
 
+def test_a_row_is_one_line() -> None:
+    """Whatever a name of somebody else's has in it."""
+    assert table(("A", "B"), [("x\ny", "z")]).splitlines() == ["A     B", "x\\ny  z"]
+
+
 def test_a_name_keeps_both_its_ends() -> None:
     """Where models differ: who made it, and in which form."""
     assert shortened("Qwen/Qwen3-Coder-480B-A35B-Instruct-FP8", 20) == "Qwen/Qwen..truct-FP8"

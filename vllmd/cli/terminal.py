@@ -98,6 +98,8 @@ def table(
     On a terminal that is too narrow the columns ``beneath`` become lines of their own under each row, and the columns
     ``names`` are shortened; a name that looks like another row's then is repeated whole under its row.
     """
+    # Whatever a cell says, a row is one line: a name with a line break would look like two rows.
+    rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
     most = columns()
     if most is None or _wide(head, rows) <= most:
         return "\n".join(_lined(head, rows, right))

@@ -13,7 +13,8 @@ from pathlib import Path
 from vllmd.config.checks import is_good_name
 from vllmd.config.offers import names_of
 from vllmd.config.types import Config
-from vllmd.hub import discover, is_repository
+from vllmd.foreign import shown
+from vllmd.hub import discover
 
 log = logging.getLogger("vllmd.discovery")
 
@@ -25,9 +26,9 @@ def with_discovered(config: Config, cache: Path) -> Config:
     taken = {name for model in config.models.values() for name in (model.name, model.source, *model.aliases)}
     taken |= {*names_of(config), *config.pools}
     there = [one for one in discover(cache) if one.name not in taken]
-    wrong = [one for one in there if not (is_good_name(one.name) and is_repository(one.name))]
-    for one in wrong:  # engines may write there: a folder's name could be a path, a flag, or several lines
-        log.warning("%s is left out: it is not named like a repository", one.path)
+    wrong = [one for one in there if not is_good_name(one.name)]
+    for one in wrong:
+        log.warning("%s is left out: it is not named like a repository", shown(one.name))
     discovered = {}
     for one in there:
         if one not in wrong:

@@ -240,7 +240,9 @@ def _too_many(wait: float) -> VllmdError:
 
 
 def _read_only() -> VllmdError:
-    return Forbidden("this socket shows and changes nothing; the admin socket does, for the group vllmd-admin")
+    return Forbidden(
+        "this socket is for looking only; changes are made through the admin socket, by the group vllmd-admin"
+    )
 
 
 def _untrusted() -> VllmdError:

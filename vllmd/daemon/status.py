@@ -339,6 +339,8 @@ class Status:
         starts: dict[str, Start] = {}
         devices = memory.last.devices if memory.last and memory.readable else {}
         for engine, start in back.learnt.starts.items():
+            if engine not in self._current.engines:  # it was removed, and may come back
+                continue
             model = self._current.model_of(engine)
             if model not in starts or start.seconds > starts[model].seconds:  # of several replicas the slowest start
                 starts[model] = start

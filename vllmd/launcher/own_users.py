@@ -52,7 +52,8 @@ class OwnUsers:
         if name in known:
             number = known[name]
             if not self.first <= number <= self.last or _is_known(number):
-                raise ValueError(f"{self.home(name)} belongs to the user id {number}, which is none of these users")
+                wanted = f"{self.first} to {self.last} that nobody else has"
+                raise ValueError(f"{self.home(name)} belongs to the user id {number}, which is not one of {wanted}")
             return number
         used = set(known.values())
         free = (number for number in range(self.first, self.last + 1) if number not in used and not _is_known(number))
