@@ -59,7 +59,7 @@ KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # a traced request carries the 
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSE_ID_BYTES = 256  # at most, with its key
 REPLICA_FAILURES = frozenset({502, 503, 504})  # statuses of one replica, instead of which another may serve
-MAX_TAIL_PIECES = 16  # of an answer, kept for its end; they are cut when so many have collected
+MAX_TAIL_PIECES = 64  # of an answer, kept for its end; cut when so many have collected: at each it would be copied anew
 OPENING_BYTES = 8192  # of an answer, in which its id or its first usage is looked for
 RESPONSES = "/v1/responses"
 
