@@ -15,14 +15,14 @@ holds this table against the imports)::
     core/       decides everything about models and memory: pure  core, frozen, sizes
     api/        what daemon and clients tell each other, and
                 the table of operators' verbs                     errors, frozen
-    config/     one table of settings, the loader                 addresses, core.types, errors, foreign, frozen,
-                                                                  sizes, text
+    config/     one table of settings, the loader                 addresses, core.lack, core.types, errors, foreign,
+                                                                  frozen, sizes, text
     gpu/        NVML, or the devices that the configuration says  core.types, config, errors, frozen, place,
                                                                   simengine, sizes
     hub         models in the Hugging Face cache                  foreign, frozen
     engines/    an engine kind: spec -> argv, probes, sleep calls,
-                and what it will take of memory                   core.types, config, errors, foreign, frozen, hub,
-                                                                  sizes, text
+                and what it will take of memory                   core.lack, core.types, config, errors, foreign,
+                                                                  frozen, hub, sizes, text
     installer/  engines' environments: installed by pip, chosen,
                 removed; a service of its own                     credentials, engines, errors, frozen, sizes
     systemd/    socket activation, notify, journal                errors, text

@@ -24,6 +24,7 @@ TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
 
 MOST_NAMED = 3  # names in a message
 MOST_COMPARED = 500  # names that a wrong one is compared with
+MOST_GUESSED = 1000  # inexact names whose meanings are remembered
 
 FIRST_MODEL = "vllmctl run smollm2"  # the command that fetches a model, serves it and asks it
 LATEST = ":latest"
@@ -39,38 +40,37 @@ PREFIXES = tuple(
 )
 
 
-class Meanings:
-    """Which models each of many names can mean. Nearly every name means one, for which no set is made."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, str | set[str]] = {}
-
-    def note(self, name: str, model: str) -> None:
-        """Note that ``name`` can mean ``model`` as well."""
-        before = self._known.setdefault(name, model)
-        if isinstance(before, set):
-            before.add(model)
-        elif before != model:
-            self._known[name] = {before, model}
-
-    def of(self, name: str) -> set[str]:
-        """The models that ``name`` can mean; empty for an unknown name."""
-        known = self._known.get(name, set())
-        return {known} if isinstance(known, str) else known
-
-
 class Guesses:
-    """Which models an inexact name can mean, by other case and by its end. ``names``: each with its model."""
+    """Which models an inexact name can mean, by other case and by its end: each way of reading it, in order."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self.folded, self.suffixes, self.folded_suffixes = Meanings(), Meanings(), Meanings()
-        for name, model in names.items():
-            self.folded.note(folded(name), model)
-            if name.endswith(LATEST):
-                self.folded.note(folded(name.removesuffix(LATEST)), model)
-            for suffix in _suffixes(name):
-                self.suffixes.note(suffix, model)
-                self.folded_suffixes.note(folded(suffix), model)
+    def __init__(self, name: str, names: Mapping[str, str]) -> None:
+        """``names``: every one there is, with its model. All of them are looked at: 5 ms with ten thousand."""
+        lowered = name.lower()
+        without_prefix = [name[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix)]
+        readings = (name, *without_prefix)
+        self._folded: dict[str, set[str]] = {folded(each): set() for each in readings}
+        self._ends: dict[str, set[str]] = {f"/{each}": set() for each in readings}
+        self._folded_ends: dict[str, set[str]] = {f"/{folded(each)}": set() for each in readings}
+        for known, model in names.items():
+            self._compare(known, folded(known), model)
+        self.meanings = [self._folded[folded(each)] for each in readings]
+        for each in readings:
+            self.meanings += self._ends[f"/{each}"], self._folded_ends[f"/{folded(each)}"]
+
+    def _compare(self, known: str, plain: str, model: str) -> None:
+        """Note what ``known``, a model's name or alias, could be meant by. ``plain``: it, folded."""
+        if plain in self._folded:
+            self._folded[plain].add(model)
+        if known.endswith(LATEST) and (tagless := folded(known.removesuffix(LATEST))) in self._folded:
+            self._folded[tagless].add(model)
+        if "/" not in known:
+            return
+        for end, models in self._ends.items():
+            if known.endswith(end):
+                models.add(model)
+        for end, models in self._folded_ends.items():
+            if plain.endswith(end):
+                models.add(model)
 
 
 class Names:
@@ -93,17 +93,18 @@ class Names:
         self._of_models = len(self._exact)  # the first of the names; the others are offers'
         for name in offers:
             self._exact.setdefault(name, name)
-        self._known_guesses: Guesses | None = None
+        self._guessed: dict[str, list[set[str]]] = {}  # what inexact names can mean, of the last ones that were asked
 
     def __contains__(self, name: str) -> bool:
         return name in self._exact
 
-    @property
-    def _guesses(self) -> Guesses:
-        """Made for the first name that is not exact: of ten thousand models they take megabytes."""
-        if self._known_guesses is None:
-            self._known_guesses = Guesses(self._exact)
-        return self._known_guesses
+    def _guesses(self, name: str) -> list[set[str]]:
+        """What an inexact name can mean. Clients send the same ones again and again."""
+        if name not in self._guessed:
+            if len(self._guessed) >= MOST_GUESSED:
+                self._guessed.clear()
+            self._guessed[name] = Guesses(name, self._exact).meanings
+        return self._guessed[name]
 
     def resolve(self, name: str, visible: Callable[[str], bool] = lambda model: True) -> str:
         """The configured name of the model or offer that ``name`` means.
@@ -156,15 +157,7 @@ class Names:
         for tagged in (plain, plain + LATEST):
             if tagged in self._exact:
                 yield {self._exact[tagged]}
-        guesses = self._guesses
-        yield guesses.folded.of(folded(plain))
-        lowered = plain.lower()
-        without_prefix = [plain[len(prefix) :] for prefix in PREFIXES if lowered.startswith(prefix)]
-        for rest in without_prefix:
-            yield guesses.folded.of(folded(rest))
-        for end in (plain, *without_prefix):
-            yield guesses.suffixes.of(end)
-            yield guesses.folded_suffixes.of(folded(end))
+        yield from self._guesses(plain)
 
     def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
         """The error for a name that means nothing: with the nearest names, else with how to list them."""
@@ -182,12 +175,6 @@ class Names:
         if close:
             return f"model {name!r} does not exist; did you mean {' or '.join(map(repr, close[:3]))}?"
         return f"model {name!r} does not exist; {self._listed_by}"
-
-
-def _suffixes(name: str) -> Iterable[str]:
-    """``org/team/name`` may also be called ``team/name`` or ``name``."""
-    parts = name.split("/")
-    return ("/".join(parts[start:]) for start in range(1, len(parts)))
 
 
 def folded(name: str) -> str:

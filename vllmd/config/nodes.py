@@ -16,8 +16,6 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from vllmd.frozen import frozen
-
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -32,19 +30,32 @@ class Where(NamedTuple):
         return f"{self.source}:{self.line}" if self.line else self.source
 
 
-@frozen
 class Node:
-    """A value and its place. ``value`` is a scalar, a list of nodes, or a dict from key to node.
+    """A value and its place, which nobody changes. ``value`` is a scalar, a list of nodes, or a dict from key to node.
 
-    ``text`` is a scalar as it was written, ``key`` the place of the mapping key that led here. ``secret``: it may hold
-    one, so no complaint quotes it.
+    ``text`` is a scalar as it was written, ``key`` the place of the mapping key that led here, in the same file.
+    ``secret``: it may hold one, so no complaint quotes it.
+
+    Places are kept as numbers, and become a ``Where`` when one is asked for: a file of ten thousand models has eighty
+    thousand. What stays of a model while its nodes go is of a ``Where``'s size, and all their memory would stay, too.
     """
 
-    where: Where
-    value: Any
-    text: str = ""
-    key: Where | None = None
-    secret: bool = False
+    __slots__ = ("_column", "_key_column", "_key_line", "_line", "_source", "secret", "text", "value")
+
+    def __init__(
+        self, where: Where, value: Any, text: str = "", key: Where | None = None, secret: bool = False
+    ) -> None:
+        self._source, self._line, self._column = where
+        self.value, self.text, self.secret = value, text, secret
+        self._key_line, self._key_column = (NOT_KEYED, 0) if key is None else (key.line, key.column)
+
+    @property
+    def where(self) -> Where:
+        return Where(self._source, self._line, self._column)
+
+    @property
+    def key(self) -> Where | None:
+        return None if self._key_line == NOT_KEYED else Where(self._source, self._key_line, self._key_column)
 
     @property
     def is_map(self) -> bool:
@@ -74,11 +85,17 @@ class Node:
             return hidden(self, [hidden(node, node.value) for node in self.value])
         return hidden(self, self.value)
 
-    def with_value(self, value: Any) -> Node:
-        """The same place with another value."""
-        return Node(self.where, value, self.text, self.key, self.secret)
+    def with_value(self, value: Any, text: str | None = None) -> Node:
+        """The same place with another value, and perhaps as another text."""
+        node = _blank(Node)
+        node._source, node._line, node._column = self._source, self._line, self._column
+        node._key_line, node._key_column = self._key_line, self._key_column
+        node.value, node.text, node.secret = value, self.text if text is None else text, self.secret
+        return node
 
 
+_blank = object.__new__
+NOT_KEYED = -1  # as the line of a key: no key has led here
 STRING = "tag:yaml.org,2002:str"
 LONGEST_KNOWN_CHARS, MOST_KNOWN = 64, 1000  # of plain scalars that are remembered: length, and how many
 _new = tuple.__new__  # past the constructor, which costs as much again
@@ -194,7 +211,7 @@ class _Composer:
         known = self.anchors.get(event.anchor)
         if known is None:
             raise ComposerError(None, None, "found undefined alias", event.start_mark)
-        return known if known.key is key else Node(known.where, known.value, known.text, key)
+        return known if known.key == key else Node(known.where, known.value, known.text, key)
 
     def scalar(self, event: Any, where: Where) -> tuple[str, Any]:
         """A scalar's text, and the value that YAML reads from it."""

@@ -120,27 +120,27 @@ def never(node: Node) -> Node | None:
     """``idle: never``: each of its stages is never."""
     if node.text.lower() not in ("never", "off"):
         return None
-    word = replace(node, value="never", text="never")
-    return replace(node, value={"sleep_after": word, "deepen_after": word, "stop_after": word})
+    word = node.with_value("never", "never")
+    return node.with_value({"sleep_after": word, "deepen_after": word, "stop_after": word})
 
 
 def several(node: Node) -> Node | None:
     """``replicas: 2`` means two alike, ``replicas: [...]`` the list of them."""
     if node.is_list:
-        return replace(node, value={"of": node})
+        return node.with_value({"of": node})
     if node.is_map or isinstance(node.value, bool):
         return None
-    return replace(node, value={"min": node, "max": node})
+    return node.with_value({"min": node, "max": node})
 
 
 def under(name: str) -> Callable[[Node], Node | None]:
     """A short form: a scalar or a list in the place of the group is its setting ``name``."""
-    return lambda node: None if node.is_map or node.value is None else replace(node, value={name: node})
+    return lambda node: None if node.is_map or node.value is None else node.with_value({name: node})
 
 
 def plainly(node: Node) -> Node | None:
     """``when_free: true``: the group with its defaults."""
-    return replace(node, value={}) if node.value is True else None
+    return node.with_value({}) if node.value is True else None
 
 
 # ---- kinds of values that one group has --------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def parse_level(node: Node) -> int:
 def parse_cores(node: Node) -> float:
     """Cores, from ``1.5`` or systemd's ``150%``."""
     text = node.text.removesuffix("%")
-    cores = float(k.real(0, 102400)(replace(node, text=text, value=text)))
+    cores = float(k.real(0, 102400)(node.with_value(text, text)))
     return cores / 100 if node.text.endswith("%") else cores
 
 
@@ -996,7 +996,7 @@ def mebibytes(node: Node) -> Node:
     """A bare number, which means MiB in the other system, as a size with its unit."""
     if isinstance(node.value, bool) or not node.text.isdigit() or node.text == "0":
         return node
-    return replace(node, value=f"{node.text}MiB", text=f"{node.text}MiB")
+    return node.with_value(f"{node.text}MiB", f"{node.text}MiB")
 
 
 @frozen

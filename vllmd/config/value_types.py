@@ -277,8 +277,8 @@ def parse_shares(node: Node) -> dict[float, float]:
         raise wrong(node, "a mapping from free ratio to share") if not node.is_map else Wrong("it is empty")
     shares: dict[float, float] = {}
     for key, value in node.value.items():
-        place = replace(value, where=value.key or value.where)
-        ratio, share = _ratio(replace(place, value=key, text=key)), _ratio(value)
+        place = Node(value.key or value.where, key, key, secret=value.secret)
+        ratio, share = _ratio(place), _ratio(value)
         if share > ratio:
             raise Wrong(f"where {ratio:g} is free it cannot take {share:g}", place)
         if ratio in shares:
@@ -388,7 +388,7 @@ def items(node: Node) -> list[Node]:
         return list(node.value)
     if node.is_map or node.value is None:
         raise wrong(node, "a list")
-    return [replace(node, value=part.strip(), text=part.strip()) for part in node.text.split(",") if part.strip()]
+    return [node.with_value(part.strip(), part.strip()) for part in node.text.split(",") if part.strip()]
 
 
 def list_of(item: Parse) -> Parse:

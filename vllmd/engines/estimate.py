@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
+from vllmd.core.lack import lack
 from vllmd.core.types import Device, Footprint, Source
 from vllmd.engines import adapters, llama_memory, options, vllm_cpu
 from vllmd.engines.architecture import Architecture
@@ -122,16 +123,9 @@ def too_large(model: ModelConfig, expected: Estimate, devices: Sequence[Device])
     needed = model.devices_here
     if not devices or expected.footprint.awake <= 0:
         return ""
-    if len(allowed) < needed:
-        return f"{model.name} needs {needed} devices, but only {_listed(allowed)} may be used"
     want = max(expected.footprint.awake, expected.footprint.starting)
-    fitting = [device for device in allowed if device.memory - device.reserve >= want]
-    if len(fitting) >= needed:
-        return ""
-    return (
-        f"{model.name} needs {size(want)} on each of {needed} device{'s' * (needed > 1)} ({expected.why}), "
-        f"but there {'is' if len(allowed) == 1 else 'are'} only {_listed(allowed)}"
-    )
+    lacks = lack(allowed, needed, lambda device: want)
+    return lacks.of(model.name, expected.why) if lacks else ""
 
 
 def overfull_pins(pinned: Iterable[tuple[ModelConfig, Estimate]], devices: Sequence[Device]) -> str:
@@ -362,10 +356,3 @@ def _kv_width(model: ModelConfig) -> int:
     if "8" in dtype:
         return 1
     return 4 if dtype in ("", "auto") and is_wide(model) else 2
-
-
-def _listed(devices: Sequence[Device]) -> str:
-    if not devices:
-        return "none"
-    each = (f"device {device.index} with {size(device.memory - device.reserve)}" for device in devices)
-    return ", ".join(each) + " (less the reserve)"
