@@ -22,7 +22,7 @@ from vllmd.proxy.heads import split_target
 from vllmd.proxy.http import Headers, Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
-from vllmd.proxy.routing import OPERATORS, Route, Router
+from vllmd.proxy.routing import OPERATORS, Route, Router, compiled
 
 CALLER = Caller("k", EVERYTHING - {ADMIN, READ}, refusal=lambda: Forbidden("not yours"))
 
@@ -64,7 +64,7 @@ def test_what_is_added_later_is_what_no_other_route_fits() -> None:
     assert len(later) > 70
     for route in later:
         path = re.sub(r"\{\w+(:path)?\}", "x", route.pattern)
-        assert first._at(sent(route.method, path), path) is None, route.pattern
+        assert not any(compiled(each.pattern).fullmatch(path) for each in first.routes), route.pattern
 
 
 def test_routes_are_added_when_a_path_is_none_of_those_there_are() -> None:
