@@ -77,7 +77,7 @@ def test_config_show_of_a_model_that_can_never_fit(file: Path, capsys: pytest.Ca
     assert main(["config", "show"]) == 0
     shown = capsys.readouterr()
     assert "gpu_memory: 20GiB" in shown.out
-    assert shown.err.startswith(f"{file}:2: models.big.gpu_memory: it would take 20GiB")
+    assert shown.err.startswith(f"{file}:2: models.big.gpu_memory: it needs 20 GiB")
 
 
 def test_V_assign_writes_yaml(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,12 +138,16 @@ def test_assign_that_would_not_be_valid_changes_nothing(file: Path, capsys: pyte
     )
 
 
+SMALL = "device 0 has 8 GiB less a reserve of 512 MiB: 7.5 GiB"
+BOTH = f"{SMALL}; device 1 has 24 GiB less a reserve of 512 MiB: 23.5 GiB"
+
+
 @pytest.mark.parametrize(
     ("settings", "asked", "room"),
     [
-        (["--devices", "auto", "--gpu-memory", "100GiB"], "100GiB", "1 has 24GiB less a reserve of 512MiB: 23.5GiB"),
-        (["--devices", "auto", "--gpu-memory", "0.99"], "23.76GiB", "1 has 24GiB less a reserve of 512MiB: 23.5GiB"),
-        (["--devices", "0", "--gpu-memory", "12GiB"], "12GiB", "0 has 8GiB less a reserve of 512MiB: 7.5GiB"),
+        (["--devices", "auto", "--gpu-memory", "100GiB"], "100 GiB", BOTH),
+        (["--devices", "auto", "--gpu-memory", "0.99"], "23.76 GiB", BOTH),
+        (["--devices", "0", "--gpu-memory", "12GiB"], "12 GiB", SMALL),
     ],
 )
 def test_assign_refuses_what_no_device_has(
@@ -160,7 +164,7 @@ def test_assign_refuses_what_no_device_has(
     before = file.read_text()
     assert main(["assign", "Qwen3-0.6B", *settings]) == 78
     refused = "vllmctl: nothing was changed, for Qwen/Qwen3-0.6B could never be loaded: "
-    assert capsys.readouterr().err == f"{refused}it would take {asked}, and device {room}\n"
+    assert capsys.readouterr().err == f"{refused}it needs {asked} on 1 device; {room}\n"
     assert main(["assign", "Qwen3-0.6B", "--devices", "3"]) == 78
     assert capsys.readouterr().err == f"{refused}there is no device 3; there are 0, 1\n"
     assert file.read_text() == before
@@ -171,8 +175,8 @@ def test_assign_refuses_what_no_device_has(
 @pytest.mark.parametrize(
     ("ranks", "why"),
     [
-        (2, "it would take 12GiB on each of 2 devices, and device 0 has 8GiB less a reserve of 512MiB: 7.5GiB"),
-        (4, "it takes 4 devices (tensor_parallel_size times pipeline_parallel_size), but may use 2 only"),
+        (2, f"it needs 12 GiB on each of 2 devices; {BOTH}"),
+        (4, "it needs 4 devices, and there are 2 for it (tensor_parallel_size times pipeline_parallel_size)"),
     ],
 )
 def test_assign_names_what_several_devices_lack(
@@ -221,8 +225,8 @@ def test_assign_asks_only_the_devices_of_this_machine(
     assert main(["assign", "far", "--devices", "3", "--gpu-memory", "20GiB"]) == 0
     capsys.readouterr()
     assert main(["assign", "two", "--devices", "auto"]) == 78
-    takes = "it takes 2 devices (tensor_parallel_size times pipeline_parallel_size)"
-    assert capsys.readouterr().err.endswith(f"two could never be loaded: {takes}, but may use 1 only\n")
+    needs = "it needs 2 devices, and there is 1 for it (tensor_parallel_size times pipeline_parallel_size)"
+    assert capsys.readouterr().err.endswith(f"two could never be loaded: {needs}\n")
 
 
 def test_assign_on_a_full_disk_leaves_the_file(

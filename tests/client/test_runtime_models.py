@@ -59,7 +59,7 @@ def test_what_is_wrong_in_a_file_is_wrong_here(settings: dict[str, Any], why: st
 
 @pytest.mark.parametrize(
     ("settings", "why"),
-    [({"gpu_memory": "100GiB"}, "gpu_memory: it would take 100GiB"), ({"devices": [3]}, "there is no device 3")],
+    [({"gpu_memory": "100GiB"}, "gpu_memory: it needs 100 GiB"), ({"devices": [3]}, "there is no device 3")],
 )
 def test_what_no_declared_device_has_is_refused(settings: dict[str, Any], why: str) -> None:
     """At once, not at its first request; a model of a file that can never be loaded either is no reason."""

@@ -49,10 +49,11 @@ Run it again for clients of your own. Behind vllmd: SmolLM2-135M on llama.cpp, w
 embeds, and for tools a tiny model on vLLM, all on a CPU. `yes`: it worked, and the answers are true ones; `no`: it did
 not, and why is told below; `-`: the client has no such thing, or its program does not try it. `cancel`: the client left
 in the middle of an answer, and the engine stopped. `errors`: an unknown model raises the client's own error, with the
-name in it. `images`: a picture reaches the engine, which is the stand-in; so is it for tools of Ollama's clients, which
-cannot insist on a call, and of instructor, which sends no `strict`. `tools` elsewhere: the call of a function with
-`strict` parameters, to which alone vLLM holds a model. Agents ask SmolLM2 with its context stretched to 32,768 tokens:
-they have an answer of it, but no sensible one; they send tools, which so small a model does not call.
+name in it; what it is called stands below. `images`: a picture reaches the engine, which is the stand-in; so is it for
+tools of Ollama's clients, which cannot insist on a call, and of instructor, which sends no `strict`. `tools` elsewhere:
+the call of a function with `strict` parameters, to which alone vLLM holds a model. Agents ask SmolLM2 with its context
+stretched to 32,768 tokens: they have an answer of it, but no sensible one; they send tools, which so small a model does
+not call.
 """
 
 

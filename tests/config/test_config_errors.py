@@ -147,7 +147,8 @@ GOLDEN = [
     ),
     (
         GPU + "reserve: 2GiB\nmodels: {m: {gpu_memory: 79GiB}}",
-        "vllmd.yaml:3: models.m.gpu_memory: it would take 79GiB, and device 0 has 80GiB less a reserve of 2GiB: 78GiB",
+        "vllmd.yaml:3: models.m.gpu_memory: it needs 79 GiB on 1 device; "
+        "device 0 has 80 GiB less a reserve of 2 GiB: 78 GiB",
     ),
     # ---- times
     ("idle: {energy: 5}", f"vllmd.yaml:1: idle.energy: 5 is not {ENERGY}"),
@@ -168,12 +169,12 @@ GOLDEN = [
     ),
     (
         GPU + "models: {m: {tensor_parallel_size: 2}}",
-        "vllmd.yaml:2: models.m.tensor_parallel_size: it takes 2 devices (tensor_parallel_size times "
-        "pipeline_parallel_size), but may use 1 only",
+        "vllmd.yaml:2: models.m.tensor_parallel_size: it needs 2 devices, and there is 1 for it "
+        "(tensor_parallel_size times pipeline_parallel_size)",
     ),
     (
         GPU + "models: {m: {tensor_parallel_size: 4, local_devices: 2}}",
-        "vllmd.yaml:2: models.m.local_devices: it takes 2 devices, but may use 1 only",
+        "vllmd.yaml:2: models.m.local_devices: it needs 2 devices, and there is 1 for it",
     ),
     (
         "models: {m: {tensor_parallel_size: 2, local_devices: 3}}",
@@ -398,10 +399,13 @@ def test_message(tmp_path: Path, text: str, message: str) -> None:
 UNFIT = [
     (
         "{gpu_memory: 100GiB}",
-        "gpu_memory: it would take 100GiB, and device 0 has 80GiB less a reserve of 512MiB: 79.5GiB",
+        "gpu_memory: it needs 100 GiB on 1 device; device 0 has 80 GiB less a reserve of 512 MiB: 79.5 GiB",
     ),
     ("{devices: [3]}", "devices: there is no device 3; there is only 0"),
-    ("{tensor_parallel_size: 2}", "it takes 2 devices (tensor_parallel_size times pipeline_parallel_size)"),
+    (
+        "{tensor_parallel_size: 2}",
+        "it needs 2 devices, and there is 1 for it (tensor_parallel_size times pipeline_parallel_size)",
+    ),
 ]
 
 

@@ -80,7 +80,7 @@ def test_the_supplies_of_a_device() -> None:
     ("size", "count", "devices", "never"),
     [
         (80, 1, (), ""),
-        (81, 1, (), "needs 81 GiB on each of 1 device; devices 0, 1 have 80 GiB"),
+        (81, 1, (), "needs 81 GiB on 1 device; devices 0, 1 have 80 GiB"),
         (10, 3, (), "needs 3 devices, and there are 2 for it"),
         (10, 1, (7,), "needs 1 device, and there are none for it"),
         (500, 0, (), ""),

@@ -610,7 +610,7 @@ def test_a_model_none_of_whose_replicas_can_ever_fit_is_refused_with_the_arithme
     (refused,) = w.ask("r", "m")
     assert isinstance(refused, Reject)
     assert (refused.error, refused.retry_after) == (RejectReason.MODEL_TOO_LARGE, None)
-    assert refused.message == "'m@1' needs 200 GiB on each of 1 device; devices 0, 1 have 80 GiB each"
+    assert refused.message == "'m@1' needs 200 GiB on 1 device; devices 0, 1 have 80 GiB each"
 
 
 def test_each_replica_that_is_down_is_named_with_its_reason() -> None:

@@ -98,6 +98,17 @@ def test_retry_after_is_the_time_that_something_will_take() -> None:
     assert refused.retry_after == costs.seconds("service") > 1.0
 
 
+def test_retry_after_of_a_model_that_nothing_is_done_for_is_the_time_of_its_load() -> None:
+    """It is refused for the sake of a pinned one: sooner than it could be loaded nobody need ask again."""
+    w = World([model("pinned", 60, pinned=True), model("m", 30)], [GPU])
+    w.ask("first", "pinned")
+    w.now = 40.0
+    w.answer("pinned")
+    (refused,) = w.ask("r", "m")
+    assert isinstance(refused, Reject) and "pinned" in refused.message
+    assert refused.retry_after == w.scheduler.costs.open(w.specs["m"]).wake(0) > 2.0
+
+
 def test_one_command_at_a_time_on_a_device() -> None:
     """vLLM mis-sizes itself when two start together: the second one waits for the first."""
     w = World([model("a", 20), model("b", 20)], [GPU])

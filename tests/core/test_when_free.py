@@ -268,7 +268,7 @@ def test_a_reserve_that_leaves_less_than_the_share_is_said() -> None:
     w = World([model("m", when_free=rule)], [Device(0, "gpu0", 80 * GiB, 10 * GiB)])
     (told,) = w.ask("r", "m")
     assert isinstance(told, Reject)
-    needs = "'m' needs 72 GiB on each of 1 device"
+    needs = "'m' needs 72 GiB on 1 device"
     assert told.message == f"{needs}; device 0 has 80 GiB less a reserve of 10 GiB: 70 GiB"
 
 

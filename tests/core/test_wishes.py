@@ -43,7 +43,7 @@ def test_loading_what_can_never_fit_is_refused_with_the_reason() -> None:
     """No request hears of it, so what is shown of the model says it."""
     w = World([model("huge", 100)], [GPU])
     assert w.do(LoadAsked("huge")) == []
-    assert "needs 100 GiB on each of 1 device" in w.seen.models[0].never
+    assert "needs 100 GiB on 1 device" in w.seen.models[0].never
 
 
 def test_sleep_is_drained_first() -> None:

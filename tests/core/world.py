@@ -352,8 +352,10 @@ class World:
     def _devices_told(self, event: DevicesChanged | DevicesTroubled | DeviceDrained) -> None:
         if isinstance(event, DeviceDrained):
             known = event.device in self.scheduler.core.engines.ledger.accounts
-            self.drained -= {event.device}
-            self.drained |= {event.device} if event.drained and known else set()
+            if not event.drained:
+                self.drained.discard(event.device)
+            elif known:  # of one that is not there it is told that there is none
+                self.drained.add(event.device)
         elif isinstance(event, DevicesTroubled):
             self.unusable = {i: why for i, why in {**event.ill, **event.lost}.items() if i in self.there}
         else:

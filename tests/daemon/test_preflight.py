@@ -41,9 +41,9 @@ def test_what_fits_is_not_spoken_of() -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (sim("large", 90 * GiB), ["large needs 90 GiB on each of 1 device", "79.5 GiB"]),
-        (sim("wide", tensor_parallel_size=2), ["wide needs 2 devices, but only device 0"]),
-        (sim("elsewhere", devices=(3,)), ["elsewhere needs 1 devices, but only"]),
+        (sim("large", 90 * GiB), ["large needs 90 GiB on 1 device", "79.5 GiB"]),
+        (sim("wide", tensor_parallel_size=2), ["wide needs 2 devices, and there is 1 for it"]),
+        (sim("elsewhere", devices=(3,)), ["elsewhere needs 1 device, and there are none for it"]),
         (
             sim("odd", options={"lod_time": "1s"}),
             ["models.odd.options.lod_time: unknown option; did you mean load_time?"],

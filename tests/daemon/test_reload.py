@@ -437,15 +437,13 @@ def test_a_model_that_can_never_fit_is_told_on_every_screen_and_the_others_are_s
     async def look(living: Living) -> None:
         bad, good = (await living.front.status.status()).models
         assert (good.never, bad.state) == ("", "stopped")
-        assert bad.never == (
-            "'bad' needs 90 GiB on each of 1 device; device 0 has 80 GiB less a reserve of 512 MiB: 79.5 GiB"
-        )
+        assert bad.never == ("'bad' needs 90 GiB on 1 device; device 0 has 80 GiB less a reserve of 512 MiB: 79.5 GiB")
         told = f"can never be loaded: {bad.never}"
         assert ps.note(bad) == told
         assert standing.now(bad, made=True) == f"bad is stopped; it {told}"
         assert [what for _, what, _ in doctor.models(await living.front.status.status())] == [f"bad {told}"]
         (warning,) = (await living.daemon.apply_configuration(small)).warnings
-        assert "models.bad.gpu_memory: it would take 90GiB" in warning
+        assert "models.bad.gpu_memory: it needs 90 GiB" in warning
         answer = await living.daemon.apply_configuration(of("100GiB"))
         assert answer.warnings == ()
         assert [line.never for line in (await living.front.status.status()).models] == ["", ""]

@@ -255,6 +255,20 @@ async def test_one_that_is_given_away_and_not_used_ends() -> None:
     assert here.launcher.killed == [instance]
 
 
+@story
+async def test_those_that_do_not_become_engines_are_not_kept_for_ever() -> None:
+    """Each costs its start the seconds of the hand-over: after two in a row there are no more until a reload."""
+    here = Place()
+    for _ in range(4):
+        here.keeper.claim(ONE)
+        await here.look()
+        for instance in list(here.keeper.kept):
+            here.keeper.mark_ready(instance, GiB)
+            assert here.keeper.claim(ONE) == instance
+            here.keeper.not_taken(ONE)
+    assert len(here.launcher.orders) == 2
+
+
 def test_what_is_available_is_the_kernels_word(tmp_path: Path) -> None:
     """Nothing, where it does not say."""
     (tmp_path / "proc").mkdir()
@@ -294,6 +308,29 @@ def test_a_start_that_fails_as_a_standby_begins_anew(tmp_path: Path) -> None:
         assert orders[0].run_dir != orders[1].run_dir
         assert rig.engine_manager.processes["m"].instance == orders[1].instance
         await rig.nothing_more()
+
+    tell(told, tmp_path)
+
+
+def test_a_standby_that_did_not_become_the_engine_is_noted(tmp_path: Path) -> None:
+    """The launcher has started the engine without it, and the start goes on."""
+
+    async def told(rig: Rig) -> None:
+        planner, keeper, missed = rig.engine_manager.launch_planner, rig.engine_manager.standbys, list[Standby]()
+        prepare = planner.prepare
+
+        def prepared(command: commands.StartEngine) -> Any:
+            process, order = prepare(command)
+            process.standby = ONE
+            return process, order
+
+        planner.prepare = prepared  # type: ignore[method-assign]
+        keeper.claim = lambda standby, needs=0: "s-1"  # type: ignore[method-assign]
+        keeper.not_taken = missed.append  # type: ignore[method-assign]
+        rig.engine_manager.start(commands.StartEngine("m", Placement((0,)), GiB))
+        assert isinstance(await rig.event(), events.EngineReady)
+        assert [order.standby for order in rig.launcher.orders] == ["s-1"]
+        assert missed == [ONE]
 
     tell(told, tmp_path)
 

@@ -287,11 +287,11 @@ def test_a_model_larger_than_the_machine_is_refused_with_the_arithmetic(site: Si
     configured(site, "  large: {gpu_memory: auto, options: {memory: 100GiB}}\n  a: {}\n")
     checked = site.machine.run("vllmd --check", check=False)
     assert checked.returncode == 78
-    assert "large needs 100 GiB on each of 1 device" in checked.stderr
+    assert "large needs 100 GiB on 1 device" in checked.stderr
     assert "79.5 GiB" in checked.stderr
     status, answer = site.post("/v1/completions", {"model": "large", "prompt": "x"})
     assert (status, answer["error"]["code"]) == (400, "model_too_large")
-    assert "'large' needs 100 GiB on each of 1 device" in answer["error"]["message"]
+    assert "'large' needs 100 GiB on 1 device" in answer["error"]["message"]
     assert "80 GiB less a reserve of 512 MiB" in answer["error"]["message"]
     site.chat("a", "x")
 

@@ -72,7 +72,11 @@ def test_models_that_wait_for_a_free_device(given: list[str], capsys: pytest.Cap
     [
         (["--policy", "adaptve"], 78, "there is no policy 'adaptve'; did you mean 'adaptive'?"),
         (["--trace", "/nowhere/t.csv"], 65, "/nowhere/t.csv: cannot read the trace"),
-        (["--devices", "40GiB"], 78, "it would take 60GiB, and device 0 has 40GiB less a reserve of 512MiB: 39.5GiB"),
+        (
+            ["--devices", "40GiB"],
+            78,
+            "it needs 60 GiB on 1 device; device 0 has 40 GiB less a reserve of 512 MiB: 39.5 GiB",
+        ),
         (["--devices", "plenty"], 78, "'plenty' is not a size"),
         (["--warm", "lukewarm"], 64, "invalid choice: 'lukewarm'"),
     ],

@@ -27,6 +27,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from vllmd.core.lack import lack
 from vllmd.core.ledger import NEVER, Account, Ledger
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.policy import NOBODY, DeviceSupply, PolicyInput, Resident, Tenants, Waiting
@@ -190,24 +191,9 @@ class Fit:
             return ""
         if r.state is State.SLEEPING and self.wakes(r, self.alone()):
             return ""
-        accounts = self.allowed(r)
-        if len(accounts) < count:
-            there = "is 1" if len(accounts) == 1 else f"are {len(accounts) or 'none'}"
-            return f"{r.id!r} needs {_devices(count)}, and there {there} for it"
-        if self.starts(r, self.alone()) >= count:
-            return ""
-        most = max(need(r, a, 0) or 0 for a in accounts)
-        alike: dict[str, list[str]] = {}
-        for a in accounts:
-            has = in_words(a.device.memory)
-            if a.device.reserve:
-                has += f" less a reserve of {in_words(a.device.reserve)}: {in_words(a.capacity)}"
-            alike.setdefault(has, []).append(str(a.device.index))
-        sizes = "; ".join(
-            f"device {on[0]} has {has}" if len(on) == 1 else f"devices {', '.join(on)} have {has} each"
-            for has, on in alike.items()
-        )
-        return f"{r.id!r} needs {in_words(most)} on each of {_devices(count)}; {sizes}"
+        accounts = {a.device.index: a for a in self.allowed(r)}
+        lacks = lack([a.device for a in accounts.values()], count, lambda device: need(r, accounts[device.index], 0))
+        return lacks.of(repr(r.id)) if lacks else ""
 
     def pinned_out(self, r: Replica) -> str:
         """Why pinned models leave no room for ``r``; empty if they do.

@@ -275,6 +275,10 @@ class EngineManager:
         process.listen = replace(process.listen, owner=process.running.uid)
         pid, unit = process.running.pid, process.running.unit
         made = f", made of {process.running.standby}" if process.running.standby else ""
+        if order.standby and not made:
+            made = f"; {order.standby} should have become it and did not, which the launcher's log explains"
+            if process.standby:
+                self.standbys.not_taken(process.standby)
         log.info("%s: started as pid %d in %s%s", process.name, pid, unit, made, extra=log_fields(process))
         process.phases.enter(Progress(first_phase(process.engine.kind)))
         self._watch_health(process)

@@ -144,6 +144,11 @@ class Standbys:
             short -= one.memory
             self._give_up(one, "its memory is needed")
 
+    def not_taken(self, standby: Standby) -> None:
+        """A standby that was claimed did not become the engine: the launcher has started that without it."""
+        if standby in self._recent:
+            self._recent[standby] += 1
+
     def note_outcome(self, standby: Standby, *, good: bool) -> None:
         """An engine that was made of such a one has come up, or not."""
         if good:

@@ -27,15 +27,17 @@ vLLM where there is no GPU, see ``vllm_cpu``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
+from vllmd.core.lack import lack
 from vllmd.core.types import Device, Footprint, Source
 from vllmd.engines import adapters, llama_memory, options, vllm_cpu
 from vllmd.engines.architecture import Architecture
 from vllmd.engines.facts import Facts, argument, facts_of, is_wide, whole
 from vllmd.errors import ConfigError
+from vllmd.frozen import frozen
 from vllmd.sizes import GiB
 from vllmd.sizes import in_words as size
 
@@ -53,7 +55,7 @@ RESIDUAL = int(0.9 * GiB)
 BY_NAME = frozenset({"vllm", "sglang", "llama.cpp", "llama-server", "transformers", "tei"})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Estimate:
     """What a model will take. Bytes.
 
@@ -121,16 +123,9 @@ def too_large(model: ModelConfig, expected: Estimate, devices: Sequence[Device])
     needed = model.devices_here
     if not devices or expected.footprint.awake <= 0:
         return ""
-    if len(allowed) < needed:
-        return f"{model.name} needs {needed} devices, but only {_listed(allowed)} may be used"
     want = max(expected.footprint.awake, expected.footprint.starting)
-    fitting = [device for device in allowed if device.memory - device.reserve >= want]
-    if len(fitting) >= needed:
-        return ""
-    return (
-        f"{model.name} needs {size(want)} on each of {needed} device{'s' * (needed > 1)} ({expected.why}), "
-        f"but there {'is' if len(allowed) == 1 else 'are'} only {_listed(allowed)}"
-    )
+    lacks = lack(allowed, needed, lambda device: want)
+    return lacks.of(model.name, expected.why) if lacks else ""
 
 
 def overfull_pins(pinned: Iterable[tuple[ModelConfig, Estimate]], devices: Sequence[Device]) -> str:
@@ -252,7 +247,7 @@ def _overhead(model: ModelConfig, weights: int, *, on_cpu: bool) -> int:
     return min(total, MAX_OVERHEAD)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Kv:
     """The cache: bytes per device, why, bytes per token of the whole model, bytes passed to the engine (0: none)."""
 
@@ -361,10 +356,3 @@ def _kv_width(model: ModelConfig) -> int:
     if "8" in dtype:
         return 1
     return 4 if dtype in ("", "auto") and is_wide(model) else 2
-
-
-def _listed(devices: Sequence[Device]) -> str:
-    if not devices:
-        return "none"
-    each = (f"device {device.index} with {size(device.memory - device.reserve)}" for device in devices)
-    return ", ".join(each) + " (less the reserve)"

@@ -59,7 +59,7 @@ KEPT_BACK_TRACED = KEPT_BACK | {b"traceparent"}  # a traced request carries the 
 RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[\w-]{1,128})"')
 RESPONSE_ID_BYTES = 256  # at most, with its key
 REPLICA_FAILURES = frozenset({502, 503, 504})  # statuses of one replica, instead of which another may serve
-MAX_TAIL_PIECES = 64  # of an answer, kept for its end; cut when so many have collected: at each it would be copied anew
+MAX_TAIL_BYTES = 16 * TAIL_BYTES  # kept of an answer for its end; cut when so many have collected, not at each piece
 OPENING_BYTES = 8192  # of an answer, in which its id or its first usage is looked for
 RESPONSES = "/v1/responses"
 
@@ -208,7 +208,7 @@ class AnswerRelay:
         self._heartbeats: Heartbeats | None = None  # until the first byte of the body, if the client is sent comments
         self._takes_comments = False  # it is a stream whose head does not give its length: comments may precede it
         self._size = 0  # bytes of the body that came
-        self._tail: list[bytes] = []  # the last of them, TAIL_BYTES or more, as they came
+        self._tail = bytearray()  # the last of them, TAIL_BYTES or more
         self._attentive = True  # the next piece is looked at (``_attend``): mostly only the first one is
         self._opening = b""  # the first of them, as long as they are of interest
         self._reads_opening = exchange.request.path in (RESPONSES, ANTHROPIC_PATH)
@@ -254,8 +254,7 @@ class AnswerRelay:
         if permit is None:
             return
         attempt = self._attempt
-        tail = self._tail[0] if len(self._tail) == 1 else b"".join(self._tail)
-        used = tokens.from_usage(tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
+        used = tokens.from_usage(self._tail, self._opening if self._exchange.request.path == ANTHROPIC_PATH else b"")
         if used is None and self._status == 200 and attempt.route.endswith(tokens.COUNTED):  # no usage, or broken off
             used = tokens.estimate(attempt.route, attempt.parsed.raw, self._size, stream=attempt.parsed.stream)
         self.account.tokens = used
@@ -296,13 +295,13 @@ class AnswerRelay:
         self._size += size
         if self._attentive:
             self._attend(data)
+        tail = self._tail
         if size >= TAIL_BYTES:
-            self._tail = [data[-TAIL_BYTES:]]
+            tail[:] = data[-TAIL_BYTES:]
         else:
-            tail = self._tail
-            tail.append(data)
-            if len(tail) > MAX_TAIL_PIECES:
-                self._tail = [b"".join(tail)[-TAIL_BYTES:]]
+            tail += data
+            if len(tail) > MAX_TAIL_BYTES:
+                del tail[:-TAIL_BYTES]
         if self._answer is not None:
             self._answer.more(data)
 
@@ -340,7 +339,7 @@ class AnswerRelay:
             return
         if isinstance(answer, OptionRefusal) and answer.is_about_option:
             self._answer, self._resend, self.usage_refused = None, True, True
-            self._tail, self._attentive, self.account.answered = [], True, False
+            self._tail, self._attentive, self.account.answered = bytearray(), True, False
             self._settle(None)
             return
         self._release()  # before the client has the last byte, see the invariants

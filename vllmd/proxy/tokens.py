@@ -32,7 +32,7 @@ class Tokens:
         return self.prompt + self.answer
 
 
-def from_usage(tail: bytes, opening: bytes = b"") -> Tokens | None:
+def from_usage(tail: bytes | bytearray, opening: bytes = b"") -> Tokens | None:
     """The tokens by the usage in the last bytes of an answer, in the form of any of the APIs; None if there is none.
 
     ``opening``: the first bytes of a stream of Anthropic's, whose first usage has numbers that the last one leaves out.
