@@ -36,7 +36,7 @@ def mutable(cls: type[T]) -> type[T]:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def sparse(cls: type[T]) -> type[T]:
-    """As ``frozen``, for a class of many fields that mostly are as by default: a value has only the others, in no slots.
+    """As ``frozen``, for a class of many fields that mostly are as by default: a value has only the others.
 
     One of fifty fields takes 150 bytes instead of 470. Where a factory makes a default, all share what it makes.
     """
