@@ -18,11 +18,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllmd.errors import LauncherFailed as LauncherError
+from vllmd.frozen import frozen
 from vllmd.launcher import protocol
 from vllmd.launcher.protocol import (
     Annotate,
@@ -460,7 +460,7 @@ class LauncherClient:
                 self._unconfirmed.discard(instance)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Pending:
     """A request without an answer yet; ``parts``: the parts of the answer so far."""
 
