@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import pickle
-from collections.abc import Mapping
-from dataclasses import field, replace
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, field, fields, replace
+from typing import ClassVar
 
 import pytest
 
+import vllmd
 from vllmd.frozen import frozen
 
 
@@ -35,6 +40,27 @@ class Nothing:
     """It says all by its name."""
 
 
+@frozen
+class Base:
+    """What others begin with."""
+
+    kind: ClassVar[str] = "base"
+    x: int
+    y: int = 1
+
+
+@frozen
+class Derived(Base):
+    """With a default of its own for what it inherits, one field by name alone and one that nobody gives."""
+
+    y: int = 2
+    z: tuple[int, ...] = field(default=(), kw_only=True)
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = self.x + self.y  # type: ignore[misc]
+
+
 def test_it_is_compared_by_its_fields() -> None:
     """Those of one class; what is not compared does not count, and what cannot be hashed cannot be."""
     assert Nothing() == Nothing()
@@ -54,3 +80,37 @@ def test_it_is_shown_copied_and_kept_as_a_dataclass_is() -> None:
     assert pickle.loads(pickle.dumps(point)) == copy.deepcopy(point) == point
     with pytest.raises(AttributeError):
         point.z = 1  # type: ignore[attr-defined]
+
+
+def test_it_inherits_as_a_dataclass_does() -> None:
+    """Fields of bases come first, whichever class has its first value made first."""
+    derived = Derived(1, z=(3,))
+    assert repr(derived) == "Derived(x=1, y=2, z=(3,), total=3)"
+    assert Base(1) == Base(1, 1) != derived
+    assert asdict(replace(derived, x=5)) == {"x": 5, "y": 2, "z": (3,), "total": 7}
+    assert str(inspect.signature(Derived)) == "(x, y=2, *, z=())"
+    assert (Derived.kind, Derived.__match_args__) == ("base", ("x", "y"))
+    with pytest.raises(TypeError, match=r"Derived.__init__\(\) missing 1 required positional argument: 'x'"):
+        Derived()  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        Derived(1, 2, (3,))  # type: ignore[call-arg]
+
+
+def classes(base: type) -> Iterator[type]:
+    subclasses: list[type] = type.__subclasses__(base)
+    for each in subclasses:
+        yield each
+        yield from classes(each)
+
+
+def test_every_class_can_be_made() -> None:
+    """What a declaration has wrong (as a default that all values would share) shows at its first use: here, for all."""
+    for module in pkgutil.walk_packages(vllmd.__path__, "vllmd."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found = {each for each in classes(object) if "_declared" in vars(each) and each.__module__.startswith("vllmd.")}
+    assert len(found) > 200
+    for each in found:
+        with pytest.raises(TypeError):
+            each(no_such_field=1)
+        assert set(getattr(each, "__match_args__", ())) <= {one.name for one in fields(each)}  # type: ignore[arg-type]

@@ -30,12 +30,13 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllmd import sizes
+from vllmd.frozen import mutable
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def about(subject: str, error: OSError | Unreadable) -> str:
     return f"{subject} {text}" if text.startswith(("is ", "has ")) else f"{subject}: {text}"
 
 
-@dataclass
+@mutable
 class Budget:
     """What may still be spent on one model's files."""
 
@@ -180,7 +181,7 @@ class Folder:
             raise Unreadable(f"{shown(name)} is a link that leads out of {shown(str(self.root))}")
 
 
-@dataclass
+@mutable
 class File:
     """An open one. ``size``: bytes, as it says itself."""
 

@@ -20,11 +20,11 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllmd.foreign import Folder, Unreadable, shown, within
+from vllmd.frozen import frozen
 
 __all__ = [
     "PLACES",
@@ -67,7 +67,7 @@ def cache_of(environment: Mapping[str, str], home: Path | None = None) -> Path:
     return Path(cache or (home or Path(environment.get("HOME") or "/")) / ".cache") / "huggingface" / "hub"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Located:
     """Where a model's files are: a folder or a single file; ``tag`` picks a GGUF in it. ``path`` None: not here.
 
@@ -80,7 +80,7 @@ class Located:
     root: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Found:
     """A model in the cache. ``size``: bytes of its weight files. ``kind``: generate, embed, rerank or transcribe.
 

@@ -10,8 +10,9 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from vllmd.frozen import frozen
 
 CACHE = ("inactive_file", "active_file")
 LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
@@ -30,7 +31,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return max(0, min(found)) if found else None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cpus:
     """``count``: so many may be used at a time, at least 1. ``machine``: so many there are.
 
@@ -66,7 +67,7 @@ def tasks(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PortLimits:
     """``least``: below it only root may listen. ``outgoing``: from these the kernel takes for outgoing connections.
 

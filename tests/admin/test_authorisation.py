@@ -14,7 +14,8 @@ import pytest
 
 from tests.admin.site import Site, running, until
 from tests.proxy.fakes import FakeGate
-from vllmd.admin.routes import add_operator, add_public
+from vllmd.admin.public import add_public
+from vllmd.admin.routes import add_metrics, add_operator
 from vllmd.config.types import ServerConfig
 from vllmd.engines.base import Listen
 from vllmd.ollama.endpoints import add_ollama_routes
@@ -78,6 +79,7 @@ def table() -> list[Route]:
     """Every row of the daemon's route table. Nothing of the daemon is needed to write it down."""
     router, control = Router(), SimpleNamespace(guests=None, runtime_models=None, store=None, adapters=None)
     add_public(router, control)  # type: ignore[arg-type]
+    add_metrics(router, control)  # type: ignore[arg-type]
     add_operator(router, control)  # type: ignore[arg-type]
     relay = Relay(FakeGate(Listen()), Limits(ServerConfig()))
     add_model_routes(router, relay)

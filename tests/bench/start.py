@@ -98,7 +98,7 @@ def activation(site: Site) -> list[tuple[str, str, str]]:
         (
             "connect to first byte of /v1/models, activated",
             f"{1000 * ours:.0f} ms = {ours / theirs:.1f} x",
-            "at most 4 x",
+            "at most 3 x",
         ),
     ]
 
@@ -108,7 +108,7 @@ def memory(site: Site) -> list[tuple[str, str, str]]:
     for n in range(3):
         site.chat(f"model-{n}", "hi")
     size = resident(site.machine, int(site.machine.show("vllmd.service", "MainPID")))
-    return [("the daemon's memory, 10 models configured", f"{size / 1e6:.0f} MB", "at most 40 MB")]
+    return [("the daemon's memory, 10 models configured", f"{size / 1e6:.0f} MB", "at most 30 MB")]
 
 
 def scopes(site: Site) -> list[tuple[str, str, str]]:

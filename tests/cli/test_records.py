@@ -72,11 +72,12 @@ def test_what_was_reckoned_is_marked() -> None:
 
 
 def test_use_becomes_a_spreadsheet(capsys: pytest.CaptureFixture[str]) -> None:
-    """All columns, whole numbers whole."""
-    rows = [{"key": "a, b", **USE, "engine_seconds": 1.23456}]
+    """All columns, whole numbers whole; and no name becomes a formula."""
+    rows = [{"key": name, **USE, "engine_seconds": 1.23456} for name in ("a, b", "=cmd()")]
     answers = {"GET /admin/usage?by=key&since=30d": (200, {"by": ["key"], "trouble": "", "rows": rows})}
     assert ctl(answers, "usage", "--csv")[0] == 0
-    (told,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    told, formula = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert formula["key"] == "'=cmd()"
     assert (told["key"], told["requests"], told["engine_seconds"]) == ("a, b", "123456", "1.235")
 
 

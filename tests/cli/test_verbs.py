@@ -527,7 +527,7 @@ def test_ps_imports_little(daemon: FakeDaemon) -> None:
     found = imported("ps")
     assert {name for name in found if name.startswith("vllmd.")} == {
         *("vllmd.api", "vllmd.api.answers", "vllmd.api.codec", "vllmd.api.json_types"),
-        *("vllmd.errors", "vllmd.sizes", "vllmd.text"),
+        *("vllmd.errors", "vllmd.frozen", "vllmd.sizes", "vllmd.text"),
         *("vllmd.cli", "vllmd.cli.verbs", "vllmd.cli.verbs.ps"),
         *(
             f"vllmd.cli.{name}"
@@ -541,7 +541,7 @@ def test_help_imports_every_verb_and_little_else(daemon: FakeDaemon) -> None:
     """Neither the configuration nor engines: what a verb needs for its work it imports when it does that."""
     found = imported("--help")
     packages = {name.split(".")[1] for name in found if name.startswith("vllmd.")}
-    assert packages == {"api", "cli", "errors", "sizes", "text"}
+    assert packages == {"api", "cli", "errors", "frozen", "sizes", "text"}
     assert not found & {"asyncio", "httpx", "yaml"}
 
 

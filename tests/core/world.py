@@ -352,8 +352,10 @@ class World:
     def _devices_told(self, event: DevicesChanged | DevicesTroubled | DeviceDrained) -> None:
         if isinstance(event, DeviceDrained):
             known = event.device in self.scheduler.core.engines.ledger.accounts
-            self.drained -= {event.device}
-            self.drained |= {event.device} if event.drained and known else set()
+            if not event.drained:
+                self.drained.discard(event.device)
+            elif known:  # of one that is not there it is told that there is none
+                self.drained.add(event.device)
         elif isinstance(event, DevicesTroubled):
             self.unusable = {i: why for i, why in {**event.ill, **event.lost}.items() if i in self.there}
         else:
@@ -511,7 +513,8 @@ class World:
                 self.devices[index].memory,
             )
             assert others < rule.used_below, f"{command} where others hold {others}"
-            fit = {math.ceil(share * memory) for free, share in rule.shares.items() if free <= 1 - others / memory}
+            least = min(self.devices[each].memory for each in command.placement.devices)  # one figure for all of them
+            fit = {math.ceil(share * least) for free, share in rule.shares.items() if free <= 1 - others / memory}
             assert not rule.shares or command.memory in fit, f"{command} where others hold {others} of {memory}"
             name = self.model_of[command.replica]
             came = min((self.came[r] for r, m in self.queued.items() if m == name), default=self.now)

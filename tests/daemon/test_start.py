@@ -14,6 +14,16 @@ NOT_YET = (
     *("vllmd.cli", "vllmd.client", "vllmd.installer", "vllmd.simulate", "vllmd.launcher.service", "vllmd.store.fetch"),
     *("vllmd.daemon.startup", "vllmd.daemon.back_end", "vllmd.records.store", "vllmd.admin.exposition"),
     *("vllmd.config.tls", "vllmd.proxy.zstd", "vllmd.gpu", "vllmd.daemon.downloads", "vllmd.daemon.spans"),
+    *(
+        "argparse",
+        "gzip",
+        "vllmd.daemon.command_line",
+        "vllmd.daemon.other_routes",
+        "vllmd.admin.routes",
+        "vllmd.admin.verbs",
+    ),
+    *("vllmd.api.verbs", "vllmd.ollama", "vllmd.ui", "vllmd.core.scheduler", "vllmd.core.preview", "vllmd.core.model"),
+    *("vllmd.launcher.client", "vllmd.launcher.protocol", "vllmd.engines.standby", "vllmd.daemon.loaders"),
 )
 SCRIPT = """
 import json, sys

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.proxy.engine_routes import LLAMA_SERVER_ROUTES, VLLM_ROUTES, table
-from vllmd.admin.routes import add_operator, add_public
+from vllmd.admin.public import add_public
 from vllmd.config.types import ServerConfig
+from vllmd.daemon.other_routes import PageEndpoints, add_others
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound, VllmdError
-from vllmd.ollama.endpoints import add_ollama_routes
 from vllmd.proxy.access import ADMIN, EVERYTHING, READ, Caller
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.heads import split_target
 from vllmd.proxy.http import Headers, Request
 from vllmd.proxy.limits import Limits
 from vllmd.proxy.models import add_model_routes
-from vllmd.proxy.routing import OPERATORS, Router
+from vllmd.proxy.routing import OPERATORS, Route, Router, compiled
 
 CALLER = Caller("k", EVERYTHING - {ADMIN, READ}, refusal=lambda: Forbidden("not yours"))
 
@@ -40,17 +42,51 @@ class Anything:
 
 
 def router() -> Router:
-    """All routes of a listener."""
+    """All routes of a listener, as ``daemon.listeners`` puts them in."""
     found = Router(ByScope())
-    add_public(found, Anything())  # type: ignore[arg-type]
-    add_operator(found, Anything())  # type: ignore[arg-type]
     relay = Relay(SimpleNamespace(), Limits(ServerConfig()))  # type: ignore[arg-type]
+    add_public(found, Anything())  # type: ignore[arg-type]
     add_model_routes(found, relay)
-    add_ollama_routes(found, relay, Anything())  # type: ignore[arg-type]
+    found.add_later(lambda: add_others(found, PageEndpoints(*[Anything()] * 4, []), relay, Anything()))  # type: ignore[arg-type]
     return found
 
 
 ROUTER = router()
+
+
+def test_what_is_added_later_is_what_no_other_route_fits() -> None:
+    """So that it makes no difference when it is added."""
+    first = Router()
+    add_public(first, Anything())  # type: ignore[arg-type]
+    add_model_routes(first, Relay(SimpleNamespace(), Limits(ServerConfig())))  # type: ignore[arg-type]
+    known = {(route.method, route.pattern) for route in first.routes}
+    later = [route for route in ROUTER.routes if (route.method, route.pattern) not in known]
+    assert len(later) > 70
+    for route in later:
+        path = re.sub(r"\{\w+(:path)?\}", "x", route.pattern)
+        assert not any(compiled(each.pattern).fullmatch(path) for each in first.routes), route.pattern
+
+
+def test_routes_are_added_when_a_path_is_none_of_those_there_are() -> None:
+    """Once, and another time if it failed: an import may, of a process without a descriptor left."""
+    asked, outcomes = Router(), [OSError(errno.EMFILE, "full"), None]
+    asked.add_raw(Route("GET", "/first", Anything()))
+
+    def add() -> None:
+        if failed := outcomes.pop(0):
+            raise failed
+        asked.add_raw(Route("GET", "/later/{name}", Anything()))
+
+    asked.add_later(add)
+    asked.begin(sent("GET", "/first"))
+    assert len(outcomes) == 2
+    with pytest.raises(OSError, match="full"):
+        asked.begin(sent("GET", "/later/a"))
+    later = sent("GET", "/later/a")
+    asked.begin(later)
+    assert (later.route, later.params, outcomes) == ("/later/{name}", {"name": "a"}, [])
+    with pytest.raises(NotFound):
+        asked.begin(sent("GET", "/neither"))
 
 
 def sent(method: str, target: str) -> Request:

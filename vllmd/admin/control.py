@@ -8,19 +8,22 @@ those that command tell nothing but that. A verb of ``vllmd.api.verbs`` names on
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import field
+from typing import TYPE_CHECKING, Protocol
 
-from vllmd.admin.adapters import RuntimeAdapters
 from vllmd.admin.counters import Counters
-from vllmd.admin.runtime_models import RuntimeModels
 from vllmd.api import answers
 from vllmd.core.types import Snapshot
+from vllmd.frozen import frozen
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter
 
+if TYPE_CHECKING:
+    from vllmd.admin.adapters import RuntimeAdapters
+    from vllmd.admin.runtime_models import RuntimeModels
 
-@dataclass(frozen=True, slots=True)
+
+@frozen
 class Gauges:
     """The values at the moment of a scrape. ``used`` bytes, ``power`` watts, ``load`` 0 to 1, by device index."""
 
@@ -292,7 +295,7 @@ class KeyStore(Protocol):
         """Change the named settings of a key; null takes a limit away. Raises NotFound, BadRequest, Unavailable."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Control:
     """The daemon as the endpoints see it, see the file's docstring."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from vllmd.admin.control import Control
 from vllmd.admin.responses import json
@@ -20,6 +19,7 @@ from vllmd.api.answers import NO_ENGINE, Instance, ModelInstanceInfo, ModelLine,
 from vllmd.api.kinds import Count, JsonObject, Text
 from vllmd.api.verbs import FORCE_KILL, PID, Param
 from vllmd.errors import BadRequest, Conflict, NotFound
+from vllmd.frozen import frozen
 from vllmd.proxy.access import ADMIN, Reach, authorise
 from vllmd.proxy.http import Request, Response
 
@@ -30,7 +30,7 @@ CONFIG = Param("config", JsonObject("an object with settings as in vllmd.yaml(5)
 START, STOP, KILL = (NAME, KIND, GPU, CONFIG), (NAME, KIND, GPU), (PID, FORCE_KILL)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class InstanceRequest:
     """The body of a start or a stop."""
 

@@ -84,8 +84,9 @@ def _subclasses(kind: type[Answer]) -> Iterator[type[Answer]]:
 
 def operation(route: Route) -> Schema:
     """The OpenAPI operation of a route: its own part, its path's parameters, a heading and the scope that it needs."""
-    answered_here = "responses" in route.doc  # else an engine answers
-    own: Schema = dict(route.doc) if answered_here else {**ENGINES_OWN, **route.doc}
+    drawn = route.doc() if callable(route.doc) else route.doc
+    answered_here = "responses" in drawn  # else an engine answers
+    own: Schema = dict(drawn) if answered_here else {**ENGINES_OWN, **drawn}
     about = f"{own.pop('description', '')} {SCOPES[route.scope]}".strip()
     parameters = cast(list[Schema], own.pop("parameters", []))
     described = {each["name"] for each in parameters if each["in"] == "path"}

@@ -18,12 +18,13 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
 from vllmd.api.json_types import ForeignJson
 from vllmd.errors import Unauthorized
+from vllmd.frozen import frozen
 from vllmd.proxy.access import MODELS, OPEN, Caller
 from vllmd.proxy.http import Request
 
@@ -38,7 +39,7 @@ MOST_LINKS, MOST_SESSIONS = 64, 256  # the oldest are forgotten first
 BYTES = 32  # of randomness in each secret
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Session:
     """A user who is signed in to the page.
 
@@ -56,7 +57,7 @@ class Session:
     models: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OpenedSession:
     """A session that was just opened: what the browser gets, and what the page is told."""
 

@@ -7,7 +7,6 @@ with the scope read, of all keys; bodies only with the scope admin.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 from vllmd.admin.control import Control
 from vllmd.admin.schemas import doc, streams, takes
@@ -16,6 +15,7 @@ from vllmd.admin.verbs import NDJSON, into, ndjson
 from vllmd.api.answers import Arrival
 from vllmd.api.kinds import Flag, Moment
 from vllmd.api.verbs import WANTED, Param
+from vllmd.frozen import frozen
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response, event_stream
 from vllmd.proxy.routing import Router
@@ -27,7 +27,7 @@ TRACE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TraceRequest:
     """The query of ``GET /admin/trace``."""
 

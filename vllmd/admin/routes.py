@@ -1,6 +1,6 @@
-"""The route tables: what any client may read, and what an operator may do.
+"""The route tables of what an operator may do, of metrics and of documentation.
 
-Both are behind every listener; the scope of each row, and its reach, decide which callers may use it
+They are behind every listener, as ``public`` is; the scope of each row, and its reach, decide which callers may use it
 (``vllmd.proxy.access``). A row's other columns are its documentation in ``/openapi.json``. Operators' verbs are rows
 of ``vllmd.api.verbs``.
 """
@@ -22,16 +22,13 @@ from vllmd.admin.store import add_store
 from vllmd.admin.streams import LOG, StreamEndpoints
 from vllmd.admin.verbs import add_verbs, audited
 from vllmd.api.answers import (
-    Alive,
     Error,
     GPUInfo,
-    Health,
     KillProcessResponse,
     Model,
     ModelInstanceInfo,
     ModelList,
     ModelStatusItem,
-    Version,
 )
 from vllmd.api.verbs import OF_MODEL
 from vllmd.proxy.access import Reach
@@ -47,27 +44,13 @@ ONE = "With a gpu_id only the instance on that GPU; the last instance to stop ta
 PLAIN = streams("text/plain", "Prometheus' text format", {"application/openmetrics-text": {"schema": TEXT}})
 
 
-def add_public(router: Router, control: Control) -> None:
-    """Add the routes for every client: models, health, metrics, documentation."""
-    models, metrics = ModelEndpoints(control), MetricsEndpoints(control)
-    add = router.add
-    add("GET", "/v1/models", models.every, "models", "The models, loaded or not, and their aliases",
-        answers(ModelList), EACH)  # fmt: skip
-    add("GET", "/v1/models/{model:path}", models.one, "models", "One model", answers(Model))
-    add("GET", "/health", models.health, "health", "Whether vllmd is well, its devices and models",
-        answers(Health, also={503: Health}), EACH)  # fmt: skip
-    add("GET", "/health/live", models.live, "open", "Whether vllmd answers", answers(Alive), NOTHING)
-    add("GET", "/health/ready", models.ready, "health", "Whether vllmd can serve at once",
-        answers(Health, also={503: Health}), EACH)  # fmt: skip
-    for method in ("GET", "POST"):
-        add(method, "/ping", models.health, "health", "The same as /health, as SageMaker asks it",
-            answers(Health, also={503: Health}), EACH)  # fmt: skip
-    add("GET", "/version", models.version, "open", "The version of vllmd", answers(Version), NOTHING)
+def add_metrics(router: Router, control: Control) -> None:
+    """Add the routes for any client that no client needs to use a model: metrics and documentation."""
+    metrics, documentation, add = MetricsEndpoints(control), Documentation(router), router.add
     add("GET", "/metrics", metrics.own, "metrics", "Metrics for Prometheus",
         doc(PLAIN, takes((ENGINE_OF,))), EACH)  # fmt: skip
     add("GET", "/metrics/engines", metrics.engines, "metrics", "All engines' own metrics, labelled by model", PLAIN,
         EACH)  # fmt: skip
-    documentation = Documentation(router)
     add("GET", "/openapi.json", documentation.schema, "open", "This API as an OpenAPI document",
         answers({"type": "object"}), NOTHING)  # fmt: skip
     add("GET", "/docs", documentation.page, "open", "The same as a page", streams("text/html", "a page"), NOTHING)

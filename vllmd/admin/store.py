@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
 
 from vllmd.admin.control import Store
 from vllmd.admin.responses import json
@@ -15,6 +14,7 @@ from vllmd.api.codec import encoded
 from vllmd.api.kinds import Flag, Text
 from vllmd.api.verbs import Param
 from vllmd.errors import BadRequest, VllmdError
+from vllmd.frozen import frozen
 from vllmd.proxy.access import Reach
 from vllmd.proxy.http import Request, Response
 from vllmd.proxy.routing import LocalHandler, Router
@@ -31,7 +31,7 @@ SETTINGS: dict[str, object] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Pull:
     """The body of ``POST /admin/store/pull``."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 from vllmd.admin.control import Control
 from vllmd.admin.verbs import into
 from vllmd.api.codec import encoded
 from vllmd.api.kinds import Count, Flag
 from vllmd.api.verbs import MODEL, Param
+from vllmd.frozen import frozen
 from vllmd.proxy.http import Request, Response, event_stream
 
 FIRST_LINE = 1.0  # seconds that an answer waits for the first line of a log
@@ -23,7 +23,7 @@ LOG = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LogRequest:
     """The path and query of ``GET /admin/logs/{model}``."""
 

@@ -11,10 +11,11 @@ No class here has slots: ``vars()`` of an answer is its JSON object.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
+from dataclasses import MISSING, Field, FrozenInstanceError, field
 from typing import Annotated, ClassVar, Literal, TypeVar, dataclass_transform
 
 from vllmd.errors import VllmdError
+from vllmd.frozen import declare
 
 Object = Mapping[str, object]  # JSON that is not ours to describe: settings of a model, the numbers of a decision
 
@@ -80,13 +81,18 @@ class Answer:
 
 @dataclass_transform(frozen_default=True)
 def answer(kind: type[T]) -> type[T]:
-    """Make a frozen dataclass that keeps Answer's methods: compiling each class's own would delay vllmctl's start."""
-    kind = dataclass(init=False, repr=False, eq=False)(kind)
-    every = fields(kind)  # type: ignore[arg-type]
-    kind._blank = {each.name: _MISSING if each.default is MISSING else each.default for each in every}
-    kind._made = tuple((each.name, each.default_factory) for each in every if each.default_factory is not MISSING)
-    made = {name for name, _ in kind._made}
-    kind._needed = tuple(name for name, default in kind._blank.items() if default is _MISSING and name not in made)
+    """Make a frozen dataclass that keeps Answer's methods: making each class's own would delay every start."""
+    defaults, made = dict(kind._blank), dict(kind._made)
+    for name, given in declare(kind).items():
+        made.pop(name, None)
+        if isinstance(given, Field):
+            delattr(kind, name)
+            if given.default_factory is not MISSING:
+                made[name] = given.default_factory
+            given = given.default
+        defaults[name] = _MISSING if given is MISSING else given
+    kind._blank, kind._made = defaults, tuple(made.items())
+    kind._needed = tuple(name for name, default in defaults.items() if default is _MISSING and name not in made)
     return kind
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from vllmd.api.json_types import Schema
+from vllmd.frozen import frozen
 
 TRUE, FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 LONGEST_TEXT = 200  # characters
@@ -43,7 +43,7 @@ class Kind(Protocol):
         """Read the value from decoded JSON. Raises ValueError."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Flag:
     """A parameter that is true or false."""
 
@@ -65,7 +65,7 @@ class Flag:
         return value
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Text:
     """A word or several, in printable characters. ``what`` it is, in words."""
 
@@ -89,7 +89,7 @@ class Text:
         return value
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class ModelName:
     """A model's name, alias, or the end of a name that only one model has; the daemon resolves it."""
 
@@ -108,7 +108,7 @@ class ModelName:
         return value
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Count:
     """A parameter that is a whole number, within bounds."""
 
@@ -135,7 +135,7 @@ class Count:
         return value
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Choice:
     """A number out of a few."""
 
@@ -161,7 +161,7 @@ class Choice:
         return value
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Word:
     """A word out of a few."""
 
@@ -184,7 +184,7 @@ class Word:
         return str(value)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class JsonObject:
     """An object whose fields the verb itself checks."""
 
@@ -207,7 +207,7 @@ class JsonObject:
         return value
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Seconds:
     """A time. ``above_zero``: no time at all is too short."""
 
@@ -234,7 +234,7 @@ class Seconds:
         return float(value)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Moment:
     """A moment in Unix time; in a query also how long before now."""
 
@@ -254,7 +254,7 @@ class Moment:
         return min(max(float(value), 0.0), LATEST)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class StatusClass:
     """An HTTP status, or all that begin with its digit."""
 

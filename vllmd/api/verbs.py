@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 from urllib.parse import quote
 
@@ -44,6 +44,7 @@ from vllmd.api.answers import (
 )
 from vllmd.api.kinds import Choice, Count, Flag, JsonObject, Kind, ModelName, Moment, Seconds, StatusClass, Text, Word
 from vllmd.errors import BadRequest, NotFound
+from vllmd.frozen import frozen
 
 LONGEST_PROBE = 3600.0  # seconds
 LONGEST_LEASE = 1e9  # seconds; some thirty years
@@ -53,7 +54,7 @@ MOST_SHOWN, SHOWN = 10_000, 100  # requests in one answer: the limit, and the de
 REQUIRED = ...  # in place of a parameter's default: it must be given
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Param:
     """One parameter of a verb.
 
@@ -105,7 +106,7 @@ class Param:
         return BadRequest(f"{self.key} must be {self.kind.accepts}{null}, not {value!r:.100}", param=self.key)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Method:
     """A method of the clients. ``part``: the field of the answer that it returns, "" for the whole answer."""
 
@@ -114,7 +115,7 @@ class Method:
     part: str = ""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Command:
     """A verb of vllmctl. ``about``: its line of help, ``more``: the rest of its description.
 
@@ -131,7 +132,7 @@ class Command:
     printed: str = ""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Call:
     """One HTTP request of a client. ``patient``: its answer may take as long as a start, so it has no read timeout."""
 
@@ -142,7 +143,7 @@ class Call:
     patient: bool = False
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@frozen
 class Verb:
     """One row of the table.
 

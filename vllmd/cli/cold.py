@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import IO
 
@@ -33,13 +33,14 @@ from vllmd.engines import engine_of
 from vllmd.engines.base import Engine, Progress
 from vllmd.engines.start_phases import StartPhases
 from vllmd.engines.start_times import first_phase
+from vllmd.frozen import frozen
 
 PROBE_SECONDS, POLL_SECONDS = 5.0, 0.02  # for an answer of the engine, and between two probes
 END_SECONDS, LONGEST_START_SECONDS = 30.0, 3600.0
 LAST_LINES = 10  # of the engine's log, shown where it does not start
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cold:
     """One start: seconds from the order until the engine served, and the seconds of each phase."""
 
@@ -47,7 +48,7 @@ class Cold:
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Command:
     """An engine's command line, environment and user. ``address``: its socket's path, or HOST:PORT."""
 

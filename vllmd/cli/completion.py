@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from vllmd.cli.arguments import build, verbs
+from vllmd.frozen import frozen
 
 MODEL_DESTS = ("model", "models")
 FILE_DESTS = ("file", "config", "output", "socket")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Verb:
     """The completions of a verb: ``options`` as (spellings, help, whether it takes a value), ``words`` of arguments."""
 

@@ -6,10 +6,11 @@ import os
 import pwd
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.util import find_spec
 from pathlib import Path
 
+from vllmd.frozen import frozen
 from vllmd.gpu import Devices, Presence, open_devices
 
 Finding = tuple[str, str, str]  # verdict, what, advice
@@ -53,7 +54,7 @@ def of_this_machine(here: Presence) -> Devices:
     return open_devices(Config(), {}, here=here)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Host:
     """The machine; tests give another root and other answers. ``user``: a daemon of systemctl --user is meant."""
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vllmd.config.nodes import Node, Where
 from vllmd.config.origins import Origins
 from vllmd.config.types import Config
 from vllmd.config.value_types import what_it_is
+from vllmd.frozen import frozen
 from vllmd.text import printable
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Problem:
     """One thing that is wrong (or, as a warning, doubtful): where, of which key, why, and what would be right."""
 
@@ -33,7 +34,7 @@ class Problem:
         return printable(f"{self.where}: {path}{text}")  # a path may hold a model's name with control characters
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reading:
     """A configuration as far as it could be read. ``origins``: the place of each setting that was given, by path."""
 

@@ -8,7 +8,7 @@ show, and in ``--help``: in it "it" is the thing that has the settings, such as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, fields, replace
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -35,6 +35,7 @@ from vllmd.config.types import (
 )
 from vllmd.config.value_types import Kind
 from vllmd.core.types import IdleRules, WhenFree
+from vllmd.frozen import frozen
 
 
 class Reload(Enum):
@@ -46,7 +47,7 @@ class Reload(Enum):
     NEXT_START = "At a reload it is only checked: it takes effect at the next start of vllmd."
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@frozen
 class Setting:
     """One row of the table.
 
@@ -67,8 +68,10 @@ class Setting:
     secret: bool = False
     reload: Reload | None = None
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a row is no other one
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@frozen
 class Group:
     """Settings that fill one dataclass, ``target``.
 
@@ -83,6 +86,8 @@ class Group:
     accepts: str = "a mapping"
     optional: bool = False
     forms: tuple[Mapping[str, Any], ...] = ()
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def row(self, name: str) -> Setting | None:
         """The row of this name or other spelling."""
@@ -994,7 +999,7 @@ def mebibytes(node: Node) -> Node:
     return node.with_value(f"{node.text}MiB", f"{node.text}MiB")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Legacy:
     """A setting under another system's name, in the file (``key``) or the environment (``env``)."""
 
@@ -1022,7 +1027,7 @@ COMBINED = frozenset({"idle", "env", "limits", "options", "extra_args"})  # merg
 # ---- views of the table ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Leaf:
     """A row with its full path, which has ``[]`` or ``NAME`` where a list or a map of groups is on the way."""
 

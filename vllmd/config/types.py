@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class PoolConfig:
     hidden: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaConfig(Balancing):
     """Several engines of one model.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from vllmd import sizes
 from vllmd.config.nodes import Node
+from vllmd.frozen import frozen
 from vllmd.sizes import GiB, MiB
 from vllmd.text import control_character
 
@@ -33,7 +34,7 @@ class Wrong(ValueError):
         self.reason, self.node, self.accepted = reason, node, accepted
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Kind:
     """One kind of value of a setting: what it accepts, how it is parsed, shown and put into JSON Schema."""
 

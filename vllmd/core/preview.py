@@ -7,20 +7,17 @@ it turn out otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vllmd.core.balancing import in_flight
 from vllmd.core.common import Core
 from vllmd.core.fit import freed
 from vllmd.core.model import INFINITY, Replica
 from vllmd.core.planner import Planner
 from vllmd.core.policy_input import remaining
-from vllmd.core.types import State
+from vllmd.core.types import COMING, State
+from vllmd.frozen import frozen
 
-COMING = frozenset({State.STARTING, State.WAKING})
 
-
-@dataclass(frozen=True, slots=True)
+@frozen
 class Leaving:
     """A replica that leaves its devices: put to sleep at ``level``, or stopped (0)."""
 
@@ -34,7 +31,7 @@ class Leaving:
     back: float  # seconds to have it serve again, as expected
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Loading:
     """A replica that is to serve."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from vllmd.frozen import frozen
@@ -26,6 +26,9 @@ class State(enum.Enum):
     WAKING = "waking"
     STOPPING = "stopping"
     FAILED = "error"
+
+
+COMING = frozenset({State.STARTING, State.WAKING})  # on its way up
 
 
 class Source(enum.IntEnum):
@@ -89,7 +92,7 @@ class IdleRules:
     energy: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Balancing:
     """When a model's replicas become more or fewer, and which of them get its requests. Times in seconds.
 
@@ -110,7 +113,7 @@ class Balancing:
     retries: int = 3
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaRules(Balancing):
     """How several engines of one model, its replicas, share its requests.
 

@@ -30,7 +30,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from vllmd import errors
@@ -44,6 +44,7 @@ from vllmd.daemon.fitness import unfit
 from vllmd.daemon.offers import Offer, Offers
 from vllmd.daemon.quotas import Quotas, Use
 from vllmd.engines.base import Adapter, Call, Engine, Listen
+from vllmd.frozen import frozen
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.gate import Target, silent
 from vllmd.proxy.model_requests import unserved
@@ -109,7 +110,7 @@ def _unheard(event: events.Event) -> None:
     """Drop an event: before the back end is there, no request has reached the core, so none has anything to tell it."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Fetching:
     """Models that are not here and may be fetched on request.
 
@@ -122,6 +123,9 @@ class Fetching:
     progress: Callable[[str], str] = lambda name: ""
 
 
+NOTHING_TO_FETCH = Fetching()
+
+
 class AdmissionGate:
     """Implements ``vllmd.proxy.gate.Gate`` over the core."""
 
@@ -130,7 +134,7 @@ class AdmissionGate:
         engine_of: Callable[[ModelConfig], Engine],
         quotas: Quotas,
         counters: Counters,
-        fetching: Fetching = Fetching(),
+        fetching: Fetching = NOTHING_TO_FETCH,
     ) -> None:
         """``engine_of`` gives the engine kind of a model's settings."""
         self._fetching = fetching

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
@@ -28,6 +28,7 @@ from vllmd.daemon.engine_process import EngineProcess, fingerprint, noted_by_old
 from vllmd.engines.base import Engine, Listen
 from vllmd.engines.unusable import Unusable
 from vllmd.errors import ConfigError, VllmdError
+from vllmd.frozen import frozen
 from vllmd.launcher.client import Running
 from vllmd.proxy.peers import Impostor
 
@@ -40,7 +41,7 @@ UNMANAGED_LIMIT = 5.0  # seconds for which the start waits for unmanaged engines
 Ended = Callable[[], bool]  # whether the engine has ended meanwhile
 
 
-@dataclass(frozen=True)
+@frozen
 class Found:
     """A running engine and its state. ``state`` None: it must be ended, and ``why``. ``idle``: seconds."""
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vllmd.core import commands, events
 from vllmd.core.types import ReplicaView, Snapshot, State
@@ -22,10 +22,11 @@ from vllmd.daemon.learnt import Learnt
 from vllmd.daemon.memory import Memory
 from vllmd.engines.base import Call, Listen
 from vllmd.errors import EngineFailed
+from vllmd.frozen import frozen
 from vllmd.launcher.client import LauncherClient
 
 
-@dataclass(frozen=True)
+@frozen
 class BackEnd:
     """Implements ``daemon.admission_gate.BackEnd``. ``launched_by``: the launcher's way to start engines."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from vllmd.api.answers import Reloaded
 from vllmd.config.replicas import engines_of
 from vllmd.config.types import Config, ModelConfig
+from vllmd.frozen import frozen
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class ApplyConfiguration(Protocol):
         """The answer has what changed."""
 
 
-@dataclass(frozen=True)
+@frozen
 class RuntimeEnvironment:
     """Where this daemon runs, from its environment."""
 

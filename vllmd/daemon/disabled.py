@@ -12,19 +12,20 @@ import json
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from vllmd.core import events
 from vllmd.daemon.state_files import state_file, write_whole
 from vllmd.errors import Unavailable
+from vllmd.frozen import frozen
 
 log = logging.getLogger("vllmd")
 
 NO_WORDS = "an operator has taken it out of use"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Order:
     """The message for clients, and the Unix time of the order."""
 

@@ -8,32 +8,35 @@ import json
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from functools import cache
 from itertools import compress
 from operator import attrgetter, is_not
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
-from vllmd.core.commands import StartEngine
-from vllmd.core.types import Placement
 from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
-from vllmd.daemon.loaders import Loading
-from vllmd.daemon.logfile import LogFile
 from vllmd.engines import environments
-from vllmd.engines.base import Engine, Listen, Progress
-from vllmd.engines.standby import Standby
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
-from vllmd.launcher.client import ExitReport, Running
+from vllmd.frozen import mutable
+
+if TYPE_CHECKING:
+    from vllmd.core.commands import StartEngine
+    from vllmd.core.types import Placement
+    from vllmd.daemon.loaders import Loading
+    from vllmd.daemon.logfile import LogFile
+    from vllmd.engines.base import Engine, Listen, Progress
+    from vllmd.engines.standby import Standby
+    from vllmd.launcher.client import ExitReport, Running
 
 LOG_LINES = 1000  # kept of a start: each of several worker processes tells its own traceback of the one root error
 LINES_AFTERWARDS = 50
 ERRORS = 3  # answers with 5xx in a row, after which an engine is in doubt
 
 
-@dataclass
+@mutable
 class Health:
     """What is known of one engine's health; times by ``time.monotonic``."""
 
@@ -53,7 +56,7 @@ class Health:
             self.heard, self.errors = time.monotonic(), 0
 
 
-@dataclass
+@mutable
 class EngineProcess:
     """One engine and what the daemon knows of it; owned by the EngineManager."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.config.replicas import engines_of
@@ -18,11 +17,12 @@ from vllmd.daemon.launch_planner import Paths
 from vllmd.daemon.preflight import Machine, look, say
 from vllmd.daemon.specs import model_spec, replica_spec
 from vllmd.engines.estimate import Estimate
+from vllmd.frozen import frozen
 from vllmd.gpu import Devices, open_devices, the_cpu
 from vllmd.place import host_memory
 
 
-@dataclass(frozen=True)
+@frozen
 class Expectations:
     """What a configuration comes to on these devices.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from vllmd.engines.base import Failure
-from vllmd.launcher.client import ExitReport
+if TYPE_CHECKING:
+    from vllmd.engines.base import Failure
+    from vllmd.launcher.client import ExitReport
 
 MOST_PLACES = 10
 REASON_LINES = 12  # of the log in a failure's reason

@@ -8,16 +8,16 @@ daemon before the first request is let through.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from vllmd.api.json_types import ForeignJson
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Snapshot, State
 from vllmd.daemon.engine_process import fingerprint
+from vllmd.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Failure:
     """Why an engine of a model with that ``fingerprint`` failed, and when, in Unix time."""
 

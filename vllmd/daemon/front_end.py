@@ -10,7 +10,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllmd.admin.control import Control
@@ -38,6 +37,7 @@ from vllmd.daemon.runtime_models import RuntimeModels, addresses
 from vllmd.daemon.status import Status
 from vllmd.daemon.store import ModelStore
 from vllmd.errors import Unavailable
+from vllmd.frozen import frozen
 from vllmd.proxy.forward import Relay
 from vllmd.proxy.limits import Limits
 
@@ -49,7 +49,7 @@ log = logging.getLogger("vllmd")
 SHUTTING_DOWN = "vllmd is shutting down; try again in a few seconds"
 
 
-@dataclass(frozen=True)
+@frozen
 class FrontEnd:
     """All that serves before, and while, there is a back end."""
 

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from vllmd.api.answers import KeyLine, Keys, NewKey
@@ -22,6 +22,7 @@ from vllmd.config.secrets import digest
 from vllmd.config.types import AuthConfig, Config, KeyConfig
 from vllmd.daemon.state_files import state_file, write_whole
 from vllmd.errors import BadRequest, Conflict, NotFound, Unavailable
+from vllmd.frozen import frozen
 
 log = logging.getLogger("vllmd.keys")
 
@@ -37,7 +38,7 @@ LISTS = {"scopes": ("models", "read", "admin"), "models": ()}
 SHUT = KeyConfig("(unreadable)", "-", scopes=())
 
 
-@dataclass(frozen=True)
+@frozen
 class StoredKey:
     """One key of the file. ``at``: when it was made, in Unix time."""
 

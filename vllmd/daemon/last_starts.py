@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vllmd.api.json_types import ForeignJson
 from vllmd.engines.start_phases import WEIGHTS
+from vllmd.frozen import frozen
 
 MOST_ENGINES = 512  # whose last start is remembered
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Start:
     """One start that came through. ``like``: another start with the same value finds its compiled code.
 

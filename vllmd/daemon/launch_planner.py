@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 
 from vllmd.config.engine_kinds import one_name
@@ -30,6 +30,7 @@ from vllmd.engines.base import Engine, Launch, Listen, Place
 from vllmd.engines.estimate import Estimate
 from vllmd.engines.standby import CanStandBy, Standby, early
 from vllmd.errors import ConfigError, VllmdError
+from vllmd.frozen import frozen
 from vllmd.gpu import environment, gpus
 from vllmd.launcher.client import StartOrder
 from vllmd.launcher.protocol import ProtocolError
@@ -38,7 +39,7 @@ from vllmd.place import Cpus, cpus
 LONGEST_STOP = 3600.0  # seconds between SIGTERM and SIGKILL that the launcher accepts
 
 
-@dataclass(frozen=True)
+@frozen
 class Paths:
     """Where engines live: run directories (sockets) and their homes (caches)."""
 

@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vllmd.admin.control import Control
-from vllmd.admin.page_routes import PageEndpoints, add_page
 from vllmd.admin.page_sessions import PageSessions
-from vllmd.admin.routes import add_operator, add_public
-from vllmd.admin.verbs import audited
+from vllmd.admin.public import add_public
 from vllmd.config.types import Config
 from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.keys import ApiKeyAuth, PeerCredentialAuth
@@ -28,8 +26,6 @@ from vllmd.daemon.public_listeners import PublicListeners, public_address
 from vllmd.daemon.quotas import Quotas
 from vllmd.daemon.runtime_models import addresses
 from vllmd.errors import SpokenTls, UpstreamFailed, VllmdError
-from vllmd.ollama.endpoints import add_ollama_routes
-from vllmd.ollama.store import DaemonStore
 from vllmd.proxy.body_memory import BodyMemory
 from vllmd.proxy.cors import Cors
 from vllmd.proxy.exchange import Exchange
@@ -127,18 +123,22 @@ class Listeners:
         ``public``: other machines can reach it, so the page is served only if so configured.
         """
         router = Router(authenticator, self.cors)
-        page = PageEndpoints(
-            self._sessions,
-            lambda: not public if self.ui is None else self.ui,
-            not public,
-            lambda: public and self.tls is not None,
-            addresses(self._listeners.get("http", ())),
-        )
-        add_page(router, page)
         add_public(router, self._control)
-        add_operator(router, self._control)
         add_model_routes(router, self._relay)
-        add_ollama_routes(router, self._relay, self._control, DaemonStore(self._control), audited)
+
+        def add_others() -> None:
+            from vllmd.daemon import other_routes  # two dozen modules that many daemons are never asked for
+
+            def shown() -> bool:
+                return not public if self.ui is None else self.ui
+
+            page = other_routes.PageEndpoints(
+                self._sessions, shown, not public, lambda: public and self.tls is not None,
+                addresses(self._listeners.get("http", ())),
+            )  # fmt: skip
+            other_routes.add_others(router, page, self._relay, self._control)
+
+        router.add_later(add_others)
         return router
 
     def _server(self, router: Router, sockets: Sequence[socket.socket]) -> Server:

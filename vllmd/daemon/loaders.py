@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
@@ -21,6 +21,7 @@ from vllmd.engines.loaders import CanLoadFast, Files, LoaderBook
 from vllmd.engines.start_phases import WEIGHTS
 from vllmd.engines.weight_files import WeightFile
 from vllmd.foreign import Unreadable, within
+from vllmd.frozen import frozen
 from vllmd.launcher.client import StartOrder
 
 log = logging.getLogger("vllmd.engines")
@@ -30,7 +31,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 DOWNLOAD = "download"  # a phase that would be in the other
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Loading:
     """How a start loads. ``format``: "" is the engine's own choice. ``size``: bytes. ``place``: of ``loaders``."""
 

@@ -12,8 +12,9 @@ import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from vllmd.frozen import mutable
 from vllmd.proxy.http import Peer
 
 log = logging.getLogger("vllmd.http")
@@ -25,7 +26,7 @@ MOST_KEYS = 64  # that have opened something, remembered per address
 Clock = Callable[[], float]
 
 
-@dataclass
+@mutable
 class _Address:
     """Failures from one address. ``tries``: how many more wrong keys it may try at the time ``at``."""
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import vllmd
 from vllmd.config.loader import load
-from vllmd.config.settings import flags
 from vllmd.config.types import Config
 from vllmd.config.user_home import user_home
 from vllmd.daemon import collector, identity
@@ -35,31 +32,29 @@ from vllmd.text import make_legible
 log = logging.getLogger("vllmd")
 
 WANTED_FILES = 65536
-EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG = 64, 69, 70, 78
+EX_UNAVAILABLE, EX_SOFTWARE, EX_CONFIG = 69, 70, 78
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run vllmd; returns an exit status of sysexits(3)."""
     make_legible(sys.stdout, sys.stderr)
-    arguments = _parser().parse_args(argv)
-    given = {leaf.path: getattr(arguments, flag.lstrip("-").replace("-", "_")) for flag, leaf in flags().items()}
-    overrides = {path: value for path, value in given.items() if value is not None}
+    file, check_only, overrides = _arguments(sys.argv[1:] if argv is None else argv)
     given_sockets = take_listeners()
     config, broken = Config(), ""
     try:
         with collector.paused():
-            config = load(arguments.config, os.environ, overrides, strict=arguments.check)
+            config = load(file, os.environ, overrides, strict=check_only)
             collector.exempt_existing()
     except ConfigError as error:
         broken = error.message
-    if arguments.check and not broken:
+    if check_only and not broken:
         from vllmd.config.as_daemon import problems_of_daemon  # of a check only
 
-        broken = "\n".join(map(str, problems_of_daemon(arguments.config, os.environ)))
-    if broken and (arguments.check or not given_sockets):
+        broken = "\n".join(map(str, problems_of_daemon(file, os.environ)))
+    if broken and (check_only or not given_sockets):
         print(broken, file=sys.stderr)
         return EX_CONFIG
-    if arguments.check:
+    if check_only:
         from vllmd.daemon.check import check  # imported by nothing else, so that a start does not wait for it
 
         return check(config, os.environ)
@@ -68,7 +63,16 @@ def main(argv: list[str] | None = None) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     for warning in config.warnings:
         log.warning("%s", warning)
-    return _serve(config, broken, given_sockets, lambda: load(arguments.config, os.environ, overrides))
+    return _serve(config, broken, given_sockets, lambda: load(file, os.environ, overrides))
+
+
+def _arguments(given: Sequence[str]) -> tuple[Path | None, bool, Mapping[str, str]]:
+    """The configuration file, whether it is only to be checked, and settings by their paths."""
+    if not given:  # as systemd starts it
+        return None, False, {}
+    from vllmd.daemon import command_line  # the parser, with help for all flags, takes as long as the configuration
+
+    return command_line.arguments(given)
 
 
 def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
@@ -165,21 +169,3 @@ def _logs(environment: Mapping[str, str]) -> Path:
 
         state = f"{user_home(environment) or tempfile.gettempdir()}/.local/state"
     return Path(state) / "vllmd" / "log"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but wrong usage ends with EX_USAGE."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EX_USAGE, f"{self.prog}: {message}\n{self.format_usage()}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("vllmd", description="A shared model server for the GPUs of this machine.")
-    parser.add_argument("verb", nargs="?", choices=["serve"], help="serve is what it does anyway")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="instead of the standard places, see vllmd.yaml(5)")
-    parser.add_argument("--check", action="store_true", help="say whether the configuration is valid, and exit")
-    parser.add_argument("--version", action="version", version=f"vllmd {vllmd.__version__}")
-    for flag, leaf in flags().items():
-        parser.add_argument(flag, help=leaf.row.doc)
-    return parser

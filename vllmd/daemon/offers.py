@@ -8,14 +8,15 @@ loaded; what was chosen is permitted and counted by its own name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from vllmd.api.answers import Card
 from vllmd.config.types import ModelConfig, PoolConfig, RequestRules
 from vllmd.engines.base import Adapter
+from vllmd.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Offer:
     """An adapter or a variant of ``model``. ``path``: the adapter's. ``rules``: over those of the model."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
@@ -21,6 +20,7 @@ from vllmd.engines.estimate import Estimate, estimate, overfull_pins, too_large
 from vllmd.engines.facts import READING
 from vllmd.errors import ConfigError
 from vllmd.foreign import each_within
+from vllmd.frozen import frozen
 from vllmd.gpu import gpus
 from vllmd.place import host_memory
 from vllmd.sizes import in_words as size
@@ -28,7 +28,7 @@ from vllmd.sizes import in_words as size
 log = logging.getLogger("vllmd")
 
 
-@dataclass(frozen=True)
+@frozen
 class ModelCheck:
     """A model with its engine kind and its estimated footprint.
 
@@ -42,7 +42,7 @@ class ModelCheck:
     kind: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Machine:
     """Where models are to run. Sizes are held against ``gpus`` alone: what is too large for the CPU runs slowly."""
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Preview
 from vllmd.config.types import Config
-from vllmd.core.preview import COMING, Leaving, Loading
-from vllmd.core.types import ModelView, ReplicaView, State
+from vllmd.core.types import COMING, ModelView, ReplicaView, State
 from vllmd.daemon.current import Later
 from vllmd.errors import NotFound, UnknownModel
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.sizes import in_words
 
 if TYPE_CHECKING:
+    from vllmd.core.preview import Leaving, Loading
     from vllmd.daemon.back_end import BackEnd
 
 View = ModelView | ReplicaView

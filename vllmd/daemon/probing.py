@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllmd.api.answers import Probed, ProbedReplica
@@ -14,6 +13,7 @@ from vllmd.core.types import State
 from vllmd.daemon.calls import timed_probe
 from vllmd.daemon.serializers import state_of
 from vllmd.errors import Conflict
+from vllmd.frozen import frozen
 from vllmd.proxy.upstream import OutOfFiles
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _numbers = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Outcome:
     """The result of one probe: its seconds, or None and why; ``abandoned``: a faster engine had answered before."""
 

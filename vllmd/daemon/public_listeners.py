@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import socket
-from dataclasses import dataclass
 
 from vllmd.addresses import is_loopback
 from vllmd.config.types import Config
 from vllmd.daemon.keys import ApiKeyAuth, DenyAll
+from vllmd.frozen import frozen
 from vllmd.proxy.routing import Router
 from vllmd.proxy.server import Server
 
 log = logging.getLogger("vllmd.http")
 
 
-@dataclass(frozen=True)
+@frozen
 class _Public:
     router: Router
     server: Server

@@ -13,11 +13,12 @@ import calendar
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
 from vllmd.errors import TooManyRequests
+from vllmd.frozen import frozen, mutable
 from vllmd.proxy.tokens import BYTES_PER_EVENT, Tokens, prompt_tokens
 
 MINUTE, DAY = 60.0, 86400  # seconds
@@ -25,7 +26,7 @@ LEFT = 3  # days, and months, whose use is remembered when the clock leaves them
 Clock = Callable[[], float]
 
 
-@dataclass
+@mutable
 class Spent:
     """What a key has used of this day and this month (UTC), by their numbers since 1970.
 
@@ -114,7 +115,7 @@ class Bucket:
         self._level -= amount
 
 
-@dataclass
+@mutable
 class Quota:
     """One key's limits and use. Limits that are not set are not kept account of."""
 
@@ -156,7 +157,7 @@ class Quota:
             self.tokens.take(tokens)
 
 
-@dataclass(frozen=True)
+@frozen
 class Use:
     """What one request takes of its key's quota. ``prompt``: tokens taken at its arrival."""
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from vllmd.daemon.calls import ask
 from vllmd.daemon.engine_process import EngineProcess
 from vllmd.engines.base import Call
 from vllmd.errors import VllmdError
+from vllmd.frozen import frozen
 
 ASKED_FOR = 5.0  # seconds that an engine has for each question
 CONTEXT = ("max_model_len", "context_length", "context_window", "n_ctx")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SelfDescription:
     """``context`` in tokens, None if unknown; ``routes``: the engine's paths, empty if unknown.
 

@@ -49,6 +49,7 @@ ANSWERS_LIMIT = 5.0  # seconds for answers that clients are still taking
 NOTES_LIMIT = 2.0  # seconds for notes that the next daemon can do without; a launcher that has died cannot take them
 DRAIN_LOOK = 0.05  # seconds between looks at which clients are still there
 QUIET = 0.3  # seconds without a request after which kept connections count as unused
+FIRST_TURNS = 20  # of the loop, in which a client that was there before us is let in, read and answered
 LAUNCHER_LIMIT = 5.0  # seconds that a drain waits for a launcher: systemd may start none before this daemon has ended
 
 
@@ -108,9 +109,12 @@ class Daemon:
     async def _open(self) -> None:
         """Build the back end, then let requests through.
 
-        Its packages are imported only now, in a thread, so that the first client does not wait for them.
+        Its packages are imported only now, in a thread, so that the first client does not wait for them. Nor for the
+        thread: beside one that imports, each turn of the loop may wait five milliseconds for the interpreter.
         """
         try:
+            for _ in range(FIRST_TURNS):
+                await asyncio.sleep(0)
             startup = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
             back: BackEnd = await startup.back_end(self.front)
             collector.exempt_existing()

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from vllmd.daemon.processes import gpus
 from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.serializers import about, card, decision, health, line, state_of
 from vllmd.errors import BadRequest, Conflict, Unavailable, UnknownModel, UpstreamFailed
+from vllmd.frozen import frozen
 from vllmd.place import memory_of_machine
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.upstream import request
@@ -44,7 +45,7 @@ SCRAPE_LIMIT = 5.0  # seconds for an engine's metrics
 SCRAPE_SAMPLE = 0.5  # seconds for a reading of the devices; after that the last reading is shown
 
 
-@dataclass(frozen=True)
+@frozen
 class StatusInput:
     """The daemon's state at one moment. ``snapshot`` and ``back`` are None until devices and engines are found.
 

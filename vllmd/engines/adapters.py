@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from vllmd.engines.facts import argument, whole
 from vllmd.engines.options import words, wrong_setting
 from vllmd.engines.plain import has_flag
 from vllmd.foreign import Folder, Unreadable, about, shown, within
+from vllmd.frozen import frozen
 from vllmd.hub import locate, read_json
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has
@@ -40,7 +40,7 @@ SCALED = re.compile(r".+:-?\d+(\.\d+)?")  # FILE:SCALE, as llama-server takes it
 LOADED_ALREADY = "already been loaded"  # in vLLM's refusal
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Files:
     """What an adapter's files say. ``rank`` 0: unknown; ``size``: bytes of its weights. ``wrong``: why unreadable."""
 

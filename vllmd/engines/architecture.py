@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from vllmd.foreign import quoted
+from vllmd.frozen import frozen
 
 Raw = Mapping[str, Any]
 
@@ -32,7 +33,7 @@ class UnknownArchitecture(ValueError):
     """The configuration does not say what is needed, or says something impossible; the message tells what."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Architecture:
     """A model's cache. ``growing`` layers keep every token, ``windowed`` ones the last ``window`` tokens.
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from vllmd.config.types import ModelConfig
 from vllmd.core.types import Footprint
+from vllmd.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Listen:
     """An engine's address: a Unix socket path, or a host and port (loopback, unless it is remote).
 
@@ -36,7 +37,7 @@ class Listen:
     owner: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Call:
     """One HTTP call of a protocol; anything but ``expect`` (a status) is a failure. ``timeout`` in seconds."""
 
@@ -49,7 +50,7 @@ class Call:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # a remote's key, for one
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Adapter:
     """One LoRA adapter of an engine. ``path``: as configured. ``served_name``: the engine's name for it.
 
@@ -64,7 +65,7 @@ class Adapter:
     load: Call | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Launch:
     """What to start. ``env`` is added to the launcher's clean base environment.
 
@@ -85,7 +86,7 @@ class Launch:
     watch: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Progress:
     """A phase of a start, read from a log line: ``weights``, ``compile``, ``graphs``, ``download``, ...
 
@@ -97,7 +98,7 @@ class Progress:
     once: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Failure:
     """What a failed start's log lines say. ``needed``: the bytes per device that it asked for, where it said so.
 
@@ -113,7 +114,7 @@ class Failure:
     port: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Place:
     """An engine's place: its private run directory, its devices (ids) and its memory."""
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from vllmd.foreign import File, Folder, Unreadable, about, members, quoted, shown
+from vllmd.frozen import frozen
 from vllmd.hub import ggufs, is_projector
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -26,7 +27,7 @@ MAX_NOTES = 5  # of a kind, in full; the others are counted
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Weights:
     """Bytes by type as stored (safetensors' names such as BF16; "" where unknown), their source, and oddities."""
 
@@ -108,7 +109,7 @@ def _safetensors(folder: Folder, names: Sequence[str]) -> Weights:
     return _sane(Weights(sizes, f"headers of {len(there)} safetensors files", (*index.notes, *notes)))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Index:
     file: str = ""
     names: tuple[str, ...] = ()

@@ -21,13 +21,13 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.config.engine_kinds import one_name
 from vllmd.config.types import ModelConfig
 from vllmd.engines.looks import looked_at_once
 from vllmd.errors import OUT_OF_FILES, ConfigError
+from vllmd.frozen import frozen
 
 SYSTEM = Path("/var/lib/vllmd/engines")
 CURRENT = "current"
@@ -38,7 +38,7 @@ PROGRAMS: dict[str, str] = {"vllm": "vllm", "llama.cpp": "llama-server", "sglang
 _PYTHON = re.compile(r"#!\s*(/\S*/python[\d.]*)\b")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Environment:
     """The environment of one version of an engine."""
 

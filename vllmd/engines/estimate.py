@@ -27,7 +27,7 @@ vLLM where there is no GPU, see ``vllm_cpu``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
@@ -37,6 +37,7 @@ from vllmd.engines import adapters, llama_memory, options, vllm_cpu
 from vllmd.engines.architecture import Architecture
 from vllmd.engines.facts import Facts, argument, facts_of, is_wide, whole
 from vllmd.errors import ConfigError
+from vllmd.frozen import frozen
 from vllmd.sizes import GiB
 from vllmd.sizes import in_words as size
 
@@ -54,7 +55,7 @@ RESIDUAL = int(0.9 * GiB)
 BY_NAME = frozenset({"vllm", "sglang", "llama.cpp", "llama-server", "transformers", "tei"})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Estimate:
     """What a model will take. Bytes.
 
@@ -246,7 +247,7 @@ def _overhead(model: ModelConfig, weights: int, *, on_cpu: bool) -> int:
     return min(total, MAX_OVERHEAD)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Kv:
     """The cache: bytes per device, why, bytes per token of the whole model, bytes passed to the engine (0: none)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
@@ -12,6 +12,7 @@ from vllmd.engines.architecture import Architecture, UnknownArchitecture, archit
 from vllmd.engines.checkpoint import MAX_WEIGHTS, Weights, gguf_file, weights_of
 from vllmd.engines.gguf import config_of
 from vllmd.foreign import Unreadable, within
+from vllmd.frozen import frozen
 from vllmd.hub import Located, locate, read_json
 from vllmd.sizes import GiB
 from vllmd.sizes import in_words as size
@@ -28,7 +29,7 @@ _COUNT = re.compile(r"(?<![a-z0-9.])(?:(\d{1,2})x)?(\d{1,4}(?:\.\d{1,3})?)(b|m)(
 _PRECISION = re.compile(r"awq|gptq|bnb|gguf|(?:nv|mx)?fp[48]|int[48]|[48]-?bit|w[48]a\d+|q[2-8]_", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Facts:
     """What is known of a model before anything is divided or added. ``weights`` 0: nothing.
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from vllmd.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Known:
     """A failure, its meaning, and what would help."""
 
-    pattern: re.Pattern[str]
+    pattern: str  # compiled at the first failed start: most daemons see none
     advice: str
     memory: bool = False
     permanent: bool = False
@@ -29,12 +30,12 @@ class Known:
 
     def of(self, line: str) -> str:
         """The advice for a line of this failure; "" for any other line."""
-        match = self.pattern.search(line)
+        match = re.search(self.pattern, line, re.IGNORECASE)
         return re.sub(r"\{(\d)\}", lambda place: match[int(place[1])] or "?", self.advice) if match else ""
 
 
 def _row(pattern: str, advice: str, **flags: bool) -> Known:
-    return Known(re.compile(pattern, re.I), advice, **flags)
+    return Known(pattern, advice, **flags)
 
 
 TABLE: tuple[Known, ...] = (

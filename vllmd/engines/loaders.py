@@ -33,6 +33,7 @@ from typing import Any, Protocol, runtime_checkable
 from vllmd.config.types import ModelConfig
 from vllmd.engines.weight_files import WeightFile
 from vllmd.foreign import Folder
+from vllmd.frozen import frozen
 from vllmd.sizes import GiB
 
 SMALLEST = GiB  # bytes of weights from which on a start tells anything
@@ -45,7 +46,7 @@ LOOKS = 16  # pages of each file that are looked for in the page cache
 _PACKAGES = ("lib/python3*/site-packages", "local/lib/python3*/dist-packages", "lib/python3/dist-packages")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Loader:
     """A load format of vLLM's. ``module``: a file of its package, relative to site-packages.
 
@@ -102,7 +103,7 @@ def _in(folder: str, changed: int) -> frozenset[str]:
 # -- the files
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Files:
     """A model's weight files at its start. Bytes; ``cached``: the share in the page cache.
 

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.config.types import OWN_USER, ModelConfig
@@ -22,6 +21,7 @@ from vllmd.engines import engine_of, environments
 from vllmd.engines.base import Place
 from vllmd.engines.llama_cpp import OWN_SERVER
 from vllmd.errors import OUT_OF_FILES, ConfigError
+from vllmd.frozen import frozen
 
 LIMIT = 20.0  # seconds; a program that takes longer has started, which was the question
 ENGINES_USER = "vllmd-engine"  # of the system's daemon, see units/vllmd-launcher.service
@@ -35,7 +35,7 @@ _HAS_MODULE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Trouble:
     """What keeps these models' engines from starting, and what would help."""
 
@@ -47,7 +47,7 @@ class Trouble:
         return f"{', '.join(self.models)}: {self.what}" + (f"; {self.advice}" if self.advice else "")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Program:
     """A program and the user that runs it. ``proof``: the argv that shows that it starts; (): its file is enough.
 

@@ -22,11 +22,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.options import text, whole, wrong, wrong_setting
+from vllmd.frozen import frozen
 
 OPTIONS: Mapping[str, str] = {
     "ray_head": "address and port such as 10.0.0.1:6379 at which it starts a Ray head of its own, for several machines",
@@ -40,7 +40,7 @@ _MISS_HEAD = "RAY_gcs_rpc_server_reconnect_timeout_s"  # seconds after which nod
 _BACKEND = "--distributed-executor-backend"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cluster:
     """Whose ranks where: ``needed`` devices in all, ``here`` of them this machine's. ``wait`` in seconds."""
 

@@ -23,7 +23,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,12 +30,13 @@ from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Call, Failure, Launch, Listen, Place
 from vllmd.engines.plain import PROBE, Plain, environment
 from vllmd.engines.vllm import ROUTES
+from vllmd.frozen import frozen
 
 LOOK = 1.0  # seconds between looks at the server
 RUNNING = frozenset({"running", "starting", "loading", "ready"})
 
 
-@dataclass(frozen=True)
+@frozen
 class ModelInstanceInfo:
     """A server that a runner has started. ``status``: running, starting, loading, ready, or anything else: gone."""
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines.base import Launch
+from vllmd.frozen import frozen
 
 LARGEST = 2000  # bytes of the script of an entry point
 SCRIPT = Path(__file__).with_name("standby_main.py")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Standby:
     """The properties of a standby. An engine can be made of one whose properties are all equal to those it needs.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.config.types import ModelConfig
@@ -12,6 +11,7 @@ from vllmd.engines.checkpoint import weight_names
 from vllmd.engines.facts import argument
 from vllmd.engines.options import text
 from vllmd.foreign import Unreadable
+from vllmd.frozen import frozen
 from vllmd.hub import locate
 
 # Kinds that read no such files, or whose files are not known.
@@ -20,7 +20,7 @@ _OTHER_FORMATS = frozenset({"dummy", "ipc_cache", "modelexpress", "tensorizer"})
 _NUMBER = re.compile(r"(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WeightFile:
     """A weight file. ``root``: out of which no link may lead."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from vllmd.frozen import frozen
 from vllmd.gpu.nvml import names_of
 from vllmd.gpu.sample import DeviceSample, Sample
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GpuProcess:
     """A process on a device; its memory in MiB, None where the driver does not tell."""
 
@@ -18,7 +18,7 @@ class GpuProcess:
     gpu_memory_usage: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GpuInfo:
     """A device: memory in use in per cent, power in watts (None where not told), its processes by pid."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from vllmd.frozen import frozen
 
-@dataclass(frozen=True, slots=True)
+
+@frozen
 class Hwmon:
     """``folder``: the device's ``hwmon``. What is not told, or cannot be read now, is None."""
 

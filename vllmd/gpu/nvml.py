@@ -12,13 +12,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllmd.core.types import Device
+from vllmd.frozen import frozen
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
 from vllmd.gpu.topology import cpus_of, node_of, switch_of
@@ -50,7 +51,7 @@ class NoNvml(Exception):
         self.trouble = trouble
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Found:
     """A device as NVML enumerates it. One that cannot be used has no uuid and handle, but keeps its number."""
 

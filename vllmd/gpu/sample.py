@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from vllmd.frozen import frozen
 from vllmd.sizes import in_words
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DeviceSample:
     """The figures of one device.
 
@@ -36,7 +37,7 @@ class DeviceSample:
         return max(0, self.used - sum(self.processes.values()))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sample:
     """Per device index its figures, or in ``failed`` why it could not be read. No index is in both.
 

@@ -12,11 +12,12 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from vllmd.core.types import Device
+from vllmd.frozen import frozen
 from vllmd.gpu.hwmon import Hwmon
 from vllmd.gpu.inventory import Inventory
 from vllmd.gpu.sample import DeviceSample, Sample, absurdity
@@ -36,7 +37,7 @@ UNCORRECTED = "{} uncorrectable ECC errors since its driver was loaded: reset it
 _SLOWDOWNS = ("thermal", "prochot", "vr_thermalert", "vr_tdc", "ratl")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Card:
     """One device of the kernel: its folder in /sys/class/drm, and its address on the PCI bus."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vllmd.frozen import frozen
 
 NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
 # nvmlReturn_t
@@ -44,7 +45,7 @@ _ANYTHING = "dmesg | grep NVRM says what the driver met; nvidia-smi meets the sa
 LOST = frozenset({_LOST, _RESET})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Trouble:
     """Why the devices are not known, and the remedy; both are sentences for operators."""
 
@@ -55,7 +56,7 @@ class Trouble:
         return f"{self.why}; {self.remedy}" if self.remedy else self.why
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Presence:
     """The traces of GPUs on this machine without their libraries. ``root``: the directory of /dev, /sys and /proc."""
 

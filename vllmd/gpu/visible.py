@@ -7,13 +7,15 @@ ZE_AFFINITY_MASK.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from vllmd.frozen import frozen
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 ROCR, HIP, ZE = "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Visible:
     """The indices of visible devices, in NVML's order, and a note for operators ("" for none)."""
 
@@ -41,7 +43,7 @@ def visible(env: Mapping[str, str], uuids: Sequence[str]) -> Visible:
     return Visible(tuple(sorted(chosen)), f"{VARIABLE}={env[VARIABLE]}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Remaining:
     """The visible devices: place among all devices -> the number for engines, None if they must use the id.
 

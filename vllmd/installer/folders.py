@@ -22,19 +22,20 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from vllmd.engines import environments
 from vllmd.engines.environments import CURRENT, Environment
 from vllmd.errors import BadRequest, Conflict, Forbidden, NotFound
+from vllmd.frozen import frozen
 from vllmd.installer.recipes import KINDS
 
 PREVIOUS, NOTE, MAKING = "previous", ".vllmd-engine.json", ".making-"
 VERSION = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,63}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Note:
     """The note in an environment: its build, its size in bytes, and when it was made (``at``, Unix time)."""
 

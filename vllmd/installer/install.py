@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 from vllmd.engines.environments import Environment
 from vllmd.errors import BadRequest, InstallFailed
+from vllmd.frozen import frozen
 from vllmd.installer import folders, pip, recipes
 from vllmd.installer.pip import Progress, Say
 from vllmd.installer.recipes import Recipe
@@ -39,7 +40,7 @@ LIBRARIES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Wanted:
     """An engine to be installed. ``version`` "": the newest. ``build`` "auto": the one for this machine.
 
@@ -57,7 +58,7 @@ class Wanted:
     use: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Installed:
     """An installed engine, and the version that was in use before.
 

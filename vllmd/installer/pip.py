@@ -15,15 +15,17 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+
+from vllmd.frozen import frozen
 
 TICK = 0.5  # seconds between looks at a download
 KEPT = 400  # lines of output
 UNITS = {"B": 1, "kB": 1000, "MB": 10**6, "GB": 10**9}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Progress:
     """The progress of an installation: phase and object; of a download its bytes; and the bytes of all before it."""
 
@@ -104,7 +106,7 @@ def run(
         process.wait()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cause:
     """A cause of pip's failures, by a pattern of its output; ``what``: the cause in words, and what would help."""
 

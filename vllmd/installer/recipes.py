@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.engines.llama_cpp import OWN_SERVER
 from vllmd.errors import BadRequest
+from vllmd.frozen import frozen
 
 GB = 10**9
 TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
@@ -26,7 +26,7 @@ CUDA_13 = 580  # the driver from which on CUDA 13 runs
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Recipe:
     """How an engine is made.
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllmd.errors import BadRequest, Forbidden
+from vllmd.frozen import frozen
 from vllmd.installer import folders
 from vllmd.installer.install import Installed, Wanted, install
 from vllmd.installer.pip import Say
@@ -53,7 +53,7 @@ def check_allowed(request: Mapping[str, Any], *, trusted: bool) -> None:
                         "HTTPS_PROXY)")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Chosen:
     """The version in use from now on, and the one before; "" for none."""
 
@@ -62,7 +62,7 @@ class Chosen:
     before: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Removed:
     """The version that was removed, and the one in use now; "" for none."""
 

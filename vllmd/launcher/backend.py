@@ -7,9 +7,9 @@ caller's (``engines``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from vllmd.frozen import frozen
 from vllmd.launcher.logs import TakeLines
 from vllmd.launcher.process import Process
 from vllmd.launcher.protocol import StartOrder
@@ -52,7 +52,7 @@ class Logs(Protocol):
     def follow(self, instance: str, lines: int, take: TakeLines) -> Callable[[], None]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Found:
     """A group of an earlier launcher."""
 

@@ -24,7 +24,6 @@ import contextlib
 import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pystemd.dbusexc import DBusBaseError
@@ -32,6 +31,7 @@ from pystemd.dbuslib import DBus
 from pystemd.systemd1 import Manager
 from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
 
+from vllmd.frozen import frozen
 from vllmd.launcher.loop import Loop
 from vllmd.systemd.throttle import Throttle
 
@@ -59,7 +59,7 @@ class BusError(Exception):
         self.lost = lost
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Unit:
     """A unit as ListUnits shows it. ``job``: the type of the job it has, such as ``stop``; "" if none."""
 

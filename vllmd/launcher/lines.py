@@ -12,8 +12,8 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from vllmd.frozen import frozen
 from vllmd.launcher.protocol import MAX_LINE, clip
 from vllmd.text import printable
 
@@ -25,7 +25,7 @@ _BYTES = re.compile(rb'"MESSAGE"\s*+:\s*+\[([0-9, ]*+)')
 _CURSOR = re.compile(rb'"__CURSOR"\s*+:\s*+"([^"\\]{1,500}+)"')
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Line:
     """The beginning of a line, and how many bytes it had."""
 

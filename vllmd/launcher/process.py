@@ -9,7 +9,8 @@ import fcntl
 import os
 import signal
 import struct
-from dataclasses import dataclass
+
+from vllmd.frozen import frozen
 
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_INFO_SIZE = 64  # struct pidfd_info up to and with exit_code
@@ -20,7 +21,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENODEV})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ending:
     """How a process ended; both None if that cannot be known."""
 

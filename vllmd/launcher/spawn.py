@@ -20,9 +20,9 @@ import resource
 import signal
 import stat
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
+from vllmd.frozen import frozen
 from vllmd.launcher.affinity import set_affinity
 from vllmd.launcher.own_users import PREFIX, OwnUsers
 from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
@@ -52,7 +52,7 @@ _OURS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class User:
     """The user that an engine runs as. ``name``: as in orders and notes. ``ours``: the launcher's own user.
 
@@ -151,7 +151,7 @@ def _group(name: str) -> int | None:
     return number
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Child:
     """A child at its gate. ``errors`` is the pipe for its error; the caller closes both descriptors."""
 

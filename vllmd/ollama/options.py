@@ -7,15 +7,15 @@ the like say how an engine is to be started, which is the configuration's and th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from vllmd.frozen import frozen
 from vllmd.ollama.fields import Fields
 
 Read = Callable[[Fields, str], Any]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Option:
     """``names``: the engines', all of which are sent. ``unset``: values that say nothing, such as a seed of -1."""
 

@@ -8,11 +8,12 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import count
 from typing import Any
 
 from vllmd.errors import BadRequest
+from vllmd.frozen import frozen
 from vllmd.ollama.context import Turn, decoded
 from vllmd.ollama.fields import Fields, wrong
 from vllmd.ollama.files import Files
@@ -37,7 +38,7 @@ SNIFFED_CHARACTERS = 16  # of base64, enough for these patterns
 URL_SAFE = str.maketrans("-_", "+/")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Translated:
     """A request in OpenAI's form: ``body`` for ``path``, without the model's name, which the relay puts in.
 

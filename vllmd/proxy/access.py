@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from vllmd.errors import Forbidden, Unauthorized, VllmdError
+from vllmd.frozen import frozen
 
 OPEN, HEALTH, METRICS, MODELS, READ, ADMIN = "open", "health", "metrics", "models", "read", "admin"
 PUBLIC = frozenset({HEALTH, METRICS})  # scopes that the configuration may open to everybody
@@ -47,7 +47,7 @@ class Reach(enum.Enum):
     MACHINE = "the machine, or all models together: only for callers that may use every model"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Caller:
     """The sender of a request, and its permissions.
 

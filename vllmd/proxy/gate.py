@@ -8,11 +8,12 @@ admits each request (``acquire``) with a ``Permit`` that says where to send it a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from vllmd.config.types import RequestRules
 from vllmd.errors import VllmdError
+from vllmd.frozen import frozen
 from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.proxy.http import Request
 from vllmd.proxy.tokens import Tokens
@@ -43,7 +44,7 @@ class Address(Protocol):
     def key(self) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Target:
     """What a client's model name means.
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from vllmd.errors import BadRequest, VllmdError
+from vllmd.frozen import frozen
 from vllmd.proxy.access import NOBODY, Caller
 
 Pairs = Sequence[tuple[str, str]]
@@ -24,7 +25,7 @@ ANTHROPIC_PATH = "/v1/messages"
 OLLAMA_PATH, OWN_PATH = "/api/", "/api/v1/"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Peer:
     """A client: an address and port, or on a Unix socket the process, user and group."""
 
@@ -41,6 +42,9 @@ class Peer:
 
     def __str__(self) -> str:
         return f"pid {self.pid} uid {self.uid}" if self.local else f"{self.address}:{self.port}"
+
+
+NO_PEER = Peer()
 
 
 class Headers:
@@ -116,7 +120,7 @@ class Request:
     path: str
     query_string: str
     headers: Headers
-    peer: Peer = Peer()
+    peer: Peer = NO_PEER
     version: str = "1.1"
     body: bytes = b""
     id: str = ""
@@ -157,8 +161,8 @@ def parse_json(body: bytes) -> Any:
         raise BadRequest(f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
         raise BadRequest("the body is not acceptable JSON: nested too deeply") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise BadRequest(f"the body is not acceptable JSON: {error}") from None
+    except ValueError:  # Python's own message tells its programmer what to do
+        raise BadRequest("the body is not acceptable JSON: an integer of thousands of digits") from None
 
 
 @dataclass(slots=True)

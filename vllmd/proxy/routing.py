@@ -2,6 +2,9 @@
 
 A pattern is a path in which ``{name}`` stands for one segment and ``{name:path}`` for one or more. Paths are
 matched after percent-decoding, so a model's id may be written with its slash or with ``%2F``.
+
+Most daemons are asked a few paths only, and the code behind the others is a tenth of all that a daemon imports. Such
+routes are put in by a function, when first a path is asked for that is none of those there are (``add_later``).
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from urllib.parse import quote
 
 from vllmd.errors import Forbidden, MethodNotAllowed, NotFound
+from vllmd.frozen import frozen
 from vllmd.proxy import paths
 from vllmd.proxy.access import ADMIN, HEALTH, MODELS, OPEN, READ, Reach, authorise
 from vllmd.proxy.cors import Cors
@@ -22,6 +26,7 @@ from vllmd.proxy.gate import AllowAll, Authenticator
 from vllmd.proxy.http import Request, Response
 
 LocalHandler = Callable[[Request], Awaitable[Response]]
+Doc = Mapping[str, object]
 Handler = Callable[[Exchange], Awaitable[None]]
 
 # Scopes of routes that web pages of other sites may request: they use no model and change nothing.
@@ -35,12 +40,12 @@ MAX_LOCAL_BODY_BYTES = 1 << 20  # of a body that the daemon itself reads: settin
 PARAMETER = re.compile(r"\\{(\w+)(:path)?\\}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Route:
     """One row of the table.
 
     ``scope`` and ``reach`` decide which callers may use it, see ``access``. ``doc`` has more of OpenAPI's operation
-    fields. ``max_body``: bytes of a body, None for the server's own limit, 0: a body is dropped unread.
+    fields, or draws them. ``max_body``: bytes of a body, None for the server's own limit, 0: a body is dropped unread.
     """
 
     method: str
@@ -48,7 +53,7 @@ class Route:
     handler: Handler
     scope: str = MODELS
     summary: str = ""
-    doc: Mapping[str, object] = field(default_factory=dict)
+    doc: Doc | Callable[[], Doc] = field(default_factory=dict)
     reach: Reach = Reach.ONE
     max_body: int | None = None
 
@@ -69,7 +74,8 @@ class Router:
         self.cors = cors or Cors()
         self._fixed: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
-        self.routes: list[Route] = []
+        self._routes: list[Route] = []
+        self._later: list[Callable[[], None]] = []
         self.fenced = False  # see ``Request.fenced``
 
     def add(
@@ -79,10 +85,13 @@ class Router:
         handler: LocalHandler,
         scope: str = MODELS,
         summary: str = "",
-        doc: Mapping[str, object] | None = None,
+        doc: Doc | Callable[[], Doc] | None = None,
         reach: Reach = Reach.ONE,
     ) -> None:
-        """Add a route of the daemon's own; a GET answers HEAD too. A body is read only if ``doc`` has a requestBody."""
+        """Add a route of the daemon's own; a GET answers HEAD too. A body is read only if ``doc`` has a requestBody.
+
+        A ``doc`` that is drawn later has none.
+        """
 
         async def respond(exchange: Exchange) -> None:
             response = await handler(exchange.request)
@@ -91,12 +100,12 @@ class Router:
                 response.body = while_allowed(response.body, still)
             await exchange.respond(response)
 
-        most = MAX_LOCAL_BODY_BYTES if doc and "requestBody" in doc else 0
+        most = MAX_LOCAL_BODY_BYTES if isinstance(doc, Mapping) and "requestBody" in doc else 0
         self.add_raw(Route(method, pattern, respond, scope, summary, doc or {}, reach, max_body=most))
 
     def add_raw(self, route: Route) -> None:
         """Add a route whose handler writes to the exchange itself."""
-        self.routes.append(route)
+        self._routes.append(route)
         if "{" not in route.pattern:
             self._fixed.setdefault(route.pattern, {})[route.method] = route
             return
@@ -106,6 +115,18 @@ class Router:
                 methods[route.method] = route
                 return
         self._patterns.append((expression, {route.method: route}))
+
+    def add_later(self, add: Callable[[], None]) -> None:
+        """Have ``add`` put in routes when they are needed. None of them may fit a path that another route fits."""
+        self._later.append(add)
+
+    @property
+    def routes(self) -> Sequence[Route]:
+        """All routes, in the order in which they were added."""
+        while self._later:
+            self._later[0]()
+            del self._later[0]
+        return self._routes
 
     def begin(self, request: Request) -> Handler:
         """The handler for ``request``, whose head alone has been read. Sets its ``params``, ``caller`` and ``route``.
@@ -174,7 +195,7 @@ class Router:
             if match := expression.fullmatch(path):
                 request.params = match.groupdict()
                 return methods
-        return None
+        return self._at(request, path) if self._later and self.routes else None
 
 
 async def while_allowed(

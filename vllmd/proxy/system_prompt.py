@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+
+from vllmd.frozen import frozen
 
 CHAT = ("/v1/chat/completions", "/v1/chat/completions/render", "/v1/chat/completions/input_tokens", "/apply-template")
 MEMBERS = {
@@ -24,7 +25,7 @@ MESSAGES = re.compile(rb'"(?:[^"\\]|\\.)*"[ \t\r\n]*:[ \t\r\n]*\[[ \t\r\n]*')
 PROMPTED = re.compile(rb'"role"[ \t\r\n]*:[ \t\r\n]*"(?:system|developer)"')
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Prompt:
     """The system prompt ``text`` for requests of a route."""
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vllmd.api.answers import RecordedBodies
 from vllmd.errors import BadRequest
+from vllmd.frozen import frozen
 from vllmd.proxy.account import Account, Tap
 from vllmd.proxy.framing import BadFraming, Chunked
 
@@ -40,7 +40,7 @@ IN_SECRETS = (b"sk-", b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghr_", b"ghs_", b"AKI
               b"-----BEGIN ")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Bodies:
     """The kept parts of a request's body and its answer's. ``request_size``: bytes of the whole, as far as it came."""
 
@@ -91,7 +91,7 @@ class KeptBodies:
         self.size -= self._kept.pop(next(iter(self._kept))).size
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Recording:
     """An order to keep bodies of a model's or a key's requests until ``until`` (monotonic), ``most`` bytes of each."""
 

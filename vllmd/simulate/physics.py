@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vllmd.core.types import ReplicaSpec
+from vllmd.frozen import frozen
 
 GB = 1e9
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Physics:
     """The machine's nature. Times in seconds, ``noise`` the sigma of a log-normal factor on every transfer."""
 

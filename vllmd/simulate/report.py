@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from vllmd.core.types import Device
+from vllmd.frozen import frozen
 from vllmd.simulate.engine import Job
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sample:
     """The memory at an instant, bytes: promised per device, and of the host; and how many requests waited."""
 
@@ -20,7 +21,7 @@ class Sample:
     queued: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Spread:
     """How a time is spread over requests, in seconds."""
 
@@ -31,7 +32,7 @@ class Spread:
     longest: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Figures:
     """Of all requests, or of one model's.
 
@@ -51,7 +52,7 @@ class Figures:
     tokens: int  # of the answers that were completed
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Report:
     """One policy over one trace."""
 

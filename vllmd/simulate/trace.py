@@ -13,11 +13,12 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllmd.errors import VllmdError
+from vllmd.frozen import frozen
 
 MOST_TOKENS = 10_000_000
 ALIASES = {"prompt_tokens": "prompt", "output_tokens": "output", "prompt tokens": "prompt", "output tokens": "output"}
@@ -30,7 +31,7 @@ class TraceError(VllmdError):
     code = "invalid_trace"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Row:
     """One request: ``time`` in seconds from the first one, lengths in tokens."""
 

@@ -13,13 +13,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from vllmd.config.types import Config
 from vllmd.core.costs import CostBook
 from vllmd.errors import ConfigError
+from vllmd.frozen import frozen
 from vllmd.simulate.baselines import ALL
 from vllmd.simulate.physics import Physics
 from vllmd.simulate.planned import machine_of, names_of
@@ -31,7 +32,7 @@ NICE = 19
 SLICE = 0.05  # seconds
 
 
-@dataclass(frozen=True)
+@frozen
 class Question:
     """``cases``: names and what is to be simulated, its devices declared. ``cache``: of the engines, for estimates."""
 

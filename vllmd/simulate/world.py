@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count
 
@@ -25,6 +25,7 @@ from vllmd.core.policy import Policy
 from vllmd.core.scheduler import Scheduler
 from vllmd.core.types import Device, ModelSpec, Placement, ReplicaSpec, Settings, State
 from vllmd.errors import VllmdError
+from vllmd.frozen import frozen
 from vllmd.simulate.engine import Engine, Job
 from vllmd.simulate.physics import A100, Physics
 from vllmd.simulate.report import Report, Sample, summary
@@ -41,7 +42,7 @@ class Warm(enum.Enum):
     ASLEEP = "asleep"  # every engine that can sleeps: at level 1 while host memory lasts, else at 2
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Machine:
     """What is simulated: models, devices, settings, and how fast the hardware is."""
 

@@ -15,10 +15,10 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.foreign import Folder, Unreadable
+from vllmd.frozen import frozen
 from vllmd.hub import cache_of, discover, is_projector, locate
 
 MODEL_LAYER = "application/vnd.ollama.image.model"
@@ -27,7 +27,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/ -]{0,199}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Elsewhere:
     """A model of another program. ``size``: bytes of its file."""
 

@@ -10,12 +10,14 @@ Sizes are rounded, for a person who decides; calculations use what the source it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from vllmd.frozen import frozen
 
 MB, GB = 10**6, 10**9
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Wheel:
     """A model's file inside a wheel. Both are checked against these hashes (SHA-256, hex); ``size``: bytes."""
 
@@ -31,7 +33,7 @@ class Wheel:
         return f"{self.package} {self.version} from the Python index"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Known:
     """``gguf``: repository and quantisation for llama.cpp; ``repository``: for vLLM; "" where there is none."""
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vllmd.errors import BadRequest
+from vllmd.frozen import frozen
 from vllmd.hub import is_repository
 from vllmd.store.known import KNOWN, Wheel
 
@@ -28,7 +29,7 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,127}", re.ASCII)
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Hub:
     """A repository of the hub, or of it one quantisation or one file."""
 
@@ -45,7 +46,7 @@ class Hub:
         return f"{self.repository}{':' * bool(self.quantization)}{self.quantization}{'/' * bool(self.file)}{self.file}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Wanted:
     """A model to be fetched: its name, and its sources, of which the first that works is used.
 

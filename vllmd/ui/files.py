@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
+from vllmd.frozen import frozen
 from vllmd.proxy.http import Pairs, Request, Response
 
 STATIC = Path(__file__).with_name("static")
@@ -34,7 +34,7 @@ HEADERS: Pairs = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class File:
     """A file of the page: as it is, compressed, its media type, and the tag that stands for its contents."""
 

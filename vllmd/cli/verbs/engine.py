@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from vllmd.cli import show
 from vllmd.cli.failures import EX_UNAVAILABLE, EX_USAGE, Failure
+from vllmd.frozen import frozen
 
 ALIASES = ("engines",)
 ACTIONS = ("install", "list", "use", "rollback", "remove", "warm", "serve")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Line:
     """An environment as ``engine list`` tells it. ``size`` in bytes; ``installed``: Unix time."""
 
