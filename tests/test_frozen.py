@@ -14,12 +14,22 @@ from typing import ClassVar
 import pytest
 
 import vllmd
-from vllmd.frozen import frozen
+from vllmd.frozen import frozen, sparse
 
 
 @frozen
 class Point:
     """Two numbers, and what does not count."""
+
+    x: int
+    y: int = 0
+    note: str = field(default="", compare=False, repr=False)
+    more: Mapping[str, int] = field(default_factory=dict)
+
+
+@sparse
+class Wide:
+    """Mostly as by default."""
 
     x: int
     y: int = 0
@@ -80,6 +90,20 @@ def test_it_is_shown_copied_and_kept_as_a_dataclass_is() -> None:
     assert pickle.loads(pickle.dumps(point)) == copy.deepcopy(point) == point
     with pytest.raises(AttributeError):
         point.z = 1  # type: ignore[attr-defined]
+
+
+def test_a_sparse_one_is_as_any_other_and_has_only_what_is_not_the_default() -> None:
+    """It is made by place or by name, and refuses what has no place."""
+    wide = Wide(1, note="secret")
+    assert repr(wide) == "Wide(x=1, y=0, more={})"
+    assert wide == Wide(x=1) and {wide.y, wide.note} == {0, "secret"} and wide != Wide(2) and wide != Point(1)
+    assert replace(wide, y=3) == Wide(1, 3) and replace(replace(wide, y=3), y=0) == wide
+    assert pickle.loads(pickle.dumps(wide)) == copy.deepcopy(wide) == wide
+    assert vars(replace(Wide(1, 3), y=0)) == {"x": 1}
+    with pytest.raises(TypeError, match="needs x"):
+        Wide()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="no field 'z'"):
+        Wide(1, z=2)  # type: ignore[call-arg]
 
 
 def test_it_inherits_as_a_dataclass_does() -> None:

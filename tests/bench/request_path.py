@@ -11,7 +11,7 @@ Counted in a daemon whose only model is a remote one (``proxy_upstream``), on a 
 
 ``--flame FILE`` draws where the interpreter's instructions of one request go, asyncio's included: a flame graph whose
 widths are counted (``sys.settrace``), so that it is the same on every machine. ``flame-before.svg``
-is that of a5a9dae, ``flame-after.svg`` that of fb10499 (both of 2026-11-28).
+is that of a24c8834, ``flame-after.svg`` that of b169cd96 (both of 2026-11-29).
 """
 
 from __future__ import annotations

@@ -513,7 +513,8 @@ class World:
                 self.devices[index].memory,
             )
             assert others < rule.used_below, f"{command} where others hold {others}"
-            fit = {math.ceil(share * memory) for free, share in rule.shares.items() if free <= 1 - others / memory}
+            least = min(self.devices[each].memory for each in command.placement.devices)  # one figure for all of them
+            fit = {math.ceil(share * least) for free, share in rule.shares.items() if free <= 1 - others / memory}
             assert not rule.shares or command.memory in fit, f"{command} where others hold {others} of {memory}"
             name = self.model_of[command.replica]
             came = min((self.came[r] for r, m in self.queued.items() if m == name), default=self.now)

@@ -65,7 +65,7 @@ def whole(folder: Path, kind: str, number: int) -> Whole:
     return Whole(config, resolver, expected, Scheduler(expected.specs, DEVICES, settings_of(config, DEVICES)))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("remote", 2400), ("vllm", 2400)])
+@pytest.mark.parametrize(("kind", "most"), [("remote", 2100), ("vllm", 2100)])
 def test_one_more_model_costs_little(tmp_path: Path, kind: str, most: int, caplog: pytest.LogCaptureFixture) -> None:
     """Bytes of a model that nobody has used: its settings, its engine and its place in the scheduler."""
     caplog.set_level(logging.CRITICAL, "vllmd")  # pytest would keep what is said of each

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
 
+import pytest
+
+from vllmd.launcher import client as client_module
 from vllmd.launcher.client import LauncherClient
 from vllmd.launcher.protocol import (
     MAX_PACKET,
@@ -116,6 +120,34 @@ async def _asked_of_the_dead(tmp_path: Path) -> None:
             assert isinstance(request, List)
             launcher.say(Engines(()), id)
         assert await asking == []
+    finally:
+        await client.close()
+        launcher.close()
+
+
+def test_a_launcher_that_hangs_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every start and stop waits for it, and no other sign of that is to be seen; so is that it answers again."""
+    monkeypatch.setattr(client_module, "SILENCE_SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+    asyncio.run(asyncio.wait_for(_hangs(tmp_path, caplog), 60))
+    said = [record.getMessage() for record in caplog.records if "answer" in record.getMessage()]
+    assert said[0].startswith("the launcher has not answered a List for 0 s")
+    assert said[1:] == ["the launcher answers again"]
+
+
+async def _hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    launcher = ScriptedLauncher(tmp_path / "s")
+    client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
+    try:
+        asking = [asyncio.ensure_future(client.list()) for _ in range(2)]
+        while "has not answered" not in caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for _ in asking:
+            id, _ = await launcher.read()
+            launcher.say(Engines(()), id)
+        await asyncio.gather(*asking)
     finally:
         await client.close()
         launcher.close()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COPIED = ("vllmd", "tests", "pyproject.toml")
+PASSED, FAILED = 0, 1  # pytest's exit statuses
 LIMIT = 600.0  # seconds for the tests of one mutation; one that hangs has been noticed
 
 
@@ -284,7 +285,9 @@ def noticed(mutation: Mutation, copy: Path) -> bool:
         return True
     finally:
         path.write_text(text)
-    return done.returncode == 1
+    if done.returncode not in (PASSED, FAILED):  # neither: the tests were not run to their end
+        raise RuntimeError(f"{mutation.promise}: pytest ended with {done.returncode}: {done.stdout[-500:]!r}")
+    return done.returncode == FAILED
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllmd.config.engine_kinds import one_name
 from vllmd.core.types import Balancing, IdleRules, WhenFree
-from vllmd.frozen import frozen
+from vllmd.frozen import frozen, sparse
 
 OWN_USER = "own"
 
@@ -102,7 +102,7 @@ _EMPTY: Mapping[str, Any] = {}
 _NO_RULES, _USUAL_IDLE = RequestRules(), IdleRules()
 
 
-@frozen
+@sparse
 class ModelConfig:
     """One model as configured (defaults already applied), or one of its replicas (``replica_of``).
 

@@ -331,10 +331,10 @@ class OperatorCommands:
         return True
 
     def _drop(self, model: Model) -> None:
-        """Forget a model at rest that the configuration has no more."""
+        """Forget a model at rest that the configuration has no more: nothing but these knows its replica."""
         (r,), model.replicas, model.nominee = model.replicas, (), None
         self.preload.pop(r, None)
-        self._core.forget(r)
+        self._core.replicas.pop(r.id, None)
         self._core.for_review.pop(model, None)
         del self._core.models[model.name]
 
@@ -353,7 +353,6 @@ class OperatorCommands:
         r.learnt = r.book.known(spec)
         r.pinned = spec.pinned
         self._core.replicas[r.id] = r
-        self._core.changed[r] = None
         if spec.preload:
             self._preload_later(r)
         return r

@@ -57,6 +57,7 @@ __all__ = ["ExitReport", "LauncherClient", "LauncherFailed", "LauncherInfo", "Ru
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0  # pystemd may block the launcher for 25 when PID 1 does not answer
+SILENCE_SECONDS = 10.0  # for an answer, after which the log says that none has come
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0  # between attempts to connect again
 PRIVATE_END_SECONDS = 30.0  # for a private launcher to end its engines and itself
 
@@ -106,6 +107,7 @@ class LauncherClient:
         self._over = ""  # why there will be no launcher any more
         self._followed: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._silent = False  # the log has said that it does not answer
 
     @classmethod
     def at(
@@ -287,6 +289,10 @@ class LauncherClient:
             asyncio.get_running_loop().create_future(), parts if parts is not None else []
         )
         pending.parts.clear()
+        patience = SILENCE_SECONDS + (request.order.timeout if isinstance(request, Start) else 0.0)
+        silence = asyncio.get_running_loop().call_later(
+            patience, self._report_silence, type(request).__name__, patience
+        )
         try:
             await self._send(protocol.encode(request, id))
             answer = await pending.future
@@ -295,12 +301,24 @@ class LauncherClient:
         except ProtocolError as error:
             raise LauncherFailed(f"the request cannot be sent to the launcher: {error}") from None
         finally:
+            silence.cancel()
             self._pending.pop(id, None)
         if isinstance(answer, Failed):
             raise LauncherFailed(answer.message, permanent=answer.permanent, answered=True)
         if not isinstance(answer, kind):
             raise LauncherFailed(f"the launcher answered a {type(request).__name__} with {type(answer).__name__}")
         return answer
+
+    def _report_silence(self, request: str, seconds: float) -> None:
+        """Log, once until it answers again, that the launcher hangs: every start and stop waits for it meanwhile."""
+        if self.connected and not self._silent:
+            self._silent = True
+            log.warning(
+                "the launcher has not answered a %s for %g s, and no engine starts or ends before it does; "
+                "systemctl restart vllmd-launcher replaces it, and leaves engines alone",
+                request,
+                seconds,
+            )
 
     async def _wait_connected(self) -> None:
         """Wait for a launcher. Raises LauncherFailed if none will come."""
@@ -323,6 +341,9 @@ class LauncherClient:
         except ProtocolError as error:
             log.error("a malformed packet from the launcher: %s", error)
             return
+        if self._silent:
+            self._silent = False
+            log.info("the launcher answers again")
         match message:
             case Exited(report):
                 # Not at once: the caller of `start` must see the start, whose answer came before, first.
