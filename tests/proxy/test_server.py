@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import ssl
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,23 @@ def test_a_connection_that_is_refused_is_told_of() -> None:
             for writer in (first, second.writer):
                 writer.close()
             await server.close()
+
+    asyncio.run(play())
+
+
+def test_a_client_that_resets_before_it_is_served_gives_its_place_back() -> None:
+    """As a load balancer's check does. The kernel tells no address of such a connection any more."""
+
+    async def play() -> None:
+        limits = Limits(ServerConfig(max_connections_per_address=2))
+        async with stage(limits=limits) as act:
+            for number in (1, 2):
+                with socket.create_connection(("127.0.0.1", act.port)) as gone:
+                    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                await until(lambda number=number: act.server.accepted == number and not act.server.connections)
+            client = await act.client()
+            client.send(get("/hello"))
+            assert (await client.answer()).status == 200
 
     asyncio.run(play())
 

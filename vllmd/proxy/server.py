@@ -58,8 +58,10 @@ class Server:
         self._on_refused = on_refused
         self.open_connections: set[Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
-        self._unopened: dict[Connection, str] = {}  # accepted, and not made yet: TLS's handshake is under way; address
-        self._by_address: Counter[str] = Counter()  # connections, those not made yet included
+        # Connections, those included of which TLS's handshake is under way, by the address that each counts for: the
+        # kernel tells it no more of a connection that the client has reset.
+        self._counted: dict[Connection, str] = {}
+        self._by_address: Counter[str] = Counter()
         self._empty = asyncio.Event()
         self._accept_pause: asyncio.TimerHandle | None = None
         self._sweeping: asyncio.TimerHandle | None = None
@@ -69,7 +71,7 @@ class Server:
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self.open_connections) + len(self._unopened)
+        return len(self._counted)
 
     def exchanges(self) -> list[Exchange]:
         """The requests that are being answered now."""
@@ -120,8 +122,8 @@ class Server:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
         connection, origin = Connection(self), address[0] if isinstance(address, tuple) else ""
-        self._unopened[connection] = origin
-        self._by_address[origin] += bool(origin)
+        self._counted[connection] = origin
+        self._by_address[origin] += 1
         opening = asyncio.get_running_loop().create_task(self._open(sock, connection))
         self._opening.add(opening)
         opening.add_done_callback(self._opened)
@@ -154,8 +156,8 @@ class Server:
             sock.close()
             raise
         finally:
-            if (origin := self._unopened.pop(connection, None)) is not None:  # it never was a connection
-                self._forget_address(origin)
+            if connection not in self.open_connections:  # it never was one, or is over already
+                self._forget(connection)
 
     def _opened(self, opening: asyncio.Task[None]) -> None:
         self._opening.discard(opening)
@@ -165,7 +167,6 @@ class Server:
 
     def joined(self, connection: Connection) -> None:
         """A connection has been made, and can be served."""
-        self._unopened.pop(connection, None)
         self.open_connections.add(connection)
         if self._sweeping is None:
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
@@ -173,11 +174,11 @@ class Server:
     def left(self, connection: Connection) -> None:
         """A connection has been closed."""
         self.open_connections.discard(connection)
-        self._forget_address(connection.peer.address)
+        self._forget(connection)
         self._check_empty()
 
-    def _forget_address(self, address: str) -> None:
-        if address:
+    def _forget(self, connection: Connection) -> None:
+        if (address := self._counted.pop(connection, None)) is not None:
             self._by_address[address] -= 1
             if not self._by_address[address]:
                 del self._by_address[address]
