@@ -399,6 +399,30 @@ def test_a_handler_for_which_there_is_no_file_left_is_a_503() -> None:
     asyncio.run(play())
 
 
+def test_a_route_that_cannot_be_imported_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    """At the first request for one: without a descriptor left it is a 503, without its file a 500, and then it works."""
+    failures: list[Exception] = [OSError(errno.EMFILE, "Too many open files", "/x.py"), ImportError("secret")]
+
+    async def play() -> None:
+        async with stage() as act:
+
+            def add() -> None:
+                if failures:
+                    raise failures.pop(0)
+                act.router.add("GET", "/later", hello)
+
+            act.router.add_later(add)
+            for status in (503, 500, 200):
+                client = await act.client()
+                client.send(get("/later", "X-Request-Id: r1"))
+                answer = await client.answer()
+                assert answer.status == status
+                assert b"secret" not in answer.body
+            assert "GET /later failed" in caplog.text
+
+    asyncio.run(play())
+
+
 def test_a_handler_that_fails_is_a_500_without_its_secrets() -> None:
     """The log has the traceback; the client has the request's id."""
 

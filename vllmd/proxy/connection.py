@@ -237,6 +237,8 @@ class Connection:
             self._serve(request)
         except VllmdError as error:
             self._refuse(error)
+        except Exception as error:  # routes that are put in when they are needed have to be imported first
+            self._refuse(_fault(error, self._request))
 
     def _begin(self, head: RequestHead) -> None:
         """A request's head has come: find its handler, and refuse a body whose announced length is too large."""
