@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,7 @@ from vllmd.daemon import startup
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.dates import Dates
+from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.last_starts import Start
 from vllmd.daemon.self_description import Descriptions
@@ -535,6 +536,30 @@ def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
         assert abs(wall - time.time()) < 600
         living.front.learnt.dates = Dates(lambda: time.time() - 86400)  # it was yesterday, by the clock as it was then
         assert living.front.status.decisions("m").decisions[1].at == pytest.approx(wall - 86400, abs=600)
+
+    lives(config, tmp_path, look)
+
+
+def test_a_model_that_comes_back_is_disabled_from_the_first_moment_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order was given when it was configured before. No request may come between the reload and the order."""
+
+    def orders(self: Disabled, names: Collection[str]) -> list[events.ModelDisabled]:
+        return [events.ModelDisabled("n", "taken out")] if "n" in names else []
+
+    monkeypatch.setattr(Disabled, "orders", orders)
+    config = read(tmp_path, BASE)
+    with_it = read(tmp_path, {**BASE, "models": {**BASE["models"], "n": {"engine": "sim", "gpu_memory": "10GiB"}}})
+
+    async def look(living: Living) -> None:
+        models = living.back.dispatcher.scheduler.core.models
+        reload = asyncio.ensure_future(living.daemon.apply_configuration(with_it))
+        while not reload.done():
+            assert "n" not in models or models["n"].disabled == "taken out"
+            await asyncio.sleep(0)
+        assert reload.result().added == ("n",)
+        assert models["n"].disabled == "taken out"
 
     lives(config, tmp_path, look)
 

@@ -69,13 +69,15 @@ async def apply_configuration(
     # 3. The core takes it, and with the core everything else (``answered``); then the core's commands are executed.
     settings = settings_of(config, inventory)
     back.ask(events.ModelsChanged(expected.specs, frozenset(changed), devices_changed, settings, unless_used), answered)
-    # It is in force, wholly. What follows takes turns of the loop of its own: streams go on between.
-    await asyncio.sleep(0)
-    # 4. What operators have disabled: a model may be new here, or its file may have been mended.
+    # 4. What operators have disabled, in the same turn of the loop, so that no request comes before: a model may be new
+    #    here, or its file may have been mended.
     names = {*config.models, *engines}
     if not was_broken:
         for order in front.disabled.orders(names):
             back.post(order)
+    # It is in force, wholly. What follows takes turns of the loop of its own: streams go on between.
+    await asyncio.sleep(0)
+    if not was_broken:
         await front.disabled.remove(*({*models_before, *engines_before} - names))
     # 5. The devices' memory; and with a configuration that could not be used before, the engines that run already.
     if devices:
