@@ -169,6 +169,26 @@ def test_what_the_scheduler_fails_at_is_told_as_a_defect(caplog: pytest.LogCaptu
     assert caplog.text.count("ValueError: a defect") == 3
 
 
+def test_what_the_scheduler_fails_at_on_the_short_way_is_for_an_event(caplog: pytest.LogCaptureFixture) -> None:
+    """A defect there neither loses a request's place nor breaks off an answer at its end."""
+
+    class Failing(Wanting):
+        def admit_at_once(self, request: str, name: str, now: float) -> str | None:
+            raise ValueError("a defect")
+
+        def finish_at_once(self, request: str, now: float) -> bool:
+            raise ValueError("a defect")
+
+    async def story() -> None:
+        dispatcher = Dispatcher(Failing(), {})
+        assert dispatcher.admit_at_once("1", "m") is None
+        assert not dispatcher.finish_at_once("1")
+        dispatcher.close()
+
+    asyncio.run(story())
+    assert caplog.text.count("ValueError: a defect") == 2
+
+
 class Refusing(Wanting):
     """A core that refuses, and says so each time."""
 

@@ -150,7 +150,11 @@ class Dispatcher:
         """The replica that has the request from now on, where nothing else is under way; None: post its arrival."""
         if self._handling:  # events are taken one after the other
             return None
-        replica = self._scheduler.admit_at_once(request, model, self._clock())
+        try:
+            replica = self._scheduler.admit_at_once(request, model, self._clock())
+        except Exception:  # a defect, as in ``post``
+            log.exception("the scheduler could not admit request %s to %s at once", request, model)
+            return None
         if replica is not None:
             self._changed()
         return replica
@@ -159,7 +163,12 @@ class Dispatcher:
         """Tell the core that a request has ended well, where nothing else follows from it; False: post its end."""
         if self._handling:
             return False
-        if not self._scheduler.finish_at_once(request, self._clock()):
+        try:
+            is_noted = self._scheduler.finish_at_once(request, self._clock())
+        except Exception:  # a defect, as in ``post``
+            log.exception("the scheduler could not note the end of request %s at once", request)
+            return False
+        if not is_noted:
             return False
         if self._scheduler.wants_time_before(self._timer_due):
             self._set_timer()
