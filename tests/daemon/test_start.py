@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import importlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import pytest
+
+from vllmd.daemon import service
 
 # Each brings megabytes or milliseconds, and is imported where it is needed first.
 NOT_YET = (
@@ -45,3 +53,21 @@ def test_what_the_first_client_does_not_need_is_not_imported(tmp_path: Path) -> 
                           capture_output=True, text=True, timeout=60, check=True)  # fmt: skip
     modules = json.loads(told.stdout)
     assert [name for name in NOT_YET if name in modules] == []
+
+
+@pytest.mark.parametrize("failure", [None, OSError(errno.EMFILE, "full"), ImportError("gone")])
+def test_the_other_routes_are_imported_beside_what_is_served(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception | None
+) -> None:
+    """Not at the first request for one: that would hold up all streams, and be a later version's after an upgrade."""
+    imported: list[tuple[str, bool]] = []
+
+    def note(name: str) -> None:
+        imported.append((name, threading.current_thread() is threading.main_thread()))
+        if failure:
+            raise failure
+
+    monkeypatch.setattr(service, "OTHER_ROUTES_AFTER", 0.0)
+    monkeypatch.setattr(importlib, "import_module", note)
+    asyncio.run(service.import_other_routes())
+    assert imported == [("vllmd.daemon.other_routes", False)]

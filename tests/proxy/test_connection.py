@@ -400,7 +400,7 @@ def test_a_handler_for_which_there_is_no_file_left_is_a_503() -> None:
 
 
 def test_a_route_that_cannot_be_imported_is_answered(caplog: pytest.LogCaptureFixture) -> None:
-    """At the first request for one: without a descriptor left it is a 503, without its file a 500, and then it works."""
+    """At the first request for one: without a descriptor it is a 503, without its file a 500, and then it works."""
     failures: list[Exception] = [OSError(errno.EMFILE, "Too many open files", "/x.py"), ImportError("secret")]
 
     async def play() -> None:

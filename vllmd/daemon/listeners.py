@@ -127,7 +127,7 @@ class Listeners:
         add_model_routes(router, self._relay)
 
         def add_others() -> None:
-            from vllmd.daemon import other_routes  # two dozen modules that many daemons are never asked for
+            from vllmd.daemon import other_routes  # two dozen modules that no first client waits for
 
             def shown() -> bool:
                 return not public if self.ui is None else self.ui

@@ -1,6 +1,7 @@
 """The routes that a daemon has when somebody asks for one of them: the page's, operators', metrics, Ollama's.
 
-``listeners`` imports this at the first request for a path that is none of the models' (``Router.add_later``).
+The daemon imports this a moment after it has opened (``service.import_other_routes``); ``listeners`` puts the routes in
+at the first request for a path that is none of the models' (``Router.add_later``).
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ NOTES_LIMIT = 2.0  # seconds for notes that the next daemon can do without; a la
 DRAIN_LOOK = 0.05  # seconds between looks at which clients are still there
 QUIET = 0.3  # seconds without a request after which kept connections count as unused
 FIRST_TURNS = 20  # of the loop, in which a client that was there before us is let in, read and answered
+OTHER_ROUTES_AFTER = 1.0  # seconds in which the clients that have waited are served first
 LAUNCHER_LIMIT = 5.0  # seconds that a drain waits for a launcher: systemd may start none before this daemon has ended
 
 
@@ -120,6 +121,7 @@ class Daemon:
             collector.exempt_existing()
             self.front.open(back)
             self._tasks.spawn(self._load_use())
+            self._tasks.spawn(import_other_routes())
             self._tasks.spawn(back.devices.run(lambda devices: startup.apply_devices(self.front, back, devices)))
             back.post(events.TimePassed())
         except Exception:  # a defect, by which nothing can be served: end, for the next start may fare better
@@ -263,6 +265,17 @@ class Daemon:
         from vllmd.daemon.reload import apply_configuration  # most daemons are never told to
 
         return await apply_configuration(self.front, await self.front.back.wait(), config, unless_used)
+
+
+async def import_other_routes() -> None:
+    """Import what is behind the routes that no first client asks for (``other_routes``), in a thread.
+
+    Left to the first request for one, that would hold up every stream for a tenth of a second, and after an upgrade of
+    the package, while this daemon still drains, it would be another version's code.
+    """
+    await asyncio.sleep(OTHER_ROUTES_AFTER)
+    with contextlib.suppress(OSError, ImportError):  # the first request for one tries again, and is told
+        await asyncio.to_thread(importlib.import_module, "vllmd.daemon.other_routes")
 
 
 def _has_terminal() -> bool:

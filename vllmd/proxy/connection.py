@@ -237,8 +237,6 @@ class Connection:
             self._serve(request)
         except VllmdError as error:
             self._refuse(error)
-        except Exception as error:  # routes that are put in when they are needed have to be imported first
-            self._refuse(_fault(error, self._request))
 
     def _begin(self, head: RequestHead) -> None:
         """A request's head has come: find its handler, and refuse a body whose announced length is too large."""
@@ -255,7 +253,7 @@ class Connection:
             upgrade=head.upgrade,
         )
         self._head_read = True
-        self._handler = self._host.begin(request)
+        self._handler = self._handler_of(request)
         if self._head_charged or self._reader.head_size > UNCHARGED_HEAD_BYTES:
             self._release()
             self._holder = self._place, request.caller.name
@@ -276,6 +274,15 @@ class Connection:
             if head.expects_continue and not self._reader.pending:
                 self.transport.write(CONTINUE)
         self._phase, self._head_read = Phase.BODY, False
+
+    def _handler_of(self, request: Request) -> Handler:
+        """The route's handler. Raises VllmdError only; routes that are put in when needed have to be imported first."""
+        try:
+            return self._host.begin(request)
+        except VllmdError:
+            raise
+        except Exception as error:
+            raise _fault(error, request) from None
 
     def _expect_bytes(self) -> None:
         """Set the time limit for the next bytes of the body. ``_body_late`` renews it, if enough of them have come.

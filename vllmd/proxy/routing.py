@@ -3,7 +3,7 @@
 A pattern is a path in which ``{name}`` stands for one segment and ``{name:path}`` for one or more. Paths are
 matched after percent-decoding, so a model's id may be written with its slash or with ``%2F``.
 
-Most daemons are asked a few paths only, and the code behind the others is a tenth of all that a daemon imports. Such
+The first client asks a few paths only, and the code behind the others is a tenth of all that a daemon imports. Such
 routes are put in by a function, when first a path is asked for that is none of those there are (``add_later``).
 """
 
