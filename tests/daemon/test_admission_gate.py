@@ -39,6 +39,8 @@ class Rig:
         self.posted: list[events.Event] = []
         self.engine: Listen | None = SOCKET
         self.waited: list[str] = []
+        self.at_once = ""  # the replica to which the core admits without an event
+        self.ended_at_once: list[str] = []
         self.gate = closed_gate()
         self.gate.open(self)
 
@@ -48,10 +50,11 @@ class Rig:
         self.posted.append(event)
 
     def admit_at_once(self, request: str, model: str) -> str | None:
-        return None
+        return self.at_once or None
 
     def finish_at_once(self, request: str) -> bool:
-        return False
+        self.ended_at_once += [request] if self.at_once else []
+        return bool(self.at_once)
 
     def ask(self, event: events.Asking, answered: Callable[[commands.Answer], None]) -> None:
         self.posted.append(event)
@@ -107,6 +110,23 @@ async def test_admitted_and_done(rig: Rig) -> None:
     permit.release(Tokens(7, 0))
     assert rig.posted == [events.RequestArrived("1", "m", "key"), events.RequestFinished("1")]
     assert rig.gate.requests == 0
+
+
+@script
+async def test_the_short_way_is_without_events(rig: Rig) -> None:
+    """Where the core has nothing else to do; of a failure, or at an engine that is gone, it hears as ever."""
+    rig.at_once = "m"
+    permit = await (await rig.arrive())
+    assert (permit.upstream, permit.replica, rig.waited, rig.gate.requests) == (SOCKET, "m", [], 1)
+    permit.release(Tokens(7, 0))
+    permit.release(Tokens(7, 0))
+    assert (rig.posted, rig.ended_at_once, rig.gate.requests) == ([], ["1"], 0)
+    (await (await rig.arrive())).release(failed="it broke off")
+    assert (rig.posted, rig.ended_at_once) == ([events.RequestFinished("2", "it broke off")], ["1"])
+    rig.engine = None
+    with pytest.raises(UpstreamFailed, match="is gone"):
+        await (await rig.arrive())
+    assert (rig.ended_at_once, rig.gate.requests) == (["1", "3"], 0)
 
 
 @script
