@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from sys import intern
 from typing import Any, NamedTuple
 
-from vllmd.config import quick_yaml  # isort: skip  # noqa: F401  # it goes before the first import of yaml
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
