@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from vllmd.launcher import __main__ as launcher
 from vllmd.launcher import cgroup, scopes
+from vllmd.launcher.bus import BusError
 from vllmd.launcher.cgroup import Cgroup, WatchedCgroup, Watcher, cgroup_of
 from vllmd.launcher.loop import Loop
 from vllmd.launcher.protocol import StartOrder
@@ -81,3 +84,28 @@ def test_without_version_2_no_engine_is_begun_and_it_is_said(monkeypatch: pytest
     nobody: Any = cast(Any, SimpleNamespace())
     scopes.Scopes.place(nobody, StartOrder("a", ("true",)), nobody, lambda group, why: told.append(why))
     assert "systemd.unified_cgroup_hierarchy=1" in told[0]
+
+
+def test_a_process_that_cannot_be_seen_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scope was made by a call whose answer was lost: without a descriptor for the look, the order goes on."""
+
+    def exists(*_: object) -> Any:
+        raise BusError("unit a is already loaded")
+
+    again: list[float] = []
+    monkeypatch.setattr(scopes, "hierarchy", lambda: Path("/sys/fs/cgroup"))
+    monkeypatch.setattr(scopes, "cgroup_of", out_of_files)
+    loop = SimpleNamespace(later=lambda seconds, then: again.append(seconds))
+    itself: Any = SimpleNamespace(_placing={}, _loaded=set(), _bus=SimpleNamespace(units=exists), _loop=loop)
+    scopes.Scopes.place(itself, StartOrder("a", ("true",)), cast(Any, SimpleNamespace(pid=1)), out_of_files)
+    assert again == [scopes.RETRY_SECONDS]
+
+
+def test_what_the_machine_refuses_is_tried_again_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd starts the next launcher at once, as often as it takes: that would be all that the machine does."""
+    pauses: list[float] = []
+    monkeypatch.setattr(launcher, "_run_with_systemd", out_of_files)
+    monkeypatch.setattr(launcher, "setup_logging", lambda *_, **__: None)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    assert launcher.main([]) == 1
+    assert pauses == [launcher.FAILED_SECONDS]

@@ -16,6 +16,7 @@ from vllmd.launcher.protocol import (
     Engines,
     Exited,
     ExitReport,
+    Lines,
     List,
     Message,
     Running,
@@ -128,7 +129,8 @@ async def _asked_of_the_dead(tmp_path: Path) -> None:
 def test_a_launcher_that_hangs_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every start and stop waits for it, and no other sign of that is to be seen; so is that it answers again."""
+    """Every start and stop waits for it, and no other sign of that is to be seen; so is that it answers again. That the
+    end of a log takes its time is no sign of it."""
     monkeypatch.setattr(client_module, "SILENCE_SECONDS", 0.0)
     caplog.set_level(logging.INFO)
     asyncio.run(asyncio.wait_for(_hangs(tmp_path, caplog), 60))
@@ -141,13 +143,16 @@ async def _hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     launcher = ScriptedLauncher(tmp_path / "s")
     client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
     try:
+        tail = asyncio.ensure_future(client.tail("a"))
+        tail_id, _ = await launcher.read()
         asking = [asyncio.ensure_future(client.list()) for _ in range(2)]
         while "has not answered" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for _ in asking:
             id, _ = await launcher.read()
             launcher.say(Engines(()), id)
-        await asyncio.gather(*asking)
+        launcher.say(Lines(()), tail_id)
+        await asyncio.gather(*asking, tail)
     finally:
         await client.close()
         launcher.close()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.launcher.driver import fresh, private, until
+from vllmd.launcher import sessions
 from vllmd.launcher.client import ExitReport, LauncherClient, LauncherFailed
 from vllmd.launcher.loop import Loop
 from vllmd.launcher.process import Process
@@ -276,3 +281,24 @@ def test_it_ends_when_the_other_end_is_already_closed() -> None:
     with child_end:
         argv = [sys.executable, "-m", "vllmd.launcher", "--fd", str(child_end.fileno())]
         assert subprocess.run(argv, pass_fds=[child_end.fileno()], timeout=20).returncode == 0
+
+
+def test_a_look_that_cannot_be_is_repeated_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of a descriptor nothing is known of the processes, neither that they live nor that they have ended."""
+
+    def full(*_: object) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    later: list[tuple[float, Callable[[], None]]] = []
+    loop: Any = SimpleNamespace(later=lambda *asked: later.append(asked))
+    main, changed = Process(os.getpid()), list[bool]()
+    tree = ProcessTree("a", "token", main, loop)
+    tree.watch(lambda: changed.append(True))
+    with monkeypatch.context() as out:
+        out.setattr(sessions, "stat_of", full)
+        later[0][1]()
+    monkeypatch.setattr(tree, "members", set)
+    later[1][1]()
+    assert [seconds for seconds, _ in later] == [sessions.POLL, sessions.POLL, sessions.REFRESH]
+    assert not changed
+    main.close()

@@ -11,6 +11,7 @@ loader     all of that, and parsing -> Config
 findings   problems and warnings
 origins    where each setting was given
 checks     what spans several settings
+as_daemon  what the daemon's user cannot read of it
 unfit      what keeps a model from ever being loaded on the devices
 replicas   the engines that this machine is to have
 runtime_model a model's settings from a program instead of a file

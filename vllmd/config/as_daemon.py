@@ -29,21 +29,32 @@ def problems_of_daemon(config_file: str | Path | None, env: Mapping[str, str], u
         account = pwd.getpwnam(user)
     except KeyError:  # it is not installed as a system's service
         return ()
-    with _rights_of(account):
-        return [problem for problem in read(env=env).problems if not problem.unfit]
+    with _rights_of(account) as taken:
+        return [problem for problem in read(env=env).problems if not problem.unfit] if taken else ()
 
 
 @contextlib.contextmanager
-def _rights_of(account: pwd.struct_passwd) -> Iterator[None]:
-    """Within this we have the rights of that user, who is in the daemon's groups as well."""
-    more = [group.gr_gid for group in grp.getgrall() if group.gr_name in GROUPS]
-    groups, gid = os.getgroups(), os.getegid()
-    os.setgroups([*os.getgrouplist(account.pw_name, account.pw_gid), *more])
-    os.setegid(account.pw_gid)
-    os.seteuid(account.pw_uid)
+def _rights_of(account: pwd.struct_passwd) -> Iterator[bool]:
+    """Within this we have the rights of that user, who is in the daemon's groups as well.
+
+    False: we may not take them, as root of a container without these capabilities; nobody knows then what it may read.
+    """
+    groups, gid, taken = os.getgroups(), os.getegid(), False
     try:
-        yield
+        with contextlib.suppress(OSError):
+            os.setgroups([*os.getgrouplist(account.pw_name, account.pw_gid), *_numbers_of(GROUPS)])
+            os.setegid(account.pw_gid)
+            os.seteuid(account.pw_uid)
+            taken = True
+        yield taken
     finally:
         os.seteuid(0)
         os.setegid(gid)
-        os.setgroups(groups)
+        if os.getgroups() != groups:
+            os.setgroups(groups)
+
+
+def _numbers_of(groups: Sequence[str]) -> Iterator[int]:
+    for name in groups:
+        with contextlib.suppress(KeyError):
+            yield grp.getgrnam(name).gr_gid

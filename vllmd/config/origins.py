@@ -20,7 +20,7 @@ _PLACE = Struct("III")  # line, column, and which source
 
 
 class Origins(Mapping[str, Where]):
-    """The places by path. What is noted first counts."""
+    """The places by path. What is noted first counts, but a section before what was noted by itself."""
 
     def __init__(self) -> None:
         self._sections: dict[str, bytes] = {}

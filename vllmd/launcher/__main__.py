@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
 from vllmd.launcher.engines import Supervisor
@@ -28,6 +29,7 @@ from vllmd.text import make_legible
 log = logging.getLogger("vllmd.launcher")
 RUN_ROOT = "/run/vllmd-engine"  # where the launcher that is root lets run directories be
 END_LIMIT = 10.0  # seconds for the engines of a private launcher to be gone
+FAILED_SECONDS = 1.0  # after which systemd tries again what the machine refuses us: descriptors, the bus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run_privately(options, users)
     except (ValueError, OSError) as error:
         log.critical("%s", error)
+        if isinstance(error, OSError) and options.fd is None:
+            time.sleep(FAILED_SECONDS)
         return 1
     return 0
 

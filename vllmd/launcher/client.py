@@ -290,9 +290,7 @@ class LauncherClient:
         )
         pending.parts.clear()
         patience = SILENCE_SECONDS + (request.order.timeout if isinstance(request, Start) else 0.0)
-        silence = asyncio.get_running_loop().call_later(
-            patience, self._report_silence, type(request).__name__, patience
-        )
+        silence = asyncio.get_running_loop().call_later(patience, self._report_silence, request, patience)
         try:
             await self._send(protocol.encode(request, id))
             answer = await pending.future
@@ -309,14 +307,17 @@ class LauncherClient:
             raise LauncherFailed(f"the launcher answered a {type(request).__name__} with {type(answer).__name__}")
         return answer
 
-    def _report_silence(self, request: str, seconds: float) -> None:
-        """Log, once until it answers again, that the launcher hangs: every start and stop waits for it meanwhile."""
-        if self.connected and not self._silent:
+    def _report_silence(self, request: Request, seconds: float) -> None:
+        """Log, once until it answers again, that the launcher hangs: every start and stop waits for it meanwhile.
+
+        Not of the end of a log, which a journalctl of its own looks for, in a large journal for long.
+        """
+        if self.connected and not self._silent and not isinstance(request, Tail):
             self._silent = True
             log.warning(
                 "the launcher has not answered a %s for %g s, and no engine starts or ends before it does; "
                 "systemctl restart vllmd-launcher replaces it, and leaves engines alone",
-                request,
+                type(request).__name__,
                 seconds,
             )
 

@@ -105,7 +105,10 @@ class Scopes:
             job = self._make(unit, self._properties(order, process.pid), service, slice)
         except BusError as error:
             exists = "already loaded" in str(error)  # UnitRemoved can come a moment before the name is free
-            if exists and _is_in(process, unit):  # an earlier call, whose answer was lost, has made it
+            made = False
+            with contextlib.suppress(OSError):  # where it cannot be seen now, the next try may see it
+                made = exists and _is_in(process, unit) is not None
+            if made:  # by an earlier call, whose answer was lost
                 self._made(unit, process, "done", placed)
                 return
             if error.lost:

@@ -188,15 +188,15 @@ class ProcessTree:
         """Scan at intervals: short ones once the main process has ended, else long ones, to note the processes."""
 
         def look() -> None:
-            self._timer = self._loop.later(POLL, look)  # also where nothing can be read now
-            ended = not _alive(self._main.pid) or start_time_of(self._main.pid) != self._main_start
-            if not ended:
-                self._timer.cancel()
-                self._timer = self._loop.later(REFRESH, look)
+            ended, wait = False, POLL  # where nothing can be read now, it is looked again soon
+            with contextlib.suppress(OSError):
+                ended = not _alive(self._main.pid) or start_time_of(self._main.pid) != self._main_start
+                if not ended:
+                    wait = REFRESH
+                    self.members()
+            self._timer = self._loop.later(wait, look)
             if ended:
                 changed()
-            else:
-                self.members()
 
         self._timer = self._loop.later(POLL, look)
 

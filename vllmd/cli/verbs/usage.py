@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         columns = [*usage.by, *(name for name in fields_of(UsageRow) if name not in UsageRow.sparse)]
-        writer.writerows([columns, *([cell(plain(row[name])) for name in columns] for row in usage.rows)])
+        writer.writerows([columns, *([plain(row[name]) for name in columns] for row in usage.rows)])
         return 0
     if usage.rows:
         print(table(usage.by, usage.rows))
@@ -51,11 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
     if usage.trouble:
         show.say(usage.trouble, sys.stderr)
     return 0
-
-
-def cell(value: object) -> object:
-    """The value in a spreadsheet: a name that begins like a formula would be one there, as on the page."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def table(by: Sequence[str], rows: Sequence[UsageRow]) -> str:
