@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ def rights(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         monkeypatch.setattr(os, f"set{name}", lambda value, name=name: now.update({name: value}))
     monkeypatch.setattr(os, "getgrouplist", lambda name, gid: [gid, 803])
     monkeypatch.setattr(as_daemon, "_numbers_of", lambda groups: [804])
+    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("PATH", "/nowhere")  # no systemctl of this machine's
     return now
 
 
@@ -40,6 +43,7 @@ def test_it_is_read_with_the_daemons_rights(rights: dict[str, Any], monkeypatch:
 
     def read(**_: object) -> Reading:
         seen.append(dict(rights))
+        assert os.environ["HOME"] == "/"  # what ``~`` is to the daemon
         return Reading(Config(), (CLOSED, UNFIT))
 
     monkeypatch.setattr(as_daemon, "read", read)
@@ -49,7 +53,7 @@ def test_it_is_read_with_the_daemons_rights(rights: dict[str, Any], monkeypatch:
     monkeypatch.setattr(as_daemon, "read", lambda **_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         problems_of_daemon(None, {})
-    assert rights == OURS
+    assert (rights, os.environ["HOME"]) == (OURS, "/root")
 
 
 @pytest.mark.parametrize("refused", ["setgroups", "setegid", "seteuid"])
@@ -75,3 +79,19 @@ def test_a_named_file_is_a_draft(rights: dict[str, Any], monkeypatch: pytest.Mon
     assert list(problems_of_daemon(None, {"VLLMD_CONFIG": "/root/draft.yaml"})) == []
     rights["euid"] = 1000
     assert list(problems_of_daemon(None, {})) == []
+
+
+@pytest.mark.parametrize(("unit", "problems"), [
+    ("[Service]\nLoadCredential=hub.token:/etc/vllmd/hub.token\n", []),
+    ("[Service]\n#LoadCredential=hub.token:/etc/vllmd/hub.token\nLoadCredential=\n", [CLOSED]),
+])  # fmt: skip
+def test_what_systemd_hands_over_is_not_looked_for_in_the_files(
+    unit: str, problems: list[Problem], tmp_path: Path, rights: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd reads the file of a credential as root, so that the daemon need not have the right to."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f"#!/bin/sh\n[ \"$*\" = 'cat vllmd.service' ] && printf '%s' '{unit}'\n")
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(as_daemon, "read", lambda **_: Reading(Config(), (CLOSED,)))
+    assert list(problems_of_daemon(None, {})) == problems

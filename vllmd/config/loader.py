@@ -173,9 +173,10 @@ class _Parser:
 
     def shared(self, mapping: dict[str, Any]) -> Mapping[str, Any]:
         """The first mapping that is written the same: of ten thousand models most have the options of many others."""
-        if len(self.mappings) >= MOST_SHARED:
-            return mapping
-        return self.mappings.setdefault(repr(mapping), mapping)
+        text = repr(mapping)
+        if len(self.mappings) < MOST_SHARED:
+            self.mappings.setdefault(text, mapping)
+        return self.mappings.get(text, mapping)
 
     def by_name(self, group: Group, node: Node, path: str) -> dict[str, Any]:
         """A mapping from name to group, such as the pools or a model's variants, parsed."""

@@ -930,8 +930,16 @@ RECORDS = Group(
             "which the daemon may write; logrotate may move it. A record has no body and no key's text.",
         ),
         Setting("usage", k.BOOL, "Record use by hour, key and model, and arrivals, in the service's state folder."),
-        Setting("usage_days", k.count(1, 36_500), "How many days use is kept; by the hour it is two months."),
-        Setting("trace_days", k.count(1, 3_650), "How many days arrivals are kept (vllmctl simulate --recorded)."),
+        Setting(
+            "usage_days",
+            k.count(1, 36_500),
+            "How many days use is kept, back from the third last day with any; by the hour it is two months.",
+        ),
+        Setting(
+            "trace_days",
+            k.count(1, 3_650),
+            "How many days arrivals are kept (vllmctl simulate --recorded), back from the third last day with any use.",
+        ),
         Setting(
             "spans",
             k.URL,
