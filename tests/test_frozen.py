@@ -104,6 +104,28 @@ def test_a_sparse_one_is_as_any_other_and_has_only_what_is_not_the_default() -> 
         Wide()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="no field 'z'"):
         Wide(1, z=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="more values"):
+        Wide(1, 2, "", {}, 5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="twice"):
+        Wide(1, x=2)  # type: ignore[misc]
+
+
+def test_what_another_thread_has_made_meanwhile_is_taken() -> None:
+    """Two threads may look at once: who finds that the other one was faster made it of the base, or failed."""
+
+    @frozen
+    class Small:
+        x: int
+
+    @frozen
+    class Large(Small):
+        y: int
+
+    for name in ("__dataclass_fields__", "_compared", "__signature__"):
+        late = vars(Large)[name]
+        assert late.__get__(None, Large) is late.__get__(None, Large) is getattr(Large, name)
+    assert [each.name for each in fields(Large)] == ["x", "y"]
+    assert Large(1, 2) != Large(1, 3)
 
 
 def test_it_inherits_as_a_dataclass_does() -> None:

@@ -52,7 +52,10 @@ def sparse(cls: type[T]) -> type[T]:
 
     def init(self: object, *values: Any, **given: Any) -> None:
         if values:
-            given = {**dict(zip(declared, values, strict=False)), **given}
+            by_place = dict(zip(declared, values, strict=False))
+            if len(values) > len(declared) or not by_place.keys().isdisjoint(given):
+                raise TypeError(f"{cls.__qualname__} is given more values than it has fields, or one of them twice")
+            given = {**by_place, **given}
         for name, value in given.items():
             if name not in declared:
                 raise TypeError(f"{cls.__qualname__} has no field {name!r}")
@@ -199,8 +202,9 @@ class _Later:
         self._name, self._make = name, make
 
     def __get__(self, value: object, cls: type) -> object:
-        owner = next(base for base in cls.__mro__ if base.__dict__.get(self._name) is self)
-        setattr(owner, self._name, self._make(owner))
+        owner = next(base for base in cls.__mro__ if self._name in base.__dict__)
+        if owner.__dict__[self._name] is self:  # else another thread has made it since this one looked
+            setattr(owner, self._name, self._make(owner))
         return getattr(owner, self._name)
 
 
