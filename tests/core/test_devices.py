@@ -286,3 +286,14 @@ def test_nearness_gives_way_to_room() -> None:
     w.load("n")
     (start,) = w.ask("r1", "m")
     assert isinstance(start, StartEngine) and start.placement == Placement((2, 3))
+
+
+def test_that_devices_answer_is_told_only_after_it_was_told_that_they_did_not() -> None:
+    """They are read at each start: of that a journal need not tell anything."""
+    w = World([], [])
+    for unknown, asking in (("yet to be read", True), ("", False), ("the driver is gone", False)):
+        w.do(DevicesChanged(PAIR, unknown, asking))
+    for unknown, asking in (("yet to be read", True), ("", False), ("", False)):
+        w.do(DevicesChanged(PAIR, unknown, asking))
+    told = [each.why for each in w.seen.decisions if each.what == "devices"]
+    assert told == ["the driver is gone", "there are 2, and they answer"]
