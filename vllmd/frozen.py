@@ -13,7 +13,7 @@ compares, hashes and shows them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from operator import attrgetter
 from typing import Any, TypeVar, cast, dataclass_transform
@@ -52,10 +52,7 @@ def sparse(cls: type[T]) -> type[T]:
 
     def init(self: object, *values: Any, **given: Any) -> None:
         if values:
-            by_place = dict(zip(declared, values, strict=False))
-            if len(values) > len(declared) or not by_place.keys().isdisjoint(given):
-                raise TypeError(f"{cls.__qualname__} is given more values than it has fields, or one of them twice")
-            given = {**by_place, **given}
+            given = _by_name(cls, declared, values, given)
         for name, value in given.items():
             if name not in declared:
                 raise TypeError(f"{cls.__qualname__} has no field {name!r}")
@@ -108,6 +105,14 @@ def _with_slots(cls: type[T], hashed: Callable[[Any], int] | None) -> type[T]:
 def _by_place(default: object) -> bool:
     """Whether the field may be given without its name."""
     return not isinstance(default, Field) or (default.init and default.kw_only is not True)
+
+
+def _by_name(cls: type, names: Iterable[str], values: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """All values by the names of their fields. Raises TypeError where there are too many, or one is given twice."""
+    by_place = dict(zip(names, values, strict=False))
+    if len(by_place) < len(values) or not by_place.keys().isdisjoint(given):
+        raise TypeError(f"{cls.__qualname__} is given more values than it has fields, or one of them twice")
+    return {**by_place, **given}
 
 
 # -- what all classes share
