@@ -142,6 +142,26 @@ def test_it_inherits_as_a_dataclass_does() -> None:
         Derived(1, 2, (3,))  # type: ignore[call-arg]
 
 
+@frozen
+class Unusual:
+    """What no class of ours has yet: names that differ by a line, a default that nobody may give, a hash of its own."""
+
+    _x: list[int] = field(default_factory=list)
+    x: list[int] = field(default_factory=lambda: [1])
+    state: str = field(init=False, default="new")
+    seen: list[int] = field(init=False, default_factory=list)
+
+    def __hash__(self) -> int:
+        return len(self.x)
+
+
+def test_unusual_declarations_mean_what_they_mean_of_a_dataclass() -> None:
+    """Who writes one of these does not look here first."""
+    assert repr(Unusual([2])) == "Unusual(_x=[2], x=[1], state='new', seen=[])"
+    assert Unusual([2]).seen is not Unusual([2]).seen
+    assert hash(Unusual()) == 1 and Unusual() == Unusual() != Unusual([2])
+
+
 def classes(base: type) -> Iterator[type]:
     subclasses: list[type] = type.__subclasses__(base)
     for each in subclasses:

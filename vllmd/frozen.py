@@ -95,7 +95,8 @@ def _with_slots(cls: type[T], hashed: Callable[[Any], int] | None) -> type[T]:
     for name, shared in _SHARED.items():
         body.setdefault(name, shared)
     if "__eq__" not in body:
-        body["__eq__"], body["__hash__"] = _equal, hashed
+        body["__eq__"] = _equal
+        body.setdefault("__hash__", hashed)
     metaclass: Any = type(cls)
     made: type[T] = metaclass(cls.__name__, cls.__bases__, body)
     made.__qualname__ = cls.__qualname__
@@ -154,18 +155,21 @@ def _declared(cls: type) -> dict[str, Any]:
 
 def _write_init(cls: type) -> Callable[..., None]:
     """Write ``__init__`` as ``dataclass`` does."""
-    known: dict[str, Any] = {"_MADE": _MADE}  # what its code names: beside this the default of the field x as _x
+    known: dict[str, Any] = {"_MADE": _MADE}  # what its code names: beside this the default of the field x as _of_x
     parameters: dict[bool, list[str]] = {True: [], False: []}  # those given by place, and by name alone
     lines = []
     for name, given in _declared(cls).items():
         default: Any = given.default if isinstance(given, Field) else given
         make: Any = given.default_factory if isinstance(given, Field) else MISSING
+        known[f"_of_{name}"] = default if make is MISSING else make
         if isinstance(given, Field) and not given.init:
+            if known[f"_of_{name}"] is not MISSING:  # else whoever derives it sets it
+                lines.append(f"self.{name} = _of_{name}{'' if make is MISSING else '()'}")
             continue
         if make is not MISSING:
-            known[f"_{name}"], stands_for, value = make, "=_MADE", f"_{name}() if {name} is _MADE else {name}"
+            stands_for, value = "=_MADE", f"_of_{name}() if {name} is _MADE else {name}"
         else:
-            known[f"_{name}"], stands_for, value = default, "" if default is MISSING else f"=_{name}", name
+            stands_for, value = "" if default is MISSING else f"=_of_{name}", name
         parameters[_by_place(given)].append(name + stands_for)
         lines.append(f"self.{name} = {value}")
     if hasattr(cls, "__post_init__"):
