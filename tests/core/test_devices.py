@@ -176,6 +176,8 @@ def test_a_drained_device_that_goes_and_comes_back_is_still_drained() -> None:
     assert w.ask("r1", "m") == []
     assert w.ask("r2", "n") == [StartEngine("n", Placement((2,)), 30 * GiB)]
     assert w.do(DeviceDrained(1, drained=False)) == [StartEngine("m", Placement((1,)), 30 * GiB)]
+    w.do(DeviceDrained(7, drained=False))
+    assert [each.why for each in w.seen.decisions if each.what == "undrain"] == ["device 1: by an operator"]
 
 
 def test_a_device_that_is_gone_is_forgotten_once_nobody_holds_any_of_it() -> None:

@@ -97,7 +97,7 @@ class Devices:
         A device that goes and comes back meanwhile is still drained.
         """
         ledger = self._core.engines.ledger
-        if e.drained and e.device not in ledger.accounts:
+        if e.device not in ledger.accounts and (e.drained or not ledger.drained.get(e.device)):
             return
         ledger.drain(e.device, (e.why or "an operator drained it") if e.drained else "")
         whose = e.why or "by an operator"
