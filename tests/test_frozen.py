@@ -104,6 +104,28 @@ def test_a_sparse_one_is_as_any_other_and_has_only_what_is_not_the_default() -> 
         Wide()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="no field 'z'"):
         Wide(1, z=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="more values"):
+        Wide(1, 2, "", {}, 5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="twice"):
+        Wide(1, x=2)  # type: ignore[misc]
+
+
+def test_what_another_thread_has_made_meanwhile_is_taken() -> None:
+    """Two threads may look at once: who finds that the other one was faster made it of the base, or failed."""
+
+    @frozen
+    class Small:
+        x: int
+
+    @frozen
+    class Large(Small):
+        y: int
+
+    for name in ("__dataclass_fields__", "_compared", "__signature__"):
+        late = vars(Large)[name]
+        assert late.__get__(None, Large) is late.__get__(None, Large) is getattr(Large, name)
+    assert [each.name for each in fields(Large)] == ["x", "y"]
+    assert Large(1, 2) != Large(1, 3)
 
 
 def test_it_inherits_as_a_dataclass_does() -> None:
@@ -118,6 +140,26 @@ def test_it_inherits_as_a_dataclass_does() -> None:
         Derived()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         Derived(1, 2, (3,))  # type: ignore[call-arg]
+
+
+@frozen
+class Unusual:
+    """What no class of ours has yet: names that differ by a line, a default that nobody may give, a hash of its own."""
+
+    _x: list[int] = field(default_factory=list)
+    x: list[int] = field(default_factory=lambda: [1])
+    state: str = field(init=False, default="new")
+    seen: list[int] = field(init=False, default_factory=list)
+
+    def __hash__(self) -> int:
+        return len(self.x)
+
+
+def test_unusual_declarations_mean_what_they_mean_of_a_dataclass() -> None:
+    """Who writes one of these does not look here first."""
+    assert repr(Unusual([2])) == "Unusual(_x=[2], x=[1], state='new', seen=[])"
+    assert Unusual([2]).seen is not Unusual([2]).seen
+    assert hash(Unusual()) == 1 and Unusual() == Unusual() != Unusual([2])
 
 
 def classes(base: type) -> Iterator[type]:

@@ -13,7 +13,7 @@ compares, hashes and shows them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from operator import attrgetter
 from typing import Any, TypeVar, cast, dataclass_transform
@@ -52,7 +52,7 @@ def sparse(cls: type[T]) -> type[T]:
 
     def init(self: object, *values: Any, **given: Any) -> None:
         if values:
-            given = {**dict(zip(declared, values, strict=False)), **given}
+            given = _by_name(cls, declared, values, given)
         for name, value in given.items():
             if name not in declared:
                 raise TypeError(f"{cls.__qualname__} has no field {name!r}")
@@ -95,7 +95,8 @@ def _with_slots(cls: type[T], hashed: Callable[[Any], int] | None) -> type[T]:
     for name, shared in _SHARED.items():
         body.setdefault(name, shared)
     if "__eq__" not in body:
-        body["__eq__"], body["__hash__"] = _equal, hashed
+        body["__eq__"] = _equal
+        body.setdefault("__hash__", hashed)
     metaclass: Any = type(cls)
     made: type[T] = metaclass(cls.__name__, cls.__bases__, body)
     made.__qualname__ = cls.__qualname__
@@ -105,6 +106,14 @@ def _with_slots(cls: type[T], hashed: Callable[[Any], int] | None) -> type[T]:
 def _by_place(default: object) -> bool:
     """Whether the field may be given without its name."""
     return not isinstance(default, Field) or (default.init and default.kw_only is not True)
+
+
+def _by_name(cls: type, names: Iterable[str], values: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """All values by the names of their fields. Raises TypeError where there are too many, or one is given twice."""
+    by_place = dict(zip(names, values, strict=False))
+    if len(by_place) < len(values) or not by_place.keys().isdisjoint(given):
+        raise TypeError(f"{cls.__qualname__} is given more values than it has fields, or one of them twice")
+    return {**by_place, **given}
 
 
 # -- what all classes share
@@ -146,18 +155,21 @@ def _declared(cls: type) -> dict[str, Any]:
 
 def _write_init(cls: type) -> Callable[..., None]:
     """Write ``__init__`` as ``dataclass`` does."""
-    known: dict[str, Any] = {"_MADE": _MADE}  # what its code names: beside this the default of the field x as _x
+    known: dict[str, Any] = {"_MADE": _MADE}  # what its code names: beside this the default of the field x as _of_x
     parameters: dict[bool, list[str]] = {True: [], False: []}  # those given by place, and by name alone
     lines = []
     for name, given in _declared(cls).items():
         default: Any = given.default if isinstance(given, Field) else given
         make: Any = given.default_factory if isinstance(given, Field) else MISSING
+        known[f"_of_{name}"] = default if make is MISSING else make
         if isinstance(given, Field) and not given.init:
+            if known[f"_of_{name}"] is not MISSING:  # else whoever derives it sets it
+                lines.append(f"self.{name} = _of_{name}{'' if make is MISSING else '()'}")
             continue
         if make is not MISSING:
-            known[f"_{name}"], stands_for, value = make, "=_MADE", f"_{name}() if {name} is _MADE else {name}"
+            stands_for, value = "=_MADE", f"_of_{name}() if {name} is _MADE else {name}"
         else:
-            known[f"_{name}"], stands_for, value = default, "" if default is MISSING else f"=_{name}", name
+            stands_for, value = "" if default is MISSING else f"=_of_{name}", name
         parameters[_by_place(given)].append(name + stands_for)
         lines.append(f"self.{name} = {value}")
     if hasattr(cls, "__post_init__"):
@@ -199,8 +211,9 @@ class _Later:
         self._name, self._make = name, make
 
     def __get__(self, value: object, cls: type) -> object:
-        owner = next(base for base in cls.__mro__ if base.__dict__.get(self._name) is self)
-        setattr(owner, self._name, self._make(owner))
+        owner = next(base for base in cls.__mro__ if self._name in base.__dict__)
+        if owner.__dict__[self._name] is self:  # else another thread has made it since this one looked
+            setattr(owner, self._name, self._make(owner))
         return getattr(owner, self._name)
 
 

@@ -176,6 +176,8 @@ def test_a_drained_device_that_goes_and_comes_back_is_still_drained() -> None:
     assert w.ask("r1", "m") == []
     assert w.ask("r2", "n") == [StartEngine("n", Placement((2,)), 30 * GiB)]
     assert w.do(DeviceDrained(1, drained=False)) == [StartEngine("m", Placement((1,)), 30 * GiB)]
+    w.do(DeviceDrained(7, drained=False))
+    assert [each.why for each in w.seen.decisions if each.what == "undrain"] == ["device 1: by an operator"]
 
 
 def test_a_device_that_is_gone_is_forgotten_once_nobody_holds_any_of_it() -> None:
@@ -286,3 +288,14 @@ def test_nearness_gives_way_to_room() -> None:
     w.load("n")
     (start,) = w.ask("r1", "m")
     assert isinstance(start, StartEngine) and start.placement == Placement((2, 3))
+
+
+def test_that_devices_answer_is_told_only_after_it_was_told_that_they_did_not() -> None:
+    """They are read at each start: of that a journal need not tell anything."""
+    w = World([], [])
+    for unknown, asking in (("yet to be read", True), ("", False), ("the driver is gone", False)):
+        w.do(DevicesChanged(PAIR, unknown, asking))
+    for unknown, asking in (("yet to be read", True), ("", False), ("", False)):
+        w.do(DevicesChanged(PAIR, unknown, asking))
+    told = [each.why for each in w.seen.decisions if each.what == "devices"]
+    assert told == ["the driver is gone", "there are 2, and they answer"]

@@ -157,7 +157,12 @@ def test_what_happens_on_a_device_is_no_news_for_who_cannot_come_up_there() -> N
 def whole_story(block: int, *, short: bool) -> tuple[object, ...]:
     """What the core said and shows: requests come and go to two models that serve and one that has to come up."""
     rng = random.Random(block)
-    models = [model("a", 20, idle=IdleRules(sleep_after=5.0)), model("b", 20, concurrency=2), model("c", 20)]
+    at_once = IdleRules(sleep_after=0.0)
+    models = [
+        model("a", 20, idle=IdleRules(sleep_after=5.0)),
+        model("b", 20, concurrency=2),
+        model("c", 20, idle=at_once),
+    ]
     w, said = World(models, PAIR), []
     w.short_way = short
     for number in range(200):

@@ -118,8 +118,9 @@ def test_the_cpu_is_read_and_never_fails(tmp_path: Path) -> None:
     assert (device.memory, device.runtime) == (host_memory(tmp_path), "cpu")
     assert device.reserve == max(GiB // 2, device.memory // 20)
     assert cpu.sample().devices == {} and not cpu.sample().silent
+    assert not device.read, "or who waits until others leave it free would wait for ever"
     write(tmp_path, **CONTAINER)
     cpu = CpuDevice("no GPU", GiB // 2, tmp_path)
-    assert cpu.inventory()[0].memory == 4 * GiB
+    assert cpu.inventory()[0].memory == 4 * GiB and cpu.inventory()[0].read
     sample = cpu.sample().devices[0]
     assert (sample.used, sample.free, sample.hides_processes) == (3 * GiB // 2, 5 * GiB // 2, True)

@@ -11,6 +11,7 @@ from vllmd.core.events import PoolAsked, RequestAnswered, RequestArrived, Reques
 from vllmd.core.eviction import cheapest
 from vllmd.core.fit import fits
 from vllmd.core.health import HealthChecks
+from vllmd.core.idle import rules_due
 from vllmd.core.lifecycle import AWAKE, LifecycleError
 from vllmd.core.model import INFINITY, Model, Replica
 from vllmd.core.planner import Planner
@@ -105,8 +106,11 @@ class Admission:
         run = r.running.get(request)
         if run is None or run.frozen:
             return False
+        now = core.engines.now
+        if len(r.running) == 1 and not r.pinned and rules_due(r, now) <= now:  # it is to rest at once
+            return False
         del self._admitted[request], r.running[request]
-        r.used = now = core.engines.now
+        r.used = now
         r.costs.observe("service", now - run.began)
         if not r.running:
             r.idle_since = now

@@ -22,6 +22,7 @@ class Devices:
     def __init__(self, core: Core, admission: Admission) -> None:
         self._core = core
         self._admission = admission
+        self._recorded = ""  # why nobody knew which devices there are, as recorded last
 
     def changed(self, e: DevicesChanged) -> None:
         """9.1: these are the devices now, or nobody knows; then who waits for one is told, unless an answer may come.
@@ -30,7 +31,7 @@ class Devices:
         that is not there any more is called off, and of those that wait it is looked at again whether they can fit.
         """
         core, ledger = self._core, self._core.engines.ledger
-        before, there = ledger.unknown, {device.index for device in e.devices}
+        there = {device.index for device in e.devices}
         was = {index: account.device.runtime for index, account in ledger.accounts.items()}
         ledger.set_devices(e.devices)
         ledger.unknown, ledger.asking = e.unknown, e.asking
@@ -53,7 +54,8 @@ class Devices:
                 for r in self._on(index):  # the CPU has the number that a GPU had, or the other way round
                     why = f"device {index} is another one now: {ledger.accounts[index].device.name}"
                     core.send_away(r, Reason.DEVICE, why)
-        if e.unknown != before and not e.asking:  # asked for an instant at each start, which is no decision
+        if e.unknown != self._recorded and not e.asking:  # they are asked at each start, which is no decision
+            self._recorded = e.unknown
             core.engines.record("devices", None, e.unknown or f"there are {len(e.devices)}, and they answer")
         core.news_for_all = True
 
@@ -95,7 +97,7 @@ class Devices:
         A device that goes and comes back meanwhile is still drained.
         """
         ledger = self._core.engines.ledger
-        if e.drained and e.device not in ledger.accounts:
+        if e.device not in ledger.accounts and (e.drained or not ledger.drained.get(e.device)):
             return
         ledger.drain(e.device, (e.why or "an operator drained it") if e.drained else "")
         whose = e.why or "by an operator"

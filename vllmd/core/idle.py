@@ -36,17 +36,17 @@ def idle_due(r: Replica) -> float:
     return rules_due(r)
 
 
-def rules_due(r: Replica) -> float:
-    """The same of one that is not used, nor kept, nor about to leave."""
-    rules, since = r.spec.idle, r.idle_since
+def rules_due(r: Replica, unused_since: float | None = None) -> float:
+    """The same of one that is not used (since then, if that is given), nor kept, nor about to leave."""
+    rules, since = r.spec.idle, r.idle_since if unused_since is None else unused_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
     if r.state is State.READY:
         # 4.4: with a limit of energy it sleeps once it has drawn so much unused, however short that took. A figure that
         # was read before its last request says nothing of the time since.
         drawn_since, joules = r.drawn
         if rules.energy is not None and drawn_since == since and joules >= rules.energy:
-            return _kept_alive(r, since)
-        return _kept_alive(r, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
+            return _kept_alive(r, since, since)
+        return _kept_alive(r, since, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
     if r.state is State.SLEEPING:
         # One with a job waits for the room to sleep deeper already.
         deepens = rules.deepen_after is not None and r.level == 1 and 2 in r.spec.sleep_levels and not r.job
@@ -54,9 +54,9 @@ def rules_due(r: Replica) -> float:
     return INFINITY
 
 
-def _kept_alive(r: Replica, due: float) -> float:
+def _kept_alive(r: Replica, since: float, due: float) -> float:
     """4.5: later than ``due`` where a client will use it again, at once where the last one said that it will not."""
     kept = r.model.keep_alive
-    if kept.let_go >= r.idle_since:  # and nobody has used it since
-        return r.idle_since
+    if kept.let_go >= since:  # and nobody has used it since
+        return since
     return max(due, *kept.until.values()) if kept.until else due

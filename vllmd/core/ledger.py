@@ -82,7 +82,7 @@ class Ledger:
         self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
         self.standbys = 0  # host bytes of processes that are given up for whoever is promised them
-        self._drained: dict[int, str] = {}  # why; also of devices that are not there just now, and may come back
+        self.drained: dict[int, str] = {}  # why; also of devices that are not there just now, and may come back
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
 
@@ -114,12 +114,12 @@ class Ledger:
 
     def _open(self, device: Device) -> Account:
         account = self.accounts[device.index] = Account(device)
-        account.drained = self._drained.get(device.index, "")
+        account.drained = self.drained.get(device.index, "")
         return account
 
     def drain(self, index: int, why: str) -> None:
         """Have nothing put on this device, whenever it is there; with "" as ``why`` it is given back."""
-        self._drained[index] = why
+        self.drained[index] = why
         if index in self.accounts:
             self.accounts[index].drained = why
 

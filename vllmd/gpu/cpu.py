@@ -30,7 +30,8 @@ class CpuDevice(Inventory):
         self._root = root
         memory = host_memory(root)
         kept = min(max(reserve, memory // 20, LEAST_RESERVE), memory // 2)
-        super().__init__((Device(0, CPU, memory, kept, "CPU", CPU, read=True),), (why,))
+        is_read = available_memory(root) is not None  # else who waits for others to leave would wait for ever
+        super().__init__((Device(0, CPU, memory, kept, "CPU", CPU, read=is_read),), (why,))
 
     def sample(self) -> Sample:
         """What is in use, by anybody."""
