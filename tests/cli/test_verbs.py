@@ -18,8 +18,9 @@ import pytest
 
 import vllmd
 from tests.cli.fake_daemon import FakeDaemon, GiB, fake_daemon, model, status
+from vllmd.api.answers import Decision
 from vllmd.cli import main
-from vllmd.cli.verbs.events import moment
+from vllmd.cli.verbs.events import in_words, moment
 from vllmd.config.reload import LATER
 
 QWEN = model(
@@ -373,6 +374,14 @@ def test_gpus(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[1] == (
         "     0   80GiB     30GiB  49GiB     1GiB         -  Qwen/Qwen3-0.6B, big"
     )
+
+
+def test_a_decision_about_devices_names_no_model() -> None:
+    """In the place of the model's name is nothing, not even the space before it."""
+    assert in_words(Decision(time.time(), "drain", "", "device 0: by an operator")).endswith(
+        " drain: device 0: by an operator"
+    )
+    assert in_words(Decision(time.time(), "evict", "qwen", "big waits")).endswith(" evict qwen: big waits")
 
 
 def test_events_are_told_as_they_come(daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -219,6 +219,13 @@ def test_the_hardware_and_how_busy_it_is(page: sync_api.Page, site: Site) -> Non
     page.get_by_role("img", name=re.compile(r"Load of the CPUs\. \d+\.\d")).wait_for()
 
 
+def test_a_decision_about_devices_names_no_model(page: sync_api.Page, site: Site) -> None:
+    """Its row says so: an empty head of a row tells nobody who listens to the page what the row is about."""
+    site.operate("POST", "/admin/devices/0/drain", {"drained": False})
+    page.get_by_role("link", name="Why").click()
+    page.locator("th").get_by_text("(no model)", exact=True).first.wait_for()
+
+
 def test_a_failure_stands_where_one_looks_with_its_cause(page: sync_api.Page, site: Site) -> None:
     assert site.chat("broken").status >= 500
     row(page, "broken").get_by_text("failed", exact=True).wait_for()

@@ -36,10 +36,13 @@ def concerns(event: Decision, model: str) -> bool:
 
 
 def in_words(decision: Decision) -> str:
-    """``19:31:02 evict qwen: because ...``; of a failure its sentence, without the engine's log below it."""
+    """``19:31:02 evict qwen: because ...``; of a failure its sentence, without the engine's log below it.
+
+    A decision about devices names no model.
+    """
     at = moment(decision.at, time.time())
     what, why = show.paint(decision.what, "bold"), show.first_line(decision.why)
-    return f"{show.paint(at, 'grey')} {what} {decision.model}: {why}"
+    return f"{show.paint(at, 'grey')} {what}{decision.model and f' {decision.model}'}: {why}"
 
 
 def moment(at: float, now: float) -> str:

@@ -46,7 +46,7 @@ function Decision({ decision, open, onOpen }) {
   const victims = victimsOf(decision);
   const { waiting, waited, cost } = decision.numbers || {};
   return html`<tr class=${decision.what.includes("fail") ? "failed" : ""}>
-    <td class="nowrap">${clock(decision.at)}</td><th scope="row">${decision.model}</th><td>${decision.what}</td>
+    <td class="nowrap">${clock(decision.at)}</td><th scope="row">${decision.model || "(no model)"}</th><td>${decision.what}</td>
     <td><button type="button" class="link" aria-expanded=${open} onClick=${onOpen}>${firstLine(decision.why)}</button>
       ${victims.length > 0 && html` <span class="soft">${victims.map(({ name, level }) => `${name} ${level >= 3 ? "stops" : `sleeps, level ${level}`}`).join("; ")}</span>`}
       ${waiting > 0 && html` <span class="soft">${waiting} waited${waited ? ` ${seconds(waited)}` : ""}</span>`}
