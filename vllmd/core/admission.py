@@ -95,7 +95,7 @@ class Admission:
         model.used = core.engines.now
         self._admitted[request] = r
         core.engines.begin(r, request)
-        core.note_use(r)
+        core.note_use(r, INFINITY)
         return r.id
 
     def finish_at_once(self, request: str) -> bool:
@@ -107,14 +107,15 @@ class Admission:
         if run is None or run.frozen:
             return False
         now = core.engines.now
-        if len(r.running) == 1 and not r.pinned and rules_due(r, now) <= now:  # it is to rest at once
+        due = INFINITY if len(r.running) > 1 or r.pinned else rules_due(r, now)
+        if due <= now:  # it is to rest at once
             return False
         del self._admitted[request], r.running[request]
         r.used = now
         r.costs.observe("service", now - run.began)
         if not r.running:
             r.idle_since = now
-        core.note_use(r)
+        core.note_use(r, due)
         return True
 
     def _only_there(self, model: Model, e: RequestArrived) -> None:

@@ -55,17 +55,17 @@ class Core:
         if proves or not self.only_serves(r):
             self.for_review[r.model] = None
         else:
-            self.note_use(r)
+            self.note_use(r, INFINITY if r.running or r.pinned else rules_due(r))
 
     def only_serves(self, r: Replica) -> bool:
         """Whether it serves, and nothing else goes on there: nobody waits, nothing keeps it or is to happen to it."""
         model = r.model
         return r.state is State.READY and not (r.job or model.queue or model.leases or model.spec.balancing)
 
-    def note_use(self, r: Replica) -> None:
-        """All that follows from a request that begins or ends in a replica that only serves."""
+    def note_use(self, r: Replica, due: float) -> None:
+        """All that follows from a request that begins or ends in a replica that only serves, which rests at ``due``."""
         self.used[r] = None
-        self.timers.set(r, INFINITY if r.running or r.pinned else rules_due(r))
+        self.timers.set(r, due)
 
     def mark_for_review(self, r: Replica) -> None:
         """Something about it, or about its model, changed: what follows from that is found before the event is over."""
@@ -87,15 +87,6 @@ class Core:
         """The replicas of a model, or the one of that id. Raises LifecycleError."""
         model = self.models.get(name)
         return list(model.replicas or model.retired) if model else [self.replica(name)]
-
-    def forget(self, r: Replica) -> None:
-        """The configuration has the replica no more, and it has no engine: nothing is left of it."""
-        self.replicas.pop(r.id, None)
-        self.waiting.pop(r, None)
-        self.swaps.cancel(r)
-        self.active.pop(r, None)
-        self.timers.set(r, INFINITY)
-        self.changed[r] = None
 
     def at_rest(self, model: Model) -> bool:
         """Whether it has one replica, of which nothing runs, and nothing waits for it or keeps it: most have that."""

@@ -393,7 +393,13 @@ class Scheduler:
             core.news[r] = None
 
     def _forget(self, r: Replica) -> None:
-        """The configuration has the replica no more, and its engine is gone."""
+        """The configuration has the replica no more, and its engine is gone: nothing is left of it."""
+        core = self.core
         r.model.retired = tuple([each for each in r.model.retired if each is not r])
         r.model.nominee = None if r.model.nominee is r else r.model.nominee  # nothing leads back to it
-        self.core.forget(r)
+        core.replicas.pop(r.id, None)
+        core.waiting.pop(r, None)
+        core.swaps.cancel(r)
+        core.active.pop(r, None)
+        core.timers.set(r, INFINITY)
+        core.changed[r] = None
