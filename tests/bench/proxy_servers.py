@@ -1,8 +1,9 @@
 """The servers that ``bench-proxy`` compares: how each is configured, started, awaited and stopped.
 
-One worker each, keep-alive to the upstream, no buffering and no log of accesses. ``vllmd`` is the whole daemon, its
-model a ``remote`` one, on the event loop that users get, and ``asyncio`` the same on Python's own; ``relay`` is its
-proxy alone, behind a gate that is always open (``python -m tests.bench.proxy_servers PORT UPSTREAM``).
+One worker each, keep-alive to the upstream, no buffering and no log of accesses; only vllm-router takes a thread for
+each core, as its users get it, and is measured a second time with one (``ROUTER_1``). ``vllmd`` is the whole daemon,
+its model a ``remote`` one, on the event loop that users get, and ``asyncio`` the same on Python's own; ``relay`` is
+its proxy alone, behind a gate that is always open (``python -m tests.bench.proxy_servers PORT UPSTREAM``).
 
 nginx, HAProxy and vllmd's dependencies are Debian's, as users get them; so is vllmd's Python (a Python that somebody
 built without profile-guided optimisation, such as pyenv's, is a fifth slower). vllm-router and LiteLLM are PyPI's, in
@@ -43,6 +44,8 @@ class Runner:
 
 
 ASYNCIO = "asyncio"  # vllmd without uvloop
+ROUTER = "vllm-router"
+ROUTER_1 = "vllm-router, one thread"
 VLLMD = """
 server: {{listen: ["127.0.0.1:{port}"]}}
 log_level: error
@@ -114,7 +117,7 @@ def command(name: str, port: int, upstream: int, folder: Path, settings: str = "
         file.write_text(text.format(port=port, upstream=upstream, dir=folder))
         return str(file)
 
-    installed = VENV / "bin" / name
+    installed = VENV / "bin" / (ROUTER if name == ROUTER_1 else name)
     if name == "upstream":
         interpreter = VENV / "bin" / "python"
         return [str(interpreter) if interpreter.exists() else python(), "-m", "tests.bench.proxy_upstream", str(port)]
@@ -126,7 +129,7 @@ def command(name: str, port: int, upstream: int, folder: Path, settings: str = "
         return ["nginx", "-c", configured(NGINX, "conf"), "-e", str(folder / "error.log")]
     if name == "haproxy" and shutil.which("haproxy"):
         return ["haproxy", "-db", "-f", configured(HAPROXY, "cfg")]
-    if name == "vllm-router" and installed.exists():
+    if name in (ROUTER, ROUTER_1) and installed.exists():
         return [str(installed), "--host", "127.0.0.1", "--port", str(port),
                 "--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin",
                 "--prometheus-port", str(free_port()), "--log-level", "error"]  # fmt: skip
@@ -151,6 +154,7 @@ def running(name: str, upstream: int, folder: Path, chat: bytes, settings: str =
         "XDG_STATE_HOME": str(folder),
         "VLLMD_ENGINE_RUN_DIR": str(folder),
         **({"VLLMD_SERVER_EVENT_LOOP": "asyncio"} if name == ASYNCIO else {}),
+        **({"TOKIO_WORKER_THREADS": "1"} if name == ROUTER_1 else {}),
         "LITELLM_LOG": "ERROR",
         "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
     }
