@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.admin.site import REPOSITORY, Site, running, until
+from vllmd.admin.instances import items
+from vllmd.admin.models import SINCE
+from vllmd.api.answers import ModelLine
 
 CONFIG = """\
 devices: [{{memory: 80GiB, file: {folder}/gpu0}}, {{memory: 80GiB, file: {folder}/gpu1}}]
@@ -379,6 +383,17 @@ def test_M_a_model_on_the_gpu_of_choice(site: Site) -> None:
     assert site.ask("POST", "/api/v1/models/stop", {"model_name": "t"}, admin=True).status == 404
     site.operate("POST", "/admin/models/t/load?wait=true")
     assert site.line("org/tiny")["devices"] == [0]  # the choice was for that start
+
+
+def test_an_instance_was_updated_when_its_state_began(site: Site) -> None:
+    """That is no other time at each question; of a model that was never used it is the daemon's start."""
+    (item,) = items(ModelLine("m", "ready", since=5.0, changed_at=86400.0, started_at=3600.0))
+    assert (item.created_at, item.updated_at) == ("1970-01-01T01:00:00Z", "1970-01-02T00:00:00Z")
+    (item,) = items(ModelLine("m", "stopped"))
+    assert (item.created_at, item.updated_at) == (None, SINCE)
+    site.operate("POST", "/admin/models/t/load?wait=true")
+    line = site.line("org/tiny")
+    assert 0 < line["started_at"] <= line["changed_at"] <= time.time()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vllmd.api.answers import DeviceNow
 from vllmd.config.types import Config, ModelConfig, ReplicaConfig
 from vllmd.core.types import Decision, DeviceView, ModelView, ReplicaView, Snapshot, State
 from vllmd.daemon import serializers, status
+from vllmd.daemon.dates import Dates
 from vllmd.daemon.last_starts import Start
 from vllmd.daemon.self_description import SelfDescription
 from vllmd.engines.base import Listen, Progress
@@ -59,8 +60,8 @@ def process(name: str, listen: Listen) -> Any:
     phase = Progress("weights", "3/8")
     running = SimpleNamespace(pid=77, unit=f"vllmd-model-{name}.scope")
     phases = SimpleNamespace(whole=True, spent=lambda at: {"imports": 8.0})
-    return SimpleNamespace(instance=f"{name}#1", started=1.0, listen=listen, phase=phase, running=running,
-                           phase_text="weights", phases=phases, loader="")  # fmt: skip
+    return SimpleNamespace(instance=f"{name}#1", started=1.0, started_at=1.0, listen=listen, phase=phase,
+                           running=running, phase_text="weights", phases=phases, loader="")  # fmt: skip
 
 
 def status_input(**over: Any) -> status.StatusInput:
@@ -71,7 +72,7 @@ def status_input(**over: Any) -> status.StatusInput:
                              power=SimpleNamespace(watts={"pair@1": 99.5}, since_used={"pair@1": 7.5}))  # fmt: skip
     back: Any = SimpleNamespace(
         engines=SimpleNamespace(processes=processes, standbys=SimpleNamespace(kept={})), memory=memory,
-        learnt=SimpleNamespace(runs={}, starts={"org/alone": Start(44.0)}), launched_by="systemd",
+        learnt=SimpleNamespace(dates=Dates(), runs={}, starts={"org/alone": Start(44.0)}), launched_by="systemd",
     )  # fmt: skip
     snapshot = Snapshot(100.0, VIEWS, (DEVICE,), 64 * GiB, GiB, (DECISION,))
     config = Config(models={"org/alone": ALONE, "pair": PAIR}, files=(Path("/etc/vllmd/vllmd.yaml"),))

@@ -19,7 +19,7 @@ from vllmd.core import events
 from vllmd.core.types import Placement, State
 from vllmd.daemon import adoption, boot_clock, engine_manager, startup
 from vllmd.daemon.adoption import Found, adopt_all, examine
-from vllmd.daemon.boot_clock import moments, seconds_since
+from vllmd.daemon.boot_clock import date_of, moments, seconds_since
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.engines.base import Listen
@@ -202,6 +202,39 @@ def test_how_long_it_has_been_so_is_adopted_with_it(tmp_path: Path) -> None:
         assert isinstance(adopted, events.EngineAdopted)
         assert 499 < adopted.since < 560  # moments are noted to a hundredth of a second
         assert 899 < time.monotonic() - rig.engine_manager.processes["m"].started < 960
+
+    tell(story, tmp_path)
+
+
+def test_an_engine_was_started_when_it_was_also_where_the_clock_was_set_since(tmp_path: Path) -> None:
+    """The date was noted at the start; versions that noted none are counted back from now."""
+
+    async def story(rig: Rig) -> None:
+        then = time.time() - 50000.0
+        running = await _left(rig, **moments(started=900.0), started=f"{then:.1f}")
+        older = {name: noted for name, noted in running.metadata.items() if name != "started"}
+        for metadata, date in ((running.metadata, then), (older, time.time() - 900)):
+            left = replace(running, metadata=metadata)
+            await soon(adopt_all(rig.engine_manager, [left], {"m": rig.model}, EngineResolver(), rig.posted.put_nowait))
+            assert rig.engine_manager.processes.pop("m").started_at == pytest.approx(date, abs=60)
+            assert isinstance(await rig.event(), events.EngineAdopted)
+
+    tell(story, tmp_path)
+
+
+def test_what_is_noted_at_a_start_and_at_a_change_of_state_has_its_date(tmp_path: Path) -> None:
+    """For the next daemon, which cannot count back where the clock was set between."""
+
+    async def story(rig: Rig) -> None:
+        began = time.time()
+        await rig.ready()
+        noted = rig.launcher.notes[rig.instance]
+        for what in ("started", "since"):
+            at, date = date_of(noted, what) or (0.0, 0.0)
+            assert began - 1 < date < time.time() + 1
+            assert abs(time.monotonic() - at) < 60
+        assert date_of({}, "started") is None
+        assert date_of({**noted, "started": "x"}, "started") is None
 
     tell(story, tmp_path)
 

@@ -9,6 +9,7 @@ from typing import Any
 from vllmd.admin.counters import Counters
 from vllmd.core import events
 from vllmd.daemon.changes import Changes
+from vllmd.daemon.learnt import Learnt
 
 
 def test_a_crash_is_counted_as_a_failure_and_a_stop_is_not() -> None:
@@ -19,7 +20,7 @@ def test_a_crash_is_counted_as_a_failure_and_a_stop_is_not() -> None:
         current: Any = SimpleNamespace(model_of=lambda engine: engine)
         scheduler = SimpleNamespace(replicas_of=lambda name, now: [], seen=lambda name, now: None)
         dispatcher: Any = SimpleNamespace(scheduler=scheduler, now=lambda: 0.0, post=posted.append)
-        changes = Changes(current, counters, SimpleNamespace(), gone.append)  # type: ignore[arg-type]
+        changes = Changes(current, counters, Learnt(None), gone.append)
         for event in (events.EngineExited("m", "signal 11"), events.EngineStopped("m")):
             changes.engine_event(event, dispatcher)
 

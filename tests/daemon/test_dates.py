@@ -18,6 +18,15 @@ def test_a_date_stays_when_the_clock_is_set_and_when_the_machine_was_suspended()
     assert [dates.of(at) for at in (10.0, 11.0, 12.0)] == [999.5 + 0.5, 8200.0, 1000.0 + 7200 - 86400]
 
 
+def test_what_an_earlier_daemon_noted_with_a_date_keeps_it() -> None:
+    """The clock has been put forward twice before this daemon began; what happened between goes by what was noted."""
+    dates = Dates(lambda: 9000.0, lambda: 1000.0)
+    dates.learn(500.0, 600.0)
+    dates.learn(200.0, 250.0)
+    assert [dates.of(at) for at in (100.0, 200.0, 499.0, 500.0, 999.0)] == [150.0, 250.0, 549.0, 600.0, 1099.0]
+    assert dates.of(1000.0) == dates.note(1000.0, 1000.0) == 9000.0
+
+
 def test_a_clock_that_is_set_all_the_time_fills_no_memory() -> None:
     """What is older has a date that is about right."""
     wall = [0.0]

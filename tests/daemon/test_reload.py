@@ -38,14 +38,19 @@ from vllmd.core import commands, events
 from vllmd.core.types import Placement, State
 from vllmd.daemon import startup
 from vllmd.daemon.back_end import BackEnd
+from vllmd.daemon.boot_clock import seconds_since
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.dates import Dates
 from vllmd.daemon.disabled import Disabled
+from vllmd.daemon.engine_process import EngineProcess
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.last_starts import Start
 from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.service import Daemon, for_this_host
+from vllmd.engines.base import Listen
+from vllmd.engines.sim import Sim
 from vllmd.errors import VllmdError
+from vllmd.launcher.client import Running
 from vllmd.launcher.protocol import PROTOCOL
 from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.http import MEMBERS_PER_TURN
@@ -329,7 +334,7 @@ def launch(living: Living, name: str) -> Any:
         return error.message
     planner.release(process)
     told = str(order).replace(process.instance, "INSTANCE") if order else ""
-    told = re.sub(r"'(since|started)_monotonic': '[^']*'", "", told)  # when: of each start another one
+    told = re.sub(r"'(since|started)(_monotonic)?': '[^']*'", "", told)  # when: of each start another one
     kept = process.model
     return told, kept.warm_up, kept.start_timeout, kept.stop_timeout, kept.log_file, kept.numa
 
@@ -520,6 +525,56 @@ def test_how_long_it_has_been_so_is_the_models_and_not_the_daemons(tmp_path: Pat
         assert living.front.status.line("n")["since"] is None
 
     lives(two, tmp_path, look)
+
+
+def test_a_state_began_when_it_began_whatever_became_of_the_clock_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its date, and the engine's, are those of then: somebody has set the clock, or the machine was suspended."""
+
+    async def look(living: Living) -> None:
+        was, ahead = time.time(), [0.0]
+        living.front.learnt.dates = Dates(lambda: was + ahead[0])
+        dispatcher, changed = living.back.dispatcher, living.front.changes.engine_event
+        dispatcher.post(events.LoadAsked("m"))
+        process = EngineProcess(living.config.models["m"], Sim(), "m-000001", Listen(), Placement((0,)), "")
+        living.back.engines.processes["m"], process.started_at = process, was
+        ahead[0] = 86400.0
+        changed(events.EngineReady("m"), dispatcher)
+        ahead[0] = 2 * 86400.0
+        monkeypatch.setattr("time.time", lambda: was + ahead[0])
+        line = living.front.status.line("m")
+        assert line["state"] == "running"
+        assert line["changed_at"] == pytest.approx(was + 86400, abs=60)
+        assert line["started_at"] == was
+
+    lives(read(tmp_path, BASE), tmp_path, look)
+
+
+def test_the_state_of_an_adopted_engine_has_the_date_that_was_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock was set, or the machine suspended, before this daemon began."""
+
+    async def look(living: Living) -> None:
+        at, date = time.monotonic() - 3600.0, time.time() - 90000.0
+        noted = {"model": "m", "since_monotonic": f"{at:.1f}", "since": f"{date:.1f}"}
+
+        async def listed() -> list[Running]:
+            return [Running("m-000001", 1, "", metadata=noted)]
+
+        async def adopted(engines: object, running: list[Running], *_: object) -> None:
+            since = seconds_since(running[0].metadata, "since")
+            living.back.post(events.EngineAdopted("m", Placement((0,)), State.READY, since=since))
+
+        monkeypatch.setattr(living.back.launcher, "list", listed)
+        monkeypatch.setattr(startup, "adopt_all", adopted)
+        await startup.adopt_running(living.front, living.back)
+        line = living.front.status.line("m")
+        assert line["changed_at"] == pytest.approx(date, abs=1)
+        assert line["since"] == pytest.approx(3600, abs=60)
+
+    lives(read(tmp_path, BASE), tmp_path, look)
 
 
 def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_line_shows_the_start_under_way_before_the_last_one() -> None:
     view, settings = replica("m", State.STARTING), NO_SETTINGS
     process: Any = SimpleNamespace(phases=StartPhases(), phase=Progress("x"), phase_text="x", running=None,
                                    instance="i", listen=SimpleNamespace(uds="", host="h", port=1), started=0.0,
-                                   loader="")  # fmt: skip
+                                   started_at=0.0, loader="")  # fmt: skip
     assert list(line(view, settings, process, last_start=Start(9.0, {"weights": 1.0})).start_phases) == ["process"]
     last = line(view, settings, None, last_start=Start(9.0, {"weights": 1.0}, "0f /e/vllm/0.33.0", "x"))
     assert (last.start_phases, last.loader, last.version) == ({"weights": 1.0}, "x", "0.33.0")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from vllmd.admin.control import Control
+from vllmd.admin.models import STARTED
 from vllmd.admin.responses import json
 from vllmd.admin.verbs import into
 from vllmd.api.answers import NO_ENGINE, Instance, ModelInstanceInfo, ModelLine, ModelStatusItem
@@ -162,7 +163,7 @@ def _common(model: ModelLine, line: ModelLine) -> Instance:
         pid=line.pid,
         port=int(port) if port.isdecimal() and not line.socket.startswith("/") else None,
         created_at=_moment(line.started_at) if line.started_at else None,
-        updated_at=_moment(time.time() - (line.since or 0.0)),
+        updated_at=_moment(line.changed_at or STARTED),
         message=line.failure or line.never,
     )
 

@@ -15,8 +15,8 @@ from vllmd.api.codec import fields, plain
 from vllmd.errors import Forbidden, UnknownModel
 from vllmd.proxy.http import MEMBERS_PER_TURN, Request, Response, list_response, text_response
 
-_STARTED = int(time.time())
-_SINCE = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_STARTED))  # RFC 3339, as Anthropic has it
+STARTED = int(time.time())
+SINCE = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(STARTED))  # RFC 3339, as Anthropic has it
 
 
 class ModelEndpoints:
@@ -91,4 +91,4 @@ class ModelEndpoints:
 
 def _card(model: Card, name: str) -> Model:
     """The entry of a model under one of its names."""
-    return Model(**{**vars(model), "id": name}, created=_STARTED, created_at=_SINCE)
+    return Model(**{**vars(model), "id": name}, created=STARTED, created_at=SINCE)

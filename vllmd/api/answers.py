@@ -134,6 +134,7 @@ class ModelLine(Answer):
     oldest_wait: float | None = None
     idle: float | None = None
     since: Annotated[float | None, "seconds in that state, where that is known"] = None
+    changed_at: Annotated[float | None, "when that state began, in Unix time, where that is known"] = None
     pinned: bool = False
     disabled: Annotated[str, "the message that clients get instead of an answer, if an operator has disabled it"] = ""
     leases: tuple[str, ...] = ()
@@ -157,7 +158,7 @@ class ModelLine(Answer):
     version: Annotated[str, "version of its engine at its last start, where that has an environment"] = ""
     power: Annotated[float | None, "watts, its share of its devices' draw"] = None
     unused_energy: Annotated[float | None, "joules that it has drawn since its last request"] = None
-    started_at: Annotated[float | None, "Unix time"] = None
+    started_at: Annotated[float | None, "when its engine was started, in Unix time"] = None
     config: ModelSettings = ModelSettings()
     replica_of: Annotated[str, "of a replica: the name of its model"] = ""
     replicas: tuple[ModelLine, ...] = ()

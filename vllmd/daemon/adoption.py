@@ -21,7 +21,7 @@ from dataclasses import replace
 from vllmd.config.types import ModelConfig
 from vllmd.core import events
 from vllmd.core.types import Placement, State
-from vllmd.daemon.boot_clock import seconds_since
+from vllmd.daemon.boot_clock import date_of, seconds_since
 from vllmd.daemon.calls import ask
 from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import EngineProcess, fingerprint, noted_by_older
@@ -201,6 +201,10 @@ def _process_of(running: Running, model: ModelConfig, engine: Engine, key_of: Ca
         running=running,
         started=time.monotonic() - seconds_since(noted, "started"),
     )
+    if started := date_of(noted, "started"):
+        process.started_at = started[1]
+    else:
+        process.started_at -= time.monotonic() - process.started
     _set_ending(process, noted)
     return process
 

@@ -2,7 +2,8 @@
 
 They are by the monotonic clock. It is the same for all processes of one boot, which no engine outlives, and nobody sets
 it: noted by the wall clock, an engine would have been idle for hours once somebody had put that forward. It stands
-still while the machine is suspended, as every other limit of the daemon's does.
+still while the machine is suspended, as every other limit of the daemon's does. What people are shown as a date is
+noted in Unix time beside it (``dated``), and nothing is reckoned with that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,19 @@ def moments(**seconds_ago: float) -> dict[str, str]:
     """Notes that each of these was so many seconds ago."""
     now = time.monotonic()
     return {f"{what}{SUFFIX}": f"{now - ago:.1f}" for what, ago in seconds_ago.items()}
+
+
+def dated(*whats: str) -> dict[str, str]:
+    """Notes that each of these is now, with the date."""
+    return moments(**dict.fromkeys(whats, 0.0)) | dict.fromkeys(whats, f"{time.time():.1f}")
+
+
+def date_of(noted: Mapping[str, str], what: str) -> tuple[float, float] | None:
+    """When what was noted as ``what`` was, by the monotonic clock and in Unix time; None where no date was noted."""
+    try:
+        return float(noted[f"{what}{SUFFIX}"]), float(noted[what])
+    except (KeyError, ValueError):
+        return None
 
 
 def seconds_since(noted: Mapping[str, str], what: str) -> float:

@@ -80,6 +80,7 @@ class Changes:
         engine: str = getattr(event, "replica", "")
         before = _view(dispatcher, engine)
         took = (before.since or 0.0) if before else 0.0
+        self._learnt.dates.note(dispatcher.now(), dispatcher.now())
         self._counters.changed(self._current.model_of(engine), change, took, failed=failed)
         if change in COMINGS and not failed:
             self._engine_up(engine, took)

@@ -35,7 +35,7 @@ from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
 from vllmd.core.types import Footprint, Placement, Source
 from vllmd.daemon import health
-from vllmd.daemon.boot_clock import moments
+from vllmd.daemon.boot_clock import dated
 from vllmd.daemon.calls import (
     Liveness,
     answers,
@@ -695,7 +695,7 @@ class EngineManager:
         if not process.running:
             return
         if "state" in metadata:
-            metadata |= moments(since=0.0)
+            metadata |= dated("since")
         try:
             await self._launcher.annotate(process.instance, metadata)
         except LauncherFailed as error:

@@ -71,6 +71,7 @@ class EngineProcess:
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
     phases: StartPhases = field(default_factory=StartPhases)
     started: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)  # the same in Unix time, for people
     ready_after: float | None = None  # seconds its start took
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     report: ExitReport | None = None

@@ -19,7 +19,7 @@ from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands
 from vllmd.core.types import Device
-from vllmd.daemon.boot_clock import moments
+from vllmd.daemon.boot_clock import dated
 from vllmd.daemon.engine_keys import EngineKeys
 from vllmd.daemon.engine_process import EngineProcess, environment_now, fingerprint
 from vllmd.daemon.homes import Homes, ordered_user
@@ -204,7 +204,7 @@ class LaunchPlanner:
                 "environment": process.environment or "",
                 "state": "starting",
                 "level": "0",
-                **moments(since=0.0, started=0.0),
+                **dated("since", "started"),
                 "run_dir": str(run_dir),
                 "ending": json.dumps([process.stop, process.stop_signal, process.self_managed]),
             },

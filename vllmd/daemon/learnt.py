@@ -47,7 +47,7 @@ class Learnt:
         self.starts = Starts()
         self.failures: dict[str, Failure] = {}  # by engine
         self.loaders = LoaderBook()
-        self.dates = Dates()  # of this daemon's decisions
+        self.dates = Dates()  # of decisions, and of changes of state
         self._written = ""
         self.trouble = ""  # why it cannot be written now
         self._trouble = Repeated(log)

@@ -119,6 +119,7 @@ def line(
     process: EngineProcess | None = None,
     *,
     since: float | None = None,
+    changed_at: float | None = None,
     silent: float | None = None,
     last_start: Start | None = None,
     power: float | None = None,
@@ -129,8 +130,8 @@ def line(
     """The status line of a model, or of a replica.
 
     ``power``: watts of its share of its devices; ``unused``: joules of that since its last request. ``since``: seconds
-    in its state, where the core does not know. ``silent``: seconds for which it has answered none of the requests that
-    wait in it. ``process``: its engine; of a model with ``replicas`` the engine that stands for it.
+    in its state; ``changed_at``: when that began, in Unix time. ``silent``: seconds for which it has answered none of
+    the requests that wait in it. ``process``: its engine; of a model with ``replicas`` the engine that stands for it.
     """
     running = process.running if process else None
     starting = process if process and view.state is State.STARTING else None
@@ -144,7 +145,7 @@ def line(
         # 1. What the core knows.
         name=view.name, state=state_of(view), level=view.level, devices=view.devices, memory=view.memory,
         in_flight=view.in_flight, queued=view.queued, oldest_wait=view.oldest_wait, idle=view.idle,
-        since=since if view.since is None else view.since, pinned=view.pinned, disabled=view.disabled,
+        since=since, changed_at=changed_at, pinned=view.pinned, disabled=view.disabled,
         leases=view.leases, waiting_for=view.waiting_for, failure=view.failure, never=view.never, health=view.health,
         expected=view.expected, latency=view.latency, rests_in=view.rests_in,
         # 2. The engine: its process, and how it starts or has started.
@@ -152,7 +153,7 @@ def line(
         instance=process.instance if process else "", phase=starting.phase_text if starting else "",
         detail=starting.phase.detail if starting else "", start_phases=phases, loader=loader,
         last_start_seconds=last_start.seconds if last_start else None, version=last_start.version if last_start else "",
-        started_at=time.time() - (time.monotonic() - process.started) if process else None,
+        started_at=process.started_at if process else None,
         silent=silent, power=power, unused_energy=unused,
         # 3. The configuration, and the replicas.
         config=config, replica_of=replica_of, replicas=replicas,

@@ -20,6 +20,7 @@ from vllmd.core.scheduler import Scheduler
 from vllmd.daemon import collector
 from vllmd.daemon.adoption import adopt_all
 from vllmd.daemon.back_end import BackEnd
+from vllmd.daemon.boot_clock import date_of
 from vllmd.daemon.device_readings import DeviceReadings, devices_found
 from vllmd.daemon.device_watch import DeviceWatch
 from vllmd.daemon.dispatcher import Dispatcher, executors
@@ -117,6 +118,9 @@ async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
     """Take over, or end, every engine that an earlier daemon left; remember which had failed, or are disabled."""
     known = {process.instance for process in back.engines.processes.values()}
     running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
+    for noted in (engine.metadata for engine in running):
+        if known_date := date_of(noted, "since"):
+            front.learnt.dates.learn(*known_date)
     await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
     for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
         back.post(failure)

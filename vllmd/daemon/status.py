@@ -133,17 +133,21 @@ def _line(
 ) -> ModelLine:
     """The status line of a model or of a replica, with what is known of its engine."""
     config = about(seen.config.models.get(view.name) if replicas else seen.engines.get(engine))
-    if seen.back is None:
+    if seen.back is None or seen.snapshot is None:
         return line(view, config, replica_of=replica_of, replicas=replicas)
-    engines, since = seen.back.engines, None
-    if view.since is None and (runs := seen.back.learnt.runs.get(engine)):  # its last engine was an earlier daemon's
-        ago = time.time() - runs[-1][1]
+    engines, since, changed_at = seen.back.engines, view.since, None
+    if since is not None:
+        changed_at = seen.back.learnt.dates.of(seen.snapshot.at - since)
+    elif runs := seen.back.learnt.runs.get(engine):  # its last engine was an earlier daemon's
+        changed_at = runs[-1][1]
+        ago = time.time() - changed_at
         since = ago if ago >= 0 else None  # negative: the clock has been set back
     return line(
         view,
         config,
         engines.processes.get(engine),
         since=since,
+        changed_at=changed_at,
         silent=_silence(seen, engine) if not replicas else None,
         last_start=seen.back.learnt.starts.get(engine),
         power=seen.back.memory.power.watts.get(engine),
