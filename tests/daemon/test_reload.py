@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from vllmd.config.loader import load
 from vllmd.config.nodes import Where, from_plain
 from vllmd.config.reload import BY_SYSTEMD, LATER
 from vllmd.config.settings import Group, Leaf, Reload, leaves
-from vllmd.config.types import Config
+from vllmd.config.types import Config, ModelConfig
 from vllmd.config.value_types import Wrong
 from vllmd.core import commands, events
 from vllmd.core.types import Placement, State
@@ -575,6 +575,33 @@ def test_the_state_of_an_adopted_engine_has_the_date_that_was_noted(
         assert line["since"] == pytest.approx(3600, abs=60)
 
     lives(read(tmp_path, BASE), tmp_path, look)
+
+
+@pytest.mark.parametrize(("runs", "known"), [((), []), (("m",), ["m", "old", "n"]), (("n",), ["old", "n"])])
+def test_what_an_earlier_daemon_started_is_known_to_standbys_where_engines_are_taken_over(
+    runs: tuple[str, ...], known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the starts. A daemon that finds no engine may be there for one question only."""
+    sim = {"engine": "sim", "gpu_memory": "1GiB"}
+    config = read(tmp_path, {**BASE, "models": {"m": sim, "n": sim, "old": sim}})
+
+    async def look(living: Living) -> None:
+        engines, found = living.back.engines, list[str]()
+
+        async def adopted(*_: object) -> None:
+            engines.processes.update(dict.fromkeys(runs, SimpleNamespace(instance="")))
+
+        def find(models: Sequence[ModelConfig]) -> None:
+            found.extend(model.name for model in models)
+
+        monkeypatch.setattr(startup, "adopt_all", adopted)
+        monkeypatch.setattr(engines.standbys, "remember", find)
+        for name in ("old", "gone", "n"):
+            living.front.learnt.starts.note(name, Start(1.0))
+        await startup.adopt_running(living.front, living.back)
+        assert found == known
+
+    lives(config, tmp_path, look)
 
 
 def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:

@@ -108,6 +108,33 @@ async def test_one_is_begun_for_what_was_started_last() -> None:
 
 
 @story
+async def test_one_is_begun_for_what_an_earlier_daemon_started_last() -> None:
+    """Its engines go on; models without a standby of any kind change nothing."""
+    here = Place(1, a=ONE, b=TWO, c=None, d=TWO)
+    here.keeper.remember([ModelConfig(name) for name in "abc"])
+    assert here.keeper.in_use
+    await here.look(running={"b"})
+    (order,) = here.launcher.orders
+    assert order.argv[0] == TWO.python
+
+
+@story
+async def test_one_is_begun_as_soon_as_the_configuration_wants_one() -> None:
+    """For what was started while it wanted none, and cost nothing."""
+    here = Place(0)
+    assert here.keeper.claim(ONE) == ""
+    await here.look()
+    assert (here.launcher.orders, here.keeper.in_use) == ([], False)
+    here.keeper.configure(1, [ModelConfig("b")])
+    await here.look()
+    assert [order.argv[0] for order in here.launcher.orders] == [ONE.python]
+    here.keeper.configure(0, [ModelConfig("b")])
+    await here.look()
+    assert here.launcher.killed == [here.launcher.orders[0].instance]
+    assert not here.keeper.in_use
+
+
+@story
 async def test_it_is_given_away_once_and_to_whom_it_fits() -> None:
     """Not while it still imports, nor to another version, nor twice; then another one is begun."""
     here = Place()

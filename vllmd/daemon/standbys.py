@@ -1,9 +1,11 @@
 """Standbys: processes with an engine's imports done, begun while the machine is calm, and given to the starts they fit.
 
 When. A standby is begun ``CALM`` seconds after the last start or waiting request, of the kind that was started last
-(``engines.standby`` says what must be equal), as long as a model that could use it is not loaded. It is given to one
-start (``claim``). Whatever goes wrong with it costs that start the seconds that it would have saved
-(``launcher.handover``); a kind that has failed ``TRIES`` times in a row is not tried again until a reload.
+(``engines.standby`` says what must be equal), as long as a model that could use it is not loaded. A daemon that takes
+over engines goes by what was started before it; one that finds none waits for its first start, for it may be there for
+a single question only. A standby is given to one start (``claim``). Whatever goes wrong with it costs that start the
+seconds that it would have saved (``launcher.handover``); a kind that has failed ``TRIES`` times in a row is not tried
+again until a reload.
 
 Memory. A standby holds host memory. That is booked with the core (``held``) but promised to no model: a standby is
 ended when the machine runs short, when an engine that is about to start needs the memory, and when level-1 sleepers do.
@@ -18,7 +20,7 @@ import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,9 +107,16 @@ class Standbys:
     @property
     def in_use(self) -> bool:
         """Whether there is one, or may be one soon: then ``look`` wants to be called."""
-        return bool(self._recent or self.kept)
+        return bool(self.kept or (self._recent and self.count != 0))
 
     # -- starts
+
+    def remember(self, models: Sequence[ModelConfig]) -> None:
+        """Take in which engines an earlier daemon, whose engines run on, has started; the last one last."""
+        self._busy_until = time.monotonic() + CALM
+        for model in models[-REMEMBERED:]:
+            if standby := self._find(model):
+                self._note_start(standby)
 
     def claim(self, standby: Standby | None, needs: int = 0) -> str:
         """The instance of a standby that fits, reserved for the caller; "" if there is none.
@@ -115,14 +124,9 @@ class Standbys:
         ``needs``: bytes of host memory that the start will take; for that standbys may be ended.
         """
         self._busy_until = time.monotonic() + CALM
-        if standby is None or self._launcher is None or self.count == 0:
-            chosen = None
-        else:
-            self._recent.setdefault(standby, 0)
-            self._recent.move_to_end(standby)
-            self._running_then = None
-            while len(self._recent) > REMEMBERED:
-                self._recent.popitem(last=False)
+        chosen = None
+        if standby is not None and self._launcher is not None:
+            self._note_start(standby)
             chosen = next((one for one in self.kept.values() if one.ready and one.standby == standby), None)
         if chosen:
             del self.kept[chosen.instance]
@@ -130,6 +134,13 @@ class Standbys:
         if needs:
             self.make_room(needs + SPARE // 2)
         return chosen.instance if chosen else ""
+
+    def _note_start(self, standby: Standby) -> None:
+        self._recent.setdefault(standby, 0)
+        self._recent.move_to_end(standby)
+        self._running_then = None
+        while len(self._recent) > REMEMBERED:
+            self._recent.popitem(last=False)
 
     def not_used(self, instance: str) -> None:
         """End a standby that was claimed and does not become an engine after all."""

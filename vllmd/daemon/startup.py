@@ -122,6 +122,10 @@ async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
         if known_date := date_of(noted, "since"):
             front.learnt.dates.learn(*known_date)
     await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
+    starts, found = front.learnt.starts, back.engines.processes
+    if found:
+        started = [*(engine for engine in found if engine not in starts), *starts]
+        back.engines.standbys.remember([model for each in started if (model := front.current.engines.get(each))])
     for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
         back.post(failure)
     for order in front.disabled.orders({*front.current.config.models, *front.current.engines}):
