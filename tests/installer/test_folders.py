@@ -53,7 +53,10 @@ def test_use_and_rollback_take_turns(root: Path) -> None:
 def test_a_version_is_removed_unless_it_runs(root: Path) -> None:
     """What runs keeps its files; the link to what is gone goes along, and the newest is in use."""
     program = root / "llama.cpp/2.0/bin/python"
-    running = subprocess.Popen(["/bin/sh", "-c", "read x", str(program)], stdin=subprocess.PIPE)
+    argv = ["/bin/sh", "-c", "echo; read x", str(program)]
+    running = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert running.stdout is not None
+    running.stdout.readline()  # only now /proc has its arguments for certain
     with folders.changing(root, "llama.cpp") as folder:
         folders.use(folder, "2.0")
         try:
