@@ -130,6 +130,32 @@ async def test_the_short_way_is_without_events(rig: Rig) -> None:
 
 
 @script
+async def test_who_would_wait_is_told_so_and_nothing_has_changed(rig: Rig) -> None:
+    """Neither the core nor the gate knows of it; where the core admits it at once it is admitted, and counted."""
+    assert rig.gate.try_acquire("m", "key") is None
+    assert (rig.posted, rig.gate.requests, rig.waited) == ([], 0, [])
+    rig.at_once = "m"
+    permit = rig.gate.try_acquire("m", "key")
+    assert permit is not None
+    assert (permit.upstream, permit.key, rig.gate.requests) == (SOCKET, "key", 1)
+    permit.release()
+    assert (rig.posted, rig.ended_at_once, rig.gate.requests) == ([], ["1"], 0)
+    rig.engine = None
+    with pytest.raises(UpstreamFailed, match="is gone"):
+        rig.gate.try_acquire("m", "key")
+    assert rig.gate.requests == 0
+
+
+@script
+async def test_an_adapter_is_to_be_waited_for(rig: Rig) -> None:
+    """The engine may have to load it, even where the core admits the request at once."""
+    rig.at_once = "m"
+    assert rig.gate.try_acquire("m", "key", offer="lora") is None
+    permit = await rig.gate.acquire("m", "key", offer="lora")
+    assert (permit.called, rig.posted, rig.gate.requests) == ("lora", [], 1)
+
+
+@script
 async def test_a_permit_that_is_done_holds_its_request_no_longer(rig: Rig) -> None:
     """Whom to tell of a cut leads to the request's body: 64 MiB must not wait for the cycle collector."""
 

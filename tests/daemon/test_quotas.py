@@ -33,6 +33,7 @@ class Core:
     def __init__(self) -> None:
         self.gate: AdmissionGate
         self.refuses = False
+        self.at_once = False  # it admits without an event
         self.kept_alive: list[float] = []
 
     def post(self, event: events.Event) -> None:
@@ -44,7 +45,7 @@ class Core:
             self.kept_alive.append(event.seconds)
 
     def admit_at_once(self, request: str, model: str) -> str | None:
-        return None
+        return "m" if self.at_once else None
 
     def finish_at_once(self, request: str) -> bool:
         return False
@@ -101,6 +102,16 @@ def test_requests_per_minute() -> None:
     assert act.refused() == 30
     act.clock.now += 30
     act.acquire()
+
+
+def test_who_does_not_wait_is_limited_all_the_same() -> None:
+    """And who would have to wait has taken nothing yet."""
+    act = Act(requests_per_minute=1)
+    assert act.gate.try_acquire("m", "k") is None
+    act.core.at_once = True
+    assert act.gate.try_acquire("m", "k") is not None
+    with pytest.raises(TooManyRequests):
+        act.gate.try_acquire("m", "k")
 
 
 def test_a_refused_request_takes_nothing() -> None:

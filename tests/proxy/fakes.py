@@ -118,6 +118,17 @@ class FakeGate:
         await asyncio.sleep(0.01)
         return await self.acquire("m", "")
 
+    def try_acquire(
+        self,
+        model: str,
+        key: str,
+        only: str = "",
+        body: bytes = b"",
+        waits: Callable[[], None] = silent,
+        offer: str = "",
+    ) -> FakePermit | None:
+        """None: every request waits, if only for a turn."""
+
     async def acquire(
         self,
         model: str,

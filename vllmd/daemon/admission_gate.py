@@ -12,11 +12,12 @@ So one object, the ``Permit``, is the request from its arrival to its end::
                         └──client left, shutdown──► over                 tells the core: RequestGone
 
 ``_permits`` has the requests that the core knows of and that are not over. Only ``_leave``, ``reject`` and
-``Permit.release`` take one out, so whichever comes first is the only one that counts. The core may admit within the
-very call that told it of the arrival (where a model serves and nothing else is under way, even without an event:
-``admit_at_once``), and then ``acquire`` waits for nothing; or at any time later, and then
-``acquire`` waits for the future ``Permit.decided``. That future may have been cancelled, because the client has left,
-in the same turn of the event loop in which the core admits: the permit is released then (``_leave``), not dropped.
+``Permit.release`` take one out, so whichever comes first is the only one that counts. Where a model serves and nothing
+else is under way the core admits without an event (``admit_at_once``), and ``try_acquire``, with which every
+``acquire`` begins, has the permit without waiting. Else the core may admit within the very call that told it of the
+arrival, and then ``acquire`` waits for nothing; or at any time later, and then ``acquire`` waits for the future
+``Permit.decided``. That future may have been cancelled, because the client has left, in the same turn of the event loop
+in which the core admits: the permit is released then (``_leave``), not dropped.
 
 Before the back end is there (``open``) requests wait in ``_opening``, unknown to the core, and only then arrive.
 
@@ -27,7 +28,6 @@ request: a ``Target`` by engine and offer in ``_targets``, and by the client's s
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import field
@@ -149,7 +149,7 @@ class AdmissionGate:
         self._finish_at_once: Callable[[str], bool] = lambda request: False
         self._opening: set[asyncio.Future[None]] = set()  # requests that the core does not know yet
         self._permits: dict[str, Permit] = {}  # by the core's name for a request
-        self._numbers = itertools.count(1)
+        self._number = 1  # of the next request that the core is told of, which names it
         self._runtime_adapters: dict[str, Mapping[str, str]] = {}  # model -> adapter -> path
         self._kinds: Mapping[str, str] = {}  # by engine, once their files have been read
         self.configure({}, {})
@@ -344,6 +344,32 @@ class AdmissionGate:
 
     # -- a request's way -------------------------------------------------------------------
 
+    def try_acquire(
+        self,
+        model: str,
+        key: str,
+        only: str = "",
+        body: bytes = b"",
+        waits: Callable[[], None] = silent,
+        offer: str = "",
+    ) -> Permit | None:
+        """Admit the request if nothing is to be waited for or loaded, else None: ``acquire`` is to be awaited then.
+
+        Nothing has changed where it is not admitted. Raises VllmdError as ``acquire`` does.
+        """
+        quota = self._quotas.by_key.get(key)
+        if quota is not None:
+            quota.check(self._quotas.clock())
+        if offer:  # perhaps an adapter, which the engine may have to load
+            return None
+        permit = Permit(self, model, key, only, waits)
+        if not self._arrive_at_once(permit):
+            return None
+        if quota is not None:
+            permit.use = quota.take(body)
+        self._counters.waited(model, 0.0)
+        return permit
+
     async def acquire(
         self,
         model: str,
@@ -359,7 +385,10 @@ class AdmissionGate:
         ``only``: the one replica that may serve it. ``offer``: the adapter or variant that it named. ``route``: the
         public path that it came by. ``waits`` is called if it is not admitted at once.
         """
-        # 1. The key's quota: a key over its limit takes no place in a queue.
+        # 1. Mostly there is nothing to wait for. Else the key's quota: a key over its limit takes no place in a queue.
+        admitted = self.try_acquire(model, key, only, body, waits, offer)
+        if admitted is not None:
+            return admitted
         use = self._quotas.begin(key, body)
         began: float | None = None  # when it began to wait, if it did
         permit = Permit(self, model, key, only, waits, offer)
@@ -423,15 +452,31 @@ class AdmissionGate:
 
     def _arrive(self, permit: Permit) -> None:
         """Tell the core of the request, which may admit it at once. Raises VllmdError if it is refused at once."""
-        permit.request = request = str(next(self._numbers))
-        self._permits[request] = permit
-        if (replica := self._admit_at_once(request, permit.model)) is not None:
-            self._let_in(permit, replica)
-        else:
-            tried, rank = frozenset(permit.tried), self._quotas.rank(permit.key)
-            self._post(events.RequestArrived(request, permit.model, permit.key, tried, permit.only, rank))
+        if self._arrive_at_once(permit):
+            return
+        self._enter(permit, str(self._number))
+        tried, rank = frozenset(permit.tried), self._quotas.rank(permit.key)
+        self._post(events.RequestArrived(permit.request, permit.model, permit.key, tried, permit.only, rank))
         if permit.refusal is not None:
             raise permit.refusal
+
+    def _arrive_at_once(self, permit: Permit) -> bool:
+        """Have the core admit the request without an event; False: the core knows nothing of it. Raises VllmdError."""
+        request = str(self._number)
+        replica = self._admit_at_once(request, permit.model)
+        if replica is None:
+            return False
+        self._enter(permit, request)
+        self._let_in(permit, replica)
+        if permit.refusal is not None:
+            raise permit.refusal
+        return True
+
+    def _enter(self, permit: Permit, request: str) -> None:
+        """Know the permit from now on by this name, which is the core's for it."""
+        self._number += 1
+        permit.request = request
+        self._permits[request] = permit
 
     async def _decision(self, permit: Permit) -> None:
         """Wait until a request that has arrived is admitted. Raises VllmdError if it is refused."""

@@ -133,8 +133,8 @@ class Quota:
         minute = Bucket(requests, now) if requests else None, Bucket(tokens, now) if tokens else None
         return cls(key, *minute, spent, wall)
 
-    def begin(self, now: float, body: bytes) -> Use:
-        """Take what a request with this body takes at its arrival. Raises TooManyRequests; then nothing was taken."""
+    def check(self, now: float) -> None:
+        """Check that one more request is within the key's limits. Raises TooManyRequests."""
         key = self.key
         if key.concurrency and self.running >= key.concurrency:
             raise TooManyRequests(_limit(key, f"{key.concurrency} requests at a time"), retry_after=1)
@@ -144,6 +144,9 @@ class Quota:
                 raise TooManyRequests(text, retry_after=math.ceil(wait))
         if over := self.spent.over(key, self.wall()):
             raise TooManyRequests(_limit(key, over[0]), retry_after=math.ceil(over[1]))
+
+    def take(self, body: bytes) -> Use:
+        """Take what a request with this body takes at its arrival."""
         if self.requests:
             self.requests.take(1.0)
         use = Use(self, prompt_tokens(body) if self.tokens else 0)
@@ -237,7 +240,10 @@ class Quotas:
     def begin(self, key: str, body: bytes) -> Use | None:
         """Begin a request of the key called ``key``; None if that has no limits. Raises TooManyRequests."""
         quota = self.by_key.get(key)
-        return quota.begin(self.clock(), body) if quota else None
+        if quota is None:
+            return None
+        quota.check(self.clock())
+        return quota.take(body)
 
 
 def _limit(key: KeyConfig, what: str) -> str:

@@ -118,6 +118,20 @@ class Gate(Protocol):
         Raises UnknownModel, or BadRequest if it is ambiguous or missing; neither names a model of another key.
         """
 
+    def try_acquire(
+        self,
+        model: str,
+        key: str,
+        only: str = "",
+        body: bytes = b"",
+        waits: Callable[[], None] = silent,
+        offer: str = "",
+    ) -> Permit | None:
+        """The permit, where the request may be sent without waiting; None, nothing changed: await ``acquire``.
+
+        The parameters are those of ``acquire``, which begins with this. Raises VllmdError if the request is refused.
+        """
+
     async def acquire(
         self,
         model: str,
