@@ -24,6 +24,15 @@ def out_of_files() -> bool:
     return False
 
 
+def replaced(error: Exception) -> bool:
+    """Whether ``error`` is that of importing a part of vllmd that does not fit what is imported already.
+
+    A daemon imports some parts only when they are needed. If the package was upgraded meanwhile, and the daemon has not
+    been restarted yet, they are another version's.
+    """
+    return isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "vllmd"
+
+
 class VllmdError(Exception):
     """Base of all errors of vllmd.
 

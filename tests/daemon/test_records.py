@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,3 +101,19 @@ def test_an_access_log_that_is_wanted_no_more_is_no_trouble(tmp_path: Path, monk
             assert records.log_trouble == ""
 
     asyncio.run(asked())
+
+
+def test_a_store_of_another_version_does_not_break_off_a_shutdown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is imported with the first requests. When the package was upgraded before, the daemon drains without it."""
+    monkeypatch.setattr(Ring, "note", lambda *_: SERVED)
+    monkeypatch.setitem(sys.modules, "vllmd.records.store", None)  # importing it raises ImportError
+
+    async def ended() -> str:
+        records = Records(RecordsConfig(), tmp_path / "usage.db")
+        records.ended(cast(Any, SimpleNamespace(**ENDED)))
+        await records.close()
+        return records.trouble
+
+    assert "requests cannot be recorded: import of vllmd.records.store" in asyncio.run(ended())

@@ -400,8 +400,12 @@ def test_a_handler_for_which_there_is_no_file_left_is_a_503() -> None:
 
 
 def test_a_route_that_cannot_be_imported_is_answered(caplog: pytest.LogCaptureFixture) -> None:
-    """At the first request for one: without a descriptor it is a 503, without its file a 500, and then it works."""
+    """At the first request for one: without a descriptor it is a 503, without its file a 500, and then it works.
+
+    So it is a 503 where its file is of another version, for it works again when the upgrade has restarted the daemon.
+    """
     failures: list[Exception] = [OSError(errno.EMFILE, "Too many open files", "/x.py"), ImportError("secret")]
+    failures.insert(0, ImportError("secret: cannot import name 'New' from 'vllmd.errors'", name="vllmd.errors"))
 
     async def play() -> None:
         async with stage() as act:
@@ -412,13 +416,13 @@ def test_a_route_that_cannot_be_imported_is_answered(caplog: pytest.LogCaptureFi
                 act.router.add("GET", "/later", hello)
 
             act.router.add_later(add)
-            for status in (503, 500, 200):
+            for status in (503, 503, 500, 200):
                 client = await act.client()
                 client.send(get("/later", "X-Request-Id: r1"))
                 answer = await client.answer()
                 assert answer.status == status
                 assert b"secret" not in answer.body
-            assert "GET /later failed" in caplog.text
+            assert "GET /later failed: vllmd was upgraded and not restarted" in caplog.text
 
     asyncio.run(play())
 

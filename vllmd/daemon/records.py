@@ -287,11 +287,13 @@ class Records:
 
         In either case the fresh entries are added up in ``sums`` and ``arrivals``, from which a failure is made good.
         """
-        from vllmd.records.store import StoreError
-
         self._add_up(fresh, sums, arrivals)
         if self._path is None:
             return ""
+        try:
+            from vllmd.records.store import StoreError
+        except ImportError as error:  # of another version's files, see ``replaced``: this daemon is about to give way
+            return f"requests cannot be recorded: {error}"
         store = self._store_at(self._path)  # also if records.usage was switched off since: it was on when this came
         try:
             store.write(sums.rows, arrivals, self.config.usage_days * DAY, self.config.trace_days * DAY)

@@ -268,14 +268,15 @@ class Daemon:
 
 
 async def import_other_routes() -> None:
-    """Import what is behind the routes that no first client asks for (``other_routes``), in a thread.
+    """Import what is behind the routes that no first client asks for (``other_routes``), and a reload, in a thread.
 
     Left to the first request for one, that would hold up every stream for a tenth of a second, and after an upgrade of
     the package, while this daemon still drains, it would be another version's code.
     """
     await asyncio.sleep(OTHER_ROUTES_AFTER)
     with contextlib.suppress(OSError, ImportError):  # the first request for one tries again, and is told
-        await asyncio.to_thread(importlib.import_module, "vllmd.daemon.other_routes")
+        for name in ("vllmd.daemon.other_routes", "vllmd.daemon.reload"):
+            await asyncio.to_thread(importlib.import_module, name)
 
 
 def _has_terminal() -> bool:

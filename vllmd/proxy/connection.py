@@ -22,6 +22,7 @@ from vllmd.errors import (
     TooLarge,
     Unavailable,
     VllmdError,
+    replaced,
 )
 from vllmd.proxy.body_memory import BodyMemory, Holder, place_of
 from vllmd.proxy.departures import CONTINUE, VANISHED_SECONDS, HalfClosed, has_vanished
@@ -553,8 +554,12 @@ def peer_of(transport: asyncio.BaseTransport) -> Peer:
 def _fault(error: Exception, request: Request) -> VllmdError:
     """What a client is told of an error that no handler expects; it is logged.
 
-    That this process can open no more files is none: any handler may meet it, and in a moment it may be over.
+    That this process can open no more files is none: any handler may meet it, and in a moment it may be over. Nor is
+    that its files were replaced.
     """
+    if replaced(error):
+        log.error("%s %s failed: vllmd was upgraded and not restarted: %s", request.method, request.path, error)
+        return Unavailable("vllmd has been upgraded; this part of it works again when it is restarted", retry_after=5)
     if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
         log.error("%s %s failed: %s", request.method, request.path, error.strerror)
         return Unavailable(f"vllmd cannot do it now: {error.strerror}", retry_after=5)
