@@ -735,3 +735,22 @@ def test_a_reload_while_models_are_listed_leaves_the_list_as_it_was(
         assert len(living.front.current.engines) == 2
 
     lives(of(), tmp_path, look)
+
+
+def test_of_two_reloads_the_second_reads_what_is_there_after_the_first(tmp_path: Path) -> None:
+    """Else files that take seconds to read came into force after those that were written in their place meanwhile."""
+    documents = [{"devices": [], "models": {name: {"engine": "sim"}}} for name in ("before", "after")]
+    in_force: list[list[str]] = []  # at each reading
+    running: list[Living] = []
+
+    def again() -> Config:
+        in_force.append(list(running[0].config.models))
+        return read(tmp_path, documents.pop(0))
+
+    async def reload(living: Living) -> None:
+        running.append(living)
+        await asyncio.gather(living.daemon.reload(), living.daemon.reload())
+        assert in_force == [[], ["before"]]
+        assert list(living.config.models) == ["after"]
+
+    lives(read(tmp_path, {"devices": [], "models": {}}), tmp_path, reload, again=again)

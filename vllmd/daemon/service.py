@@ -85,6 +85,7 @@ class Daemon:
         self._runtime = runtime
         self._notify = Notifier()
         self._tasks = Tasks()
+        self._reloading = asyncio.Lock()
         self._stopping, self._second_signal = asyncio.Event(), asyncio.Event()
         self._born = time.monotonic()
 
@@ -240,25 +241,30 @@ class Daemon:
         self._tasks.spawn(reload())
 
     async def reload(self) -> Reloaded:
-        """Read the configuration anew and apply it; an invalid one changes nothing. Raises ConfigError."""
+        """Read the configuration anew and apply it; an invalid one changes nothing. Raises ConfigError.
+
+        Of several reloads each reads when the one before has been applied: files that were read earlier, and took
+        longer to read, must not come into force after what was written since.
+        """
         await self.front.back.wait()
-        self._notify.reloading()
-        try:
-            with collector.paused():
-                read = await asyncio.to_thread(lambda: shared(self._read(), self.front.current.config))
-                config = await for_this_host(read, self._runtime)
-                self.front.resolver.renew()  # files that settings name may have changed where the settings have not
-                async with self.front.changing:
-                    answer = await self.apply_configuration(self.front.runtime_models.added_to(config))
-                if len(config.models) >= collector.MANY:
-                    collector.exempt_existing()
-                return answer
-        except ConfigError as error:
-            log.error("not reloaded, the configuration is invalid:\n%s", error.message)
-            self.front.current.refused = error.message
-            raise
-        finally:
-            self._notify.ready()
+        async with self._reloading:
+            self._notify.reloading()
+            try:
+                with collector.paused():
+                    read = await asyncio.to_thread(lambda: shared(self._read(), self.front.current.config))
+                    config = await for_this_host(read, self._runtime)
+                    self.front.resolver.renew()  # files that settings name may have changed where the settings have not
+                    async with self.front.changing:
+                        answer = await self.apply_configuration(self.front.runtime_models.added_to(config))
+                    if len(config.models) >= collector.MANY:
+                        collector.exempt_existing()
+                    return answer
+            except ConfigError as error:
+                log.error("not reloaded, the configuration is invalid:\n%s", error.message)
+                self.front.current.refused = error.message
+                raise
+            finally:
+                self._notify.ready()
 
     async def apply_configuration(self, config: Config, unless_used: frozenset[str] = frozenset()) -> Reloaded:
         """Implements ``daemon.current.ApplyConfiguration``. The caller holds ``front.changing``."""
