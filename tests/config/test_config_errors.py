@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -478,6 +479,22 @@ def test_a_directory_in_place_of_the_file(tmp_path: Path) -> None:
     """What the system says of a file that cannot be read is passed on."""
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load(tmp_path, env={})
+
+
+@pytest.mark.parametrize("what", ["fifo", "/dev/tty", "/dev/null", "nowhere"])
+def test_what_is_no_file_in_models_d_is_not_read(tmp_path: Path, what: str) -> None:
+    """Opening a FIFO waits for whoever writes, for ever, and a device may have no end; /dev/null masks a file."""
+    (tmp_path / "models.d").mkdir()
+    odd = tmp_path / "models.d/odd.yaml"
+    os.mkfifo(odd) if what == "fifo" else odd.symlink_to(what)
+    (file := tmp_path / "vllmd.yaml").write_text("models: {m: {}}")
+    if what == "/dev/null":
+        assert list(load(file, env={}).models) == ["m"]
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(file, env={})
+    missing = "there is no such file" if what == "nowhere" else "this is a device, a FIFO or a socket, and no file"
+    assert caught.value.message == f"{odd}: {missing}"
 
 
 def test_bytes_that_are_not_utf8_have_a_line(tmp_path: Path) -> None:

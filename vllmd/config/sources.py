@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,7 +73,21 @@ class Files:
         except OSError as error:
             self.unreadable(path, error)
             return []
-        return [path / name for name in names if name.endswith((".yaml", ".yml")) and not name.startswith(".")]
+        found = [path / name for name in names if name.endswith((".yaml", ".yml")) and not name.startswith(".")]
+        return [file for file in found if self.is_file(file)]
+
+    def is_file(self, path: Path) -> bool:
+        """Whether it can be read to its end; complain where it cannot: a FIFO has nobody who writes, a device no end.
+
+        A file that is empty by being a link to ``/dev/null`` can. So can what is not there: reading it tells why.
+        """
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            special = not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode)
+            if special and found.st_rdev != os.stat(os.devnull).st_rdev:
+                self.findings.complain(Where(str(path)), "", "this is a device, a FIFO or a socket, and no file")
+                return False
+        return True
 
     def file(self, path: Path, required: bool) -> Node | None:
         """The root of one file; None where it is empty, missing or broken (which is complained of)."""
