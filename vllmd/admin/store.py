@@ -103,10 +103,11 @@ async def _until_the_end(first: Pulled, rest: AsyncGenerator[Pulled, None]) -> A
         await rest.aclose()
 
 
-def add_store(router: Router, store: Store, audited: Callable[[LocalHandler], LocalHandler]) -> None:
+def add_store(router: Router, store: Store, audited: Callable[..., LocalHandler]) -> None:
     """Add the two routes that are no verbs: one streams, the other takes settings as a configuration file has them."""
     endpoints, add = StoreEndpoints(store), router.add
-    add("POST", "/admin/store/pull", audited(endpoints.pull), "admin", "Have a model's files here, and follow that",
+    pull = audited(endpoints.pull, ends_with_client=True)  # a download ends with its last follower
+    add("POST", "/admin/store/pull", pull, "admin", "Have a model's files here, and follow that",
         doc(answers(Pulled), takes(PULL)), Reach.MACHINE)  # fmt: skip
     add("PUT", "/admin/store/models/{model:path}", audited(endpoints.add), "admin", "Serve a model from now on",
         doc(answers(Added), takes_object(SETTINGS)), Reach.MACHINE)  # fmt: skip

@@ -6,6 +6,7 @@ Every verb that needs the scope admin leaves a line in the log: the key or user 
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -140,8 +141,13 @@ def operation(verb: Verb) -> Schema:
 # -- audit
 
 
-def audited(handler: LocalHandler) -> LocalHandler:
-    """``handler``, and a line in the log for each request: who called it, and the outcome."""
+def audited(handler: LocalHandler, *, ends_with_client: bool = False) -> LocalHandler:
+    """``handler``, and a line in the log for each request: who called it, and the outcome.
+
+    It goes on when the client leaves: half a change, as a key that is written down and not in force, nobody asked for.
+    With ``ends_with_client`` it is cancelled then.
+    """
+    going_on: set[asyncio.Task[Response]] = set()  # the loop itself refers to its tasks only weakly
 
     def note(request: Request, outcome: str) -> None:
         by = f"the key {request.key}" if request.key else str(request.peer)
@@ -153,6 +159,14 @@ def audited(handler: LocalHandler) -> LocalHandler:
         log.info("%s %s%s by %s: %s", request.method, request.path, query, by, outcome, extra={"journal": fields})
 
     async def handle(request: Request) -> Response:
+        if ends_with_client:
+            return await noted(request)
+        task = asyncio.ensure_future(noted(request))
+        going_on.add(task)
+        task.add_done_callback(going_on.discard)
+        return await asyncio.shield(task)
+
+    async def noted(request: Request) -> Response:
         try:
             response = await handler(request)
         except VllmdError as error:

@@ -39,7 +39,7 @@ VERSION = "0.24.0"  # of Ollama, whose API this is like: programs ask for it to 
 DOCS: Pairs = (("link", '</docs>; rel="service-doc"'),)
 ABLE = {CHAT: "chat", COMPLETIONS: "complete a prompt", EMBEDDINGS: "embed", INFILL: "fill in"}
 
-Audited = Callable[[LocalHandler], LocalHandler]
+Audited = Callable[..., LocalHandler]
 Parse = Callable[[Mapping[str, Any], Target], Translated]
 
 
@@ -48,7 +48,7 @@ def add_ollama_routes(
     relay: Relay,
     control: Control,
     store: Store | None = None,
-    audited: Audited = lambda handler: handler,
+    audited: Audited = lambda handler, **_: handler,
 ) -> None:
     """Put Ollama's routes into ``router``. Without a ``store`` nothing is fetched or deleted.
 
@@ -288,7 +288,7 @@ class StoreRoutes:
     def __init__(self, control: Control, store: Store, audited: Audited) -> None:
         self._control = control
         self._store = store
-        self._fetch = audited(self._fetched)
+        self._fetch = audited(self._fetched, ends_with_client=True)
 
     async def pull(self, request: Request) -> Response:
         """``POST /api/pull``: nothing to do for a model that is here; others are for operators to fetch."""
