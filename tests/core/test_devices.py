@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.core.helpers import GPU, PAIR, model, replicas
@@ -178,6 +180,32 @@ def test_a_drained_device_that_goes_and_comes_back_is_still_drained() -> None:
     assert w.do(DeviceDrained(1, drained=False)) == [StartEngine("m", Placement((1,)), 30 * GiB)]
     w.do(DeviceDrained(7, drained=False))
     assert [each.why for each in w.seen.decisions if each.what == "undrain"] == ["device 1: by an operator"]
+
+
+def test_another_device_with_the_number_of_a_drained_one_is_not_drained() -> None:
+    """The CPU is used where the last GPU has gone; and what has come back with another number is drained there."""
+    a, b = Device(0, "GPU-a", 80 * GiB, runtime="cuda"), Device(0, "GPU-b", 80 * GiB, runtime="cuda")
+    w = World([model("m", 30)], [a])
+    w.do(DeviceDrained(0))
+    w.do(DevicesChanged((b,)))
+    assert [d.drained for d in w.seen.devices] == [False]
+    w.do(DevicesChanged((b, replace(a, index=1))))
+    assert [(d.index, d.drained) for d in w.seen.devices] == [(0, False), (1, True)]
+    assert w.seen.drained == {1}
+    w.do(DeviceDrained(0, drained=False))
+    w.do(DeviceDrained(1, drained=False))
+    assert (w.seen.drained, [d.drained for d in w.seen.devices]) == (frozenset(), [False, False])
+
+
+def test_a_drained_device_that_is_gone_can_be_given_back() -> None:
+    """By the number that it had; until then whoever looks is told that it is drained."""
+    w = World([model("m", 30)], PAIR)
+    w.do(DeviceDrained(1))
+    w.do(DevicesChanged(PAIR[:1]))
+    assert w.seen.drained == {1}
+    w.do(DeviceDrained(1, drained=False))
+    w.do(DevicesChanged(PAIR))
+    assert (w.seen.drained, [d.drained for d in w.seen.devices]) == (frozenset(), [False, False])
 
 
 def test_a_device_that_is_gone_is_forgotten_once_nobody_holds_any_of_it() -> None:

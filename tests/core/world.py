@@ -176,7 +176,7 @@ class World:
         self.there = frozenset(self.devices)
         self.unknown = ""  # why nobody knows which devices there are
         self.unusable: dict[int, str] = {}  # devices whose driver speaks ill of them
-        self.drained: set[int] = set()
+        self.drains: dict[tuple[str, str], int] = {}  # the drained devices, there or not, and the last index of each
         self.disturbed = False  # measurements contradicted the books: promises may exceed what there is
         self.external: dict[int, int] = {}  # bytes per device, as last sampled
         self.looked: dict[int, float] = {}
@@ -353,9 +353,13 @@ class World:
         if isinstance(event, DeviceDrained):
             known = event.device in self.scheduler.core.engines.ledger.accounts
             if not event.drained:
-                self.drained.discard(event.device)
+                self.drains = {
+                    device: index
+                    for device, index in self.drains.items()
+                    if event.device != index and (not known or device != self._identity(event.device))
+                }
             elif known:  # of one that is not there it is told that there is none
-                self.drained.add(event.device)
+                self.drains[self._identity(event.device)] = event.device
         elif isinstance(event, DevicesTroubled):
             self.unusable = {i: why for i, why in {**event.ill, **event.lost}.items() if i in self.there}
         else:
@@ -367,9 +371,16 @@ class World:
             self.disturbed = self.disturbed or any(now.get(i) != self.devices[i] for i in self.there)
             self.devices.update(now)
             self.there, self.unknown = frozenset(now), event.unknown
+            self.drains |= {self._identity(i): i for i in self.there if self._identity(i) in self.drains}
 
     def _identity(self, index: int) -> tuple[str, str]:
-        return self.devices[index].id, self.devices[index].runtime
+        known = self.devices.get(index)
+        return (known.id, known.runtime) if known else (str(index), "")
+
+    @property
+    def drained(self) -> set[int]:
+        """The indices of the drained devices that are there."""
+        return {index for index in self.there if self._identity(index) in self.drains}
 
     def _sampled(self, event: MemorySampled) -> None:
         for index in event.failed:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.daemon.test_dispatcher import StillLoop
+from vllmd.core.types import Snapshot
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.chores import Chores
 from vllmd.daemon.idle_exit import IdleExit
@@ -82,6 +83,19 @@ def test_it_stays_while_somebody_is_connected(connections: int, requests: int, e
     assert chores_of(front, activated=True, born=time.monotonic() - 100.0).may_exit(None) is exits
 
 
+@pytest.mark.parametrize(("drained", "exits"), [((), True), ((1,), False)])
+def test_it_stays_while_a_device_is_drained_also_one_that_is_gone(drained: tuple[int, ...], exits: bool) -> None:
+    """The next daemon would put models on it when it comes back."""
+    config = SimpleNamespace(server=SimpleNamespace(idle_exit=1.0))
+    front = Idle(
+        gate=SimpleNamespace(requests=0),
+        listeners=SimpleNamespace(connections=0, accepted=0),
+        current=SimpleNamespace(config=config),
+    )
+    seen = Snapshot(0.0, (), (), 0, 0, (), drained=frozenset(drained))
+    assert bool(chores_of(front, activated=True, born=time.monotonic() - 100.0).may_exit(seen)) is exits
+
+
 class Ticking:
     """A daemon's ticks, on a clock that stands still; nothing is loaded."""
 
@@ -104,7 +118,7 @@ class Ticking:
 
     def _look(self) -> SimpleNamespace:
         self.looks.append(self.loop.time())
-        return SimpleNamespace(replicas=(), devices=(), host_standbys=0)
+        return SimpleNamespace(replicas=(), devices=(), host_standbys=0, drained=())
 
     def play(self, script: Callable[[], Awaitable[None]]) -> None:
         """Run it beside the ticks."""

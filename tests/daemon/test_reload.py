@@ -41,15 +41,19 @@ from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.boot_clock import seconds_since
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.dates import Dates
+from vllmd.daemon.device_readings import devices_found
 from vllmd.daemon.disabled import Disabled
 from vllmd.daemon.engine_process import EngineProcess
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.last_starts import Start
+from vllmd.daemon.operator_commands import OperatorCommands
+from vllmd.daemon.previews import Previews
 from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.engines.base import Listen
 from vllmd.engines.sim import Sim
-from vllmd.errors import VllmdError
+from vllmd.errors import NotFound, VllmdError
+from vllmd.gpu.declared import DeclaredDevices
 from vllmd.launcher.client import Running
 from vllmd.launcher.protocol import PROTOCOL
 from vllmd.proxy.access import ANYBODY
@@ -602,6 +606,28 @@ def test_what_an_earlier_daemon_started_is_known_to_standbys_where_engines_are_t
         assert found == known
 
     lives(config, tmp_path, look)
+
+
+def test_a_drained_device_that_is_gone_can_be_given_back(tmp_path: Path) -> None:
+    """Or it would be drained when it comes back, and the daemon would never exit. Of no other is that said."""
+
+    async def look(living: Living) -> None:
+        nothing: Any = None
+        asked = OperatorCommands(living.front.back, living.front.instances, nothing, nothing, nothing)
+        told, there = Previews(living.front.back, lambda: living.config), living.back.memory.inventory
+        assert (await asked.drain(1, True)).drained
+        living.back.post(devices_found(DeclaredDevices(living.config.devices[:1], 0)))
+        with pytest.raises(NotFound):
+            await told.of_device(1, "drain")
+        assert (await told.of_device(1, "undrain")).possible
+        assert (await asked.drain(1, False)).wedged == "it is not there any more"
+        for ask in (asked.drain(1, False), told.of_device(1, "undrain")):
+            with pytest.raises(NotFound):
+                await ask
+        living.back.post(events.DevicesChanged(tuple(there)))
+        assert not (await told.of_device(1, "undrain")).possible
+
+    lives(read(tmp_path, BASE), tmp_path, look)
 
 
 def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:

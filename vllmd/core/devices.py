@@ -94,10 +94,10 @@ class Devices:
     def drained(self, e: DeviceDrained) -> None:
         """9.3: an operator takes a device out, or gives it back. What is on it leaves as its requests end.
 
-        A device that goes and comes back meanwhile is still drained.
+        A device that goes and comes back meanwhile is still drained, and one that takes its index is not.
         """
         ledger = self._core.engines.ledger
-        if e.device not in ledger.accounts and (e.drained or not ledger.drained.get(e.device)):
+        if e.device not in ledger.accounts and (e.drained or e.device not in ledger.drained):
             return
         ledger.drain(e.device, (e.why or "an operator drained it") if e.drained else "")
         whose = e.why or "by an operator"

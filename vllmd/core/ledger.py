@@ -40,7 +40,7 @@ class Account:
 
         What was read before it went says nothing of what is held since.
         """
-        is_another = (device.id, device.runtime) != (self.device.id, self.device.runtime)
+        is_another = _identity(device) != _identity(self.device)
         if is_another:
             self.external, self.missing, self.ill = 0, 0, ""
         if is_another or self.gone or device.read != self.device.read:
@@ -68,6 +68,11 @@ class Account:
         return bool(self.missing or self.ill or self.gone or self.drained)
 
 
+def _identity(device: Device) -> tuple[str, str]:
+    """The device itself, whatever its index; by that where nothing else is known of it (``Ledger.add_gone``)."""
+    return device.id or str(device.index), device.runtime
+
+
 def _never_read(device: Device) -> float | None:
     return NEVER if device.read else None
 
@@ -82,7 +87,8 @@ class Ledger:
         self.asking = False  # that may yet be known in a moment
         self.host_promised = 0
         self.standbys = 0  # host bytes of processes that are given up for whoever is promised them
-        self.drained: dict[int, str] = {}  # why; also of devices that are not there just now, and may come back
+        # The drained devices, also those that are not there just now and may come back: their last index, and why.
+        self._drains: dict[tuple[str, str], tuple[int, str]] = {}
         self._held: dict[Hashable, dict[int, int]] = {}
         self._host: dict[Hashable, int] = {}
 
@@ -98,6 +104,7 @@ class Ledger:
         for index in sorted(now):
             if index in self.accounts:
                 self.accounts[index].redefine(now[index])
+                self._find_drain(self.accounts[index])
             else:
                 self._open(now[index])
 
@@ -114,14 +121,33 @@ class Ledger:
 
     def _open(self, device: Device) -> Account:
         account = self.accounts[device.index] = Account(device)
-        account.drained = self.drained.get(device.index, "")
+        self._find_drain(account)
         return account
 
+    def _find_drain(self, account: Account) -> None:
+        device = _identity(account.device)
+        _, account.drained = self._drains.get(device, (0, ""))
+        if account.drained and not account.gone:
+            self._drains[device] = account.device.index, account.drained
+
+    @property
+    def drained(self) -> frozenset[int]:
+        """The indices of the drained devices; of those that are not there, the last that they had."""
+        return frozenset(index for index, _ in self._drains.values())
+
     def drain(self, index: int, why: str) -> None:
-        """Have nothing put on this device, whenever it is there; with "" as ``why`` it is given back."""
-        self.drained[index] = why
-        if index in self.accounts:
-            self.accounts[index].drained = why
+        """Have nothing put on the device of this index, whenever and by whatever index it is there.
+
+        With "" as ``why`` it is given back, and so are those that are gone and had this index.
+        """
+        here = _identity(self.accounts[index].device) if index in self.accounts else None
+        if not why:
+            kept = self._drains.items()
+            self._drains = {device: drain for device, drain in kept if device != here and drain[0] != index}
+        elif here:
+            self._drains[here] = index, why
+        for account in self.accounts.values():
+            self._find_drain(account)
 
     def hold(self, holder: Hashable, shares: Mapping[int, int]) -> None:
         """``holder`` holds these bytes per device index, and no others. Absurd (negative) shares count as none."""

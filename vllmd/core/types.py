@@ -312,6 +312,7 @@ class Snapshot:
     host_promised: int
     decisions: tuple[Decision, ...]
     host_standbys: int = 0  # bytes of it that standby engines hold
+    drained: frozenset[int] = frozenset()  # indices of drained devices, also of those that are not there just now
 
     @property
     def replicas(self) -> list[ReplicaView]:

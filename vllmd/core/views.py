@@ -49,6 +49,7 @@ def snapshot(core: Core, planner: Planner, now: float, models: Iterable[Model]) 
         host_promised=engines.ledger.host_promised,
         decisions=tuple(engines.decisions),
         host_standbys=engines.ledger.standbys,
+        drained=engines.ledger.drained,
     )
 
 

@@ -147,7 +147,7 @@ class Chores:
     def may_exit(self, seen: Snapshot | None) -> bool:
         """Whether the idle exit is due: socket-activated, nothing loaded or waiting, no client, for long enough.
 
-        A device that an operator has drained is a reason to stay: only this daemon remembers that.
+        A device that an operator has drained is a reason to stay, there or not: only this daemon remembers that.
         """
         front, back = self._front, self._front.back.now
         busy = bool(
@@ -158,7 +158,7 @@ class Chores:
             or front.store.active
             or front.listeners.connections
             or any(view.waiting_for for view in (seen.replicas if seen else ()))
-            or any(device.drained for device in (seen.devices if seen else ()))
+            or (seen and seen.drained)
         )
         after, accepted = front.current.config.server.idle_exit, front.listeners.accepted
         return self._idle_exit.due(time.monotonic(), after, busy=busy, accepted=accepted)

@@ -96,10 +96,16 @@ class OperatorCommands:
         return await (self._suspension.begin(back) if suspended else self._suspension.end(back))
 
     async def drain(self, device: int, drained: bool) -> Device:
-        """Take a device out of use, or give it back; returns its state then. Raises NotFound."""
+        """Take a device out of use, or give it back; returns its state then. Raises NotFound.
+
+        One that is gone can be given back: until then it would be drained when it came back.
+        """
         back = await self._back.wait()
+        was_drained = device in back.activity().drained
         back.perform(events.DeviceDrained(device, drained))
         for view in back.activity().devices:
             if view.index == device:
                 return device_of(view)
+        if was_drained and not drained:
+            return Device(device, wedged="it is not there any more")
         raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")

@@ -52,11 +52,12 @@ class Previews:
     async def of_device(self, device: int, action: str) -> Preview:
         """What draining a device, or giving it back, would do. Raises NotFound."""
         back = await self._back.wait()
-        view = next((each for each in back.activity().devices if each.index == device), None)
-        if view is None:
+        seen = back.activity()
+        view = next((each for each in seen.devices if each.index == device), None)
+        if view is None and (action != "undrain" or device not in seen.drained):
             raise NotFound(f"there is no device {device}; vllmctl gpus lists those that there are")
-        if action == "undrain":
-            return Preview(action, f"Models may be put on GPU {device} again.", view.drained)
+        if view is None or action == "undrain":
+            return Preview(action, f"Models may be put on GPU {device} again.", device in seen.drained)
         there = back.dispatcher.scheduler.would_drain(device)
         parts = [f"Nothing new is put on GPU {device}."]
         parts += [f"{each.replica} is stopped. {_end(each)}" for each in there] or ["Nothing is on it now."]
