@@ -71,6 +71,18 @@ class Derived(Base):
         self.total = self.x + self.y  # type: ignore[misc]
 
 
+def test_no_signature_is_read_for_what_dataclasses_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class without a docstring gets one by ``dataclass``: for that it tokenizes and parses, and leaves garbage."""
+
+    @frozen
+    class Plain:
+        x: int
+
+    monkeypatch.delattr(inspect, "signature")
+    assert [each.name for each in fields(Plain)] == ["x"]
+    assert Plain(1) == Plain(1) != Plain(2)
+
+
 def test_it_is_compared_by_its_fields() -> None:
     """Those of one class; what is not compared does not count, and what cannot be hashed cannot be."""
     assert Nothing() == Nothing()

@@ -194,13 +194,14 @@ def _write_fields(cls: type) -> dict[str, Field[Any]]:
     declared = _declared(cls)
     twin = {name: default for name, default in declared.items() if default is not MISSING}
     twin |= {"__annotations__": {name: kinds[name] for name in declared}, "__module__": cls.__module__}
+    twin["__doc__"] = cls.__name__  # else ``dataclass`` parses a signature to write one
     described: Any = dataclass(init=False, repr=False, eq=False)(type(cls.__name__, (), twin))
     found: dict[str, Field[Any]] = described.__dataclass_fields__
     return found
 
 
 def _write_compared(cls: Any) -> Callable[[Any], object]:
-    compared = [each.name for each in fields(cls) if each.compare]
+    compared = [name for name, given in _declared(cls).items() if not isinstance(given, Field) or given.compare]
     return attrgetter(*compared) if compared else staticmethod(lambda value: ())
 
 
