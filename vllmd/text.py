@@ -14,13 +14,14 @@ import re
 import unicodedata
 from typing import TextIO
 
+# The patterns are compiled by ``re`` for the first text that has such: most processes meet none.
 # Complete sequences of a terminal: colours and movements (CSI), titles and links (OSC). Each part of the pattern is
 # possessive and stops at the next escape character, so that the time is linear in the text.
-_SEQUENCES = re.compile(r"\x1b\[[0-?]*+[ -/]*+[@-~]|\x1b\][^\x07\x1b]*+(?:\x07|\x1b\\)")
+_SEQUENCES = r"\x1b\[[0-?]*+[ -/]*+[@-~]|\x1b\][^\x07\x1b]*+(?:\x07|\x1b\\)"
 # C0 and C1 controls but the tab; characters that reorder what stands around them; line and paragraph separators;
 # halves of surrogate pairs, which no encoding can write.
-_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNSAFE = "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+_CONTROL = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 
 
 def make_legible(*streams: TextIO) -> None:
@@ -38,7 +39,7 @@ def printable(line: str) -> str:
     would obey is written out, such as ``\\x1b`` or ``\\n``. Linear in its length."""
     if line.isprintable():
         return line
-    return _UNSAFE.sub(_written_out, _SEQUENCES.sub("", line))
+    return re.sub(_UNSAFE, _written_out, re.sub(_SEQUENCES, "", line))
 
 
 def printable_lines(text: str) -> str:
@@ -48,7 +49,7 @@ def printable_lines(text: str) -> str:
 
 def control_character(text: str) -> str:
     """The first character, written out, that could not stand in a name or path; "" where there is none."""
-    found = None if text.isprintable() else _CONTROL.search(text)
+    found = None if text.isprintable() else re.search(_CONTROL, text)
     return _written_out(found) if found else ""
 
 

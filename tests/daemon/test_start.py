@@ -34,14 +34,17 @@ NOT_YET = (
     *("vllmd.launcher.client", "vllmd.launcher.protocol", "vllmd.engines.standby", "vllmd.daemon.loaders"),
 )
 SCRIPT = """
-import json, sys
+import json, re, sys
 from vllmd.config.loader import load
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon import main, service
 from vllmd.daemon.front_end import front_end
 config = load(sys.argv[1], {}, {})
 print(json.dumps(sorted(sys.modules)))
+print(sum(isinstance(v, re.Pattern) for name, module in sys.modules.items() if name.startswith("vllmd")
+          for v in vars(module).values()))
 """
+PATTERNS = 70  # of what every request is searched for: the others are strings, which ``re`` compiles at their first use
 
 
 def test_what_the_first_client_does_not_need_is_not_imported(tmp_path: Path) -> None:
@@ -51,8 +54,9 @@ def test_what_the_first_client_does_not_need_is_not_imported(tmp_path: Path) -> 
     file.write_text(f"models:\n{models}")
     told = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{SCRIPT}", file],
                           capture_output=True, text=True, timeout=60, check=True)  # fmt: skip
-    modules = json.loads(told.stdout)
+    modules, patterns = map(json.loads, told.stdout.splitlines())
     assert [name for name in NOT_YET if name in modules] == []
+    assert 20 < patterns <= PATTERNS
 
 
 @pytest.mark.parametrize("failure", [None, OSError(errno.EMFILE, "full"), ImportError("gone")])

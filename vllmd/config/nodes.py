@@ -103,8 +103,8 @@ TAGS = {
     f"tag:yaml.org,2002:{tag}": what
     for tag, what in (("int", "a number"), ("float", "a number"), ("timestamp", "a date"), ("bool", "a yes or a no"))
 }
-QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"(?:[^\"\\]|\\.)*\"")
-MARK = re.compile(r"[^\w\s]{1,3}|<[a-z ]+>|\\[a-z]")  # of PyYAML's own: ',' or '<block end>'
+QUOTED = r"'((?:[^'\\]|\\.)*)'|\"(?:[^\"\\]|\\.)*\""
+MARK = r"[^\w\s]{1,3}|<[a-z ]+>|\\[a-z]"  # of PyYAML's own: ',' or '<block end>'
 Complain = Callable[[Where, str], None]
 
 
@@ -139,7 +139,9 @@ def syntax_error(error: yaml.YAMLError, source: str, text: str) -> tuple[Where, 
     if context and mark and began and began.line < mark.line:
         context += f" that begins on line {began.line + 1}"
     sentence = problem + (f" ({context})" if context else "")
-    hidden = QUOTED.sub(lambda quote: quote[0] if MARK.fullmatch(quote[1] or "") else "what stands here", sentence)
+    hidden = re.sub(
+        QUOTED, lambda quote: quote[0] if re.fullmatch(MARK, quote[1] or "") else "what stands here", sentence
+    )
     return place, f"this is not valid YAML: {hidden}"
 
 

@@ -77,14 +77,14 @@ def digest(key: str) -> str:
 
 # ---- secrets in places where they are not looked for: flags, variables, options --------------------------------
 
-SECRET_NAME = re.compile(r"(?i)key|token|secret|passw|credential|authorization")  # how secrets are mostly called
-NOT_ITSELF = re.compile(r"(?i)(file|path|_env)$|tokens?[_-]|[_-]tokens$|tokenizer")  # where one is, or how many
+SECRET_NAME = r"(?i)key|token|secret|passw|credential|authorization"  # how secrets are mostly called
+NOT_ITSELF = r"(?i)(file|path|_env)$|tokens?[_-]|[_-]tokens$|tokenizer"  # where one is, or how many
 SHORTEST_CHARS = 6  # a shorter value would be found everywhere in a text
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a flag, variable or option of this name is likely to hold a secret itself."""
-    return bool(SECRET_NAME.search(name)) and not NOT_ITSELF.search(name)
+    return bool(re.search(SECRET_NAME, name)) and not re.search(NOT_ITSELF, name)
 
 
 def flags_without_secrets(argv: Sequence[str], instead: str) -> tuple[str, ...]:

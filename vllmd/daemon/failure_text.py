@@ -15,9 +15,9 @@ MOST_PLACES = 10
 REASON_LINES = 12  # of the log in a failure's reason
 INSTALL_OR_NAME = "; install it, or give the full path as `command`"  # the launcher, of any program
 AROUND = 3  # lines shown before and after the root error, where that is not among the last
-_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])")  # of an absolute path; not of a URL
-_ERROR = re.compile(r"error|exception|fatal|fail|abort|assert|panick|segmentation|out of memory", re.I)
-_SERVED = re.compile(r'"(?:GET|POST|PUT|DELETE) [^"]* HTTP/')  # a request that was answered, perhaps with an error
+_DIRECTORIES = r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])"  # of an absolute path; not of a URL
+_ERROR = r"(?i)error|exception|fatal|fail|abort|assert|panick|segmentation|out of memory"
+_SERVED = r'"(?:GET|POST|PUT|DELETE) [^"]* HTTP/'  # a request that was answered, perhaps with an error
 
 
 def how_it_ended(report: ExitReport | None) -> str:
@@ -40,7 +40,7 @@ def _signal_name(number: int) -> str:
 
 def tells_error(line: str) -> bool:
     """Whether a line of an engine's log may be why it ended: many lines are not, and some engines do not say."""
-    return _ERROR.search(line) is not None and _SERVED.search(line) is None
+    return re.search(_ERROR, line) is not None and re.search(_SERVED, line) is None
 
 
 def with_root(what: str, failure: Failure) -> str:
@@ -71,7 +71,7 @@ def for_clients(reason: str) -> str:
     """
     first = reason.partition("\n")[0].removesuffix("; its last log lines:")
     first = first.removesuffix("; its log around that, and its last lines:")
-    return _DIRECTORIES.sub("\N{HORIZONTAL ELLIPSIS}/", first)
+    return re.sub(_DIRECTORIES, "\N{HORIZONTAL ELLIPSIS}/", first)
 
 
 def places(broken: str) -> str:

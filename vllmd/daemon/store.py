@@ -47,7 +47,7 @@ MOST_REQUESTED = 64  # models that are here because a request had them fetched
 MAY_SAY = ("engine", "model", "aliases", "display_name", "description", "max_model_len")
 MAY_BE = ("vllm", "llama.cpp", "sglang", "transformers", "tei")  # kinds of engine that load a model's files
 GGUF_KIND = "llama.cpp"
-_REPOSITORY = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_REPOSITORY = r"(?a)(?!.*(?:\.\.|--))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[A-Za-z0-9][\w.-]*)?"
 AGAIN = 60.0  # seconds for which a failure is remembered
 
 
@@ -400,7 +400,7 @@ def is_source(text: str) -> bool:
     """Whether ``text`` is a path of this machine or a repository; no engine takes it for an address or a home."""
     if text.startswith("/"):
         return "~" not in text and "://" not in text
-    return _REPOSITORY.fullmatch(text) is not None
+    return re.fullmatch(_REPOSITORY, text) is not None
 
 
 def _added(config: Config, model: ModelConfig) -> Path:

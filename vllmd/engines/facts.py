@@ -25,8 +25,9 @@ _BITS = {"64": 8.0, "32": 4.0, "16": 2.0, "8": 1.0, "6": 0.85, "5": 0.7, "4": 0.
 _FOUR_BIT = ("awq", "gptq", "bitsandbytes", "bnb", "marlin", "gguf")
 _WIDE_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _STORED = {"float64": "F64", "float32": "F32", "float16": "F16", "half": "F16", "bfloat16": "BF16"}
-_COUNT = re.compile(r"(?<![a-z0-9.])(?:(\d{1,2})x)?(\d{1,4}(?:\.\d{1,3})?)(b|m)(?![a-z0-9])", re.IGNORECASE)
-_PRECISION = re.compile(r"awq|gptq|bnb|gguf|(?:nv|mx)?fp[48]|int[48]|[48]-?bit|w[48]a\d+|q[2-8]_", re.IGNORECASE)
+# Compiled by ``re`` for the first model of which only the name tells.
+_COUNT = r"(?i)(?<![a-z0-9.])(?:(\d{1,2})x)?(\d{1,4}(?:\.\d{1,3})?)(b|m)(?![a-z0-9])"
+_PRECISION = r"(?i)awq|gptq|bnb|gguf|(?:nv|mx)?fp[48]|int[48]|[48]-?bit|w[48]a\d+|q[2-8]_"
 
 
 @frozen
@@ -143,7 +144,7 @@ def _from_count(model: ModelConfig) -> Facts | None:
 
 def _from_name(model: ModelConfig) -> Facts | None:
     """From a size in the name; a mixture's ``8x7B`` shares about a sixth of the one between the eight."""
-    hit = _COUNT.search(model.source.rstrip("/").rpartition("/")[2])
+    hit = re.search(_COUNT, model.source.rstrip("/").rpartition("/")[2])
     if hit is None:
         return None
     billions = float(hit[2]) / (1000 if hit[3] in "mM" else 1)
@@ -156,7 +157,7 @@ def _from_name(model: ModelConfig) -> Facts | None:
 
 def _name_width(model: ModelConfig) -> float:
     """From words in the name such as AWQ, FP8 or Int4."""
-    hit = _PRECISION.search(model.source)
+    hit = re.search(_PRECISION, model.source)
     return _width(hit[0]) if hit else loaded_width(model)
 
 

@@ -16,17 +16,17 @@ from vllmd.engines.known_failures import known
 
 DETAIL = 160  # characters of a log line that are worth showing as a start's progress
 PROBE = 5.0  # seconds for an answer of a server that may be busy loading
-_ABSENT = re.compile(
-    r"there is no command|No module named|not found|No such file or directory|cannot (run|execute|find)", re.I
+
+# Patterns of what a start's log says. They are compiled (and kept) by ``re`` when the first engine starts: the first
+# client of a daemon waits for what its modules do.
+_ABSENT = r"(?i)there is no command|No module named|not found|No such file or directory|cannot (run|execute|find)"
+_MEMORY = r"(?i)out of memory|\bOOM\b|failed to allocate|cudaMalloc failed|CUBLAS_STATUS_ALLOC_FAILED"
+_WRONG = (
+    r"(?i)unrecognized arguments|no such option|invalid argument|unexpected argument|"
+    r"does not exist|is not a (valid|local)|Permission denied|You can install it with"
 )
-_MEMORY = re.compile(r"out of memory|\bOOM\b|failed to allocate|cudaMalloc failed|CUBLAS_STATUS_ALLOC_FAILED", re.I)
-_WRONG = re.compile(
-    r"unrecognized arguments|no such option|invalid argument|unexpected argument|"
-    r"does not exist|is not a (valid|local)|Permission denied|You can install it with",
-    re.I,
-)
-_RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): ")
-_TELLING = re.compile(r"\berror\b|exception|fail|fatal|panick|traceback", re.I)
+_RAISED = r"(?:\w+\.)*\w*(?:Error|Exception): "
+_TELLING = r"(?i)\berror\b|exception|fail|fatal|panick|traceback"
 
 
 # What a server tells of itself, and changes nothing.
@@ -54,7 +54,7 @@ class Plain:
     PROGRAM = ""  # the word in "No module named ..." that means that it is not installed
     INSTALL = ""  # what to do then
     ROUTES: ClassVar[frozenset[str]] = frozenset()
-    PHASES: ClassVar[Sequence[tuple[str, re.Pattern[str]]]] = ()  # of a start, by what of its log begins each
+    PHASES: ClassVar[Sequence[tuple[str, str]]] = ()  # of a start, by what of its log begins each
     OWN_API: ClassVar[frozenset[str]] = frozenset()  # beside its routes and what nearly every server has
 
     def sleep_levels(self, model: ModelConfig) -> frozenset[int]:
@@ -111,7 +111,7 @@ class Plain:
 
     def progress(self, line: str) -> Progress | None:
         """The phase that a log line shows; the first pattern of ``PHASES`` that it has counts."""
-        phase = next((phase for phase, pattern in self.PHASES if pattern.search(line)), None)
+        phase = next((phase for phase, pattern in self.PHASES if re.search(pattern, line)), None)
         return Progress(phase, line.strip()[:DETAIL], once=phase == "compile") if phase else None
 
     def failure(self, lines: Sequence[str]) -> Failure:
@@ -121,18 +121,18 @@ class Plain:
             return Failure("it said nothing")
         if absent := self._absent(texts):
             return Failure(absent, permanent=True, hint=self.INSTALL)
-        raised = next((line for line in reversed(texts) if _RAISED.match(line)), "")
-        reason = raised or next((line for line in texts if _TELLING.search(line)), texts[-1])
+        raised = next((line for line in reversed(texts) if re.match(_RAISED, line)), "")
+        reason = raised or next((line for line in texts if re.search(_TELLING, line)), texts[-1])
         match = known(texts)
         reason, advice, row = match or (reason, "", None)
-        memory = any(_MEMORY.search(line) for line in texts) or (row is not None and row.memory)
-        wrong = bool(_WRONG.search(reason)) or (row is not None and row.permanent)
+        memory = any(re.search(_MEMORY, line) for line in texts) or (row is not None and row.memory)
+        wrong = bool(re.search(_WRONG, reason)) or (row is not None and row.permanent)
         return Failure(reason, memory, permanent=wrong and not memory, hint=advice, port=row is not None and row.port)
 
     def _absent(self, lines: Sequence[str]) -> str:
         """The line that says that its program is not there; "" if none does."""
         program = self.PROGRAM or self.kind
-        return next((line for line in reversed(lines) if program in line and _ABSENT.search(line)), "")
+        return next((line for line in reversed(lines) if program in line and re.search(_ABSENT, line)), "")
 
     def footprint(self, lines: Sequence[str]) -> Footprint | None:
         """Only the device can tell."""

@@ -16,7 +16,6 @@ Facts that shape this file (SGLang's "SGLang for RL Systems" and "Server Argumen
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -61,14 +60,14 @@ class SglangOf(Plain):
     INSTALL = "vllmctl engine install sglang, or name a Python that has it in command, such as /opt/sglang/bin/python"
     # Log lines of 0.5.23 that show that a phase has begun.
     PHASES = (
-        ("configuring", re.compile(r"server_args=")),
-        ("download", re.compile(r"\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
-        ("weights", re.compile(r"Load weight begin|Loading safetensors")),
-        ("profiling", re.compile(r"Load weight end|Cache is allocated|Capture .*graph end|Capture .* end\. ")),
-        ("compile", re.compile(r"DeepGEMM JIT Compiling|Compiling a graph|Dynamo bytecode transform")),
-        ("graphs", re.compile(r"Capture .*graph begin|Capture .* begin\. ")),
-        ("warm-up", re.compile(r"max_total_num_tokens=|Application startup complete")),
-        ("serving", re.compile(r"The server is fired up")),
+        ("configuring", r"server_args="),
+        ("download", r"\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|"),
+        ("weights", r"Load weight begin|Loading safetensors"),
+        ("profiling", r"Load weight end|Cache is allocated|Capture .*graph end|Capture .* end\. "),
+        ("compile", r"DeepGEMM JIT Compiling|Compiling a graph|Dynamo bytecode transform"),
+        ("graphs", r"Capture .*graph begin|Capture .* begin\. "),
+        ("warm-up", r"max_total_num_tokens=|Application startup complete"),
+        ("serving", r"The server is fired up"),
     )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         f"/v1/{name}"

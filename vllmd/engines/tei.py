@@ -8,7 +8,6 @@ gets a free one. It asks for the key of its start, which its environment tells.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -38,10 +37,10 @@ class Tei(Plain):
     }
     # Log lines that show that a phase has begun.
     PHASES = (
-        ("weights", re.compile(r"Starting model backend")),
-        ("download", re.compile(r"Downloading")),
-        ("warm-up", re.compile(r"Warming up model")),
-        ("serving", re.compile(r"Starting HTTP server")),
+        ("weights", r"Starting model backend"),
+        ("download", r"Downloading"),
+        ("warm-up", r"Warming up model"),
+        ("serving", r"Starting HTTP server"),
     )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {"/v1/embeddings", "/embed", "/embed_all", "/embed_sparse", "/predict", "/rerank", "/tokenize", "/decode"}

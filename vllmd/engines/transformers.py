@@ -8,7 +8,6 @@ answers to; ``/reset`` drops the model and empties PyTorch's cache;
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -45,9 +44,9 @@ class TransformersOf(Plain):
     INSTALL = "vllmctl engine install transformers, or name a transformers that is installed in command"
     # Log lines that show that a phase has begun; the server loads before it listens.
     PHASES = (
-        ("download", re.compile(r"Fetching \d+ files|\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|")),
-        ("serving", re.compile(r"Started server process|Application startup complete|Uvicorn running on")),
-        ("weights", re.compile(r"\bLoading (?:weights|checkpoint shards|\S+$)")),
+        ("download", r"Fetching \d+ files|\.(?:safetensors|bin)[^|]{0,80}:\s{1,9}\d+%\|"),
+        ("serving", r"Started server process|Application startup complete|Uvicorn running on"),
+        ("weights", r"\bLoading (?:weights|checkpoint shards|\S+$)"),
     )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/audio/transcriptions"}

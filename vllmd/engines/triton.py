@@ -9,7 +9,6 @@ name the model in their path (``/v2/models/NAME/infer``).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import ClassVar
@@ -47,9 +46,9 @@ class TritonOf(Plain):
     )
     # Log lines that show that a phase has begun.
     PHASES = (
-        ("weights", re.compile(r"loading: ")),
-        ("loaded", re.compile(r"successfully loaded")),
-        ("serving", re.compile(r"Started HTTPService")),
+        ("weights", r"loading: "),
+        ("loaded", r"successfully loaded"),
+        ("serving", r"Started HTTPService"),
     )
     ROUTES: ClassVar[frozenset[str]] = frozenset(
         {

@@ -36,19 +36,21 @@ MAX_FLAG_BYTES = 64  # of a field that says true or false
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 MODEL_KEY = re.compile(r'"model"[ \t\n\r]*:[ \t\n\r]*(?=")')
-BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"\\]{1,70})"|([A-Za-z0-9\'()+_,./:=?-]{1,70}))\s*(?:;|$)', re.IGNORECASE)
+
+# Patterns of forms, which few clients send: ``re`` compiles them, and keeps them, at the first one.
+BOUNDARY = r'(?i);[ \t]*boundary=(?:"([^"\\]{1,70})"|([A-Za-z0-9\'()+_,./:=?-]{1,70}))\s*(?:;|$)'
 # A part's head, as every reader understands it: no line end but CRLF, nothing before the colon, no folded line.
-PART_HEAD = re.compile(rb"(?:\r\n[A-Za-z0-9-]+:[\t\x20-\x7e\x80-\xff]*)+\r\n")
-DISPOSITION = re.compile(rb"\r\ncontent-disposition:[ \t]*form-data[ \t]*(;[^\r\n]*)", re.IGNORECASE)
-DISPOSITIONS = re.compile(rb"\r\ncontent-disposition:", re.IGNORECASE)
-ENCODED = re.compile(rb"\r\ncontent-transfer-encoding:(?![ \t]*(?:7bit|8bit|binary)[ \t]*\r\n)", re.IGNORECASE)
-FIELD_NAME = re.compile(rb"[ !#$&-\[\]-~]+")  # without '%' and '\\', which some readers unescape
-CHARSET = re.compile(r";[ \t]*charset\*?=(?!\"?(?:utf-?8|us-ascii)\"?[ \t]*(?:;|$))", re.IGNORECASE)
-EXTENDED_NAME = re.compile(rb"[; \t]name\*", re.IGNORECASE)  # RFC 8187's; forms do not have it (RFC 7578, 4.2)
-FIELD_OF_DISPOSITION = re.compile(rb'[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))', re.IGNORECASE)
+PART_HEAD = rb"(?:\r\n[A-Za-z0-9-]+:[\t\x20-\x7e\x80-\xff]*)+\r\n"
+DISPOSITION = rb"(?i)\r\ncontent-disposition:[ \t]*form-data[ \t]*(;[^\r\n]*)"
+DISPOSITIONS = rb"(?i)\r\ncontent-disposition:"
+ENCODED = rb"(?i)\r\ncontent-transfer-encoding:(?![ \t]*(?:7bit|8bit|binary)[ \t]*\r\n)"
+FIELD_NAME = rb"[ !#$&-\[\]-~]+"  # without '%' and '\\', which some readers unescape
+CHARSET = r"(?i);[ \t]*charset\*?=(?!\"?(?:utf-?8|us-ascii)\"?[ \t]*(?:;|$))"
+EXTENDED_NAME = rb"(?i)[; \t]name\*"  # RFC 8187's; forms do not have it (RFC 7578, 4.2)
+FIELD_OF_DISPOSITION = rb'(?i)[; \t]name[ \t]*=[ \t]*(?:"([^"]*)"|([^"; \t]+))'
 # Quoted text, for the two kinds of reader: a backslash escapes a quote, or (WHATWG) it does not. Text without a closing
 # quote matches to the end of the line: otherwise each quote in it would start another search of the whole rest.
-QUOTED = (re.compile(rb'"(?:[^"\\]|\\.)*("|\\?\Z)'), re.compile(rb'"[^"]*("|\Z)'))
+QUOTED = (rb'"(?:[^"\\]|\\.)*("|\\?\Z)', rb'"[^"]*("|\Z)')
 
 T = TypeVar("T")
 Turns = Generator[None, None, T]  # work that yields where the event loop may serve others, see ``large.in_turns``
@@ -287,10 +289,10 @@ def _part(body: bytes, mark: bytes, pos: int) -> Turns[tuple[bytes, int, int]]:
 
 def _boundary(content_type: str) -> bytes:
     """The delimiter between the parts, with its two hyphens. Raises BadRequest."""
-    boundary = BOUNDARY.search(content_type)
+    boundary = re.search(BOUNDARY, content_type)
     if boundary is None or len(re.findall(r"boundary\*?=", content_type, re.IGNORECASE)) != 1:
         raise BadRequest("the Content-Type of a multipart body must have one boundary")
-    if CHARSET.search(content_type):  # the names, too, are read in it
+    if re.search(CHARSET, content_type):  # the names, too, are read in it
         raise BadRequest("the form must be in UTF-8")
     return b"--" + (boundary[1] or boundary[2]).encode("latin-1")
 
@@ -305,29 +307,29 @@ def _find_in_turns(body: bytes, sought: bytes, pos: int) -> Turns[int]:
     return found
 
 
-def has_one_name(disposition: bytes, quoted: re.Pattern[bytes]) -> bool:
+def has_one_name(disposition: bytes, quoted: bytes) -> bool:
     """Whether a disposition has one name, and its first ``name=`` is that: a file may be called ``a; name=model``."""
-    inside = [match.span() for match in quoted.finditer(disposition) if match[1] == b'"']
+    inside = [match.span() for match in re.finditer(quoted, disposition) if match[1] == b'"']
     masked = bytearray(disposition)
     for start, end in inside:
         masked[start + 1 : end - 1] = b"x" * (end - start - 2)
-    if EXTENDED_NAME.search(masked):
+    if re.search(EXTENDED_NAME, masked):
         return False
-    names, first = FIELD_OF_DISPOSITION.findall(masked), FIELD_OF_DISPOSITION.search(disposition)
+    names, first = re.findall(FIELD_OF_DISPOSITION, masked), re.search(FIELD_OF_DISPOSITION, disposition)
     return len(names) == 1 and first is not None and not any(start < first.start() < end for start, end in inside)
 
 
 def _field_name(head: bytes) -> bytes:
     """The name in a part's head. Raises BadRequest for a head that another reader could read in another way."""
-    if PART_HEAD.fullmatch(head) is None:
+    if re.fullmatch(PART_HEAD, head) is None:
         raise BadRequest("the head of a part of the form is malformed: lines end with CRLF, fields are NAME: VALUE")
-    lines = DISPOSITION.findall(head)
-    names = FIELD_OF_DISPOSITION.findall(lines[0]) if len(DISPOSITIONS.findall(head)) == len(lines) == 1 else []
+    lines = re.findall(DISPOSITION, head)
+    names = re.findall(FIELD_OF_DISPOSITION, lines[0]) if len(re.findall(DISPOSITIONS, head)) == len(lines) == 1 else []
     if not names or not all(has_one_name(lines[0], quoted) for quoted in QUOTED):
         raise BadRequest("a part of the form must have one Content-Disposition, of form-data, with one name")
     name = bytes(names[0][0] or names[0][1])
-    if FIELD_NAME.fullmatch(name) is None:
+    if re.fullmatch(FIELD_NAME, name) is None:
         raise BadRequest("a field's name in the form must be printable ASCII without quotes, % and backslashes")
-    if ENCODED.search(head):
+    if re.search(ENCODED, head):
         raise BadRequest("the parts of the form must be sent as they are, not with a Content-Transfer-Encoding")
     return name

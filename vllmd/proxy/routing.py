@@ -73,7 +73,8 @@ class Router:
         self.authenticator = authenticator or AllowAll()
         self.cors = cors or Cors()
         self._fixed: dict[str, dict[str, Route]] = {}
-        self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
+        self._patterns: dict[str, dict[str, Route]] = {}  # of paths with parameters
+        self._expressions: list[re.Pattern[str]] = []  # the first of ``_patterns``, compiled by who looks a path up
         self._routes: list[Route] = []
         self._later: list[Callable[[], None]] = []
         self.fenced = False  # see ``Request.fenced``
@@ -106,15 +107,8 @@ class Router:
     def add_raw(self, route: Route) -> None:
         """Add a route whose handler writes to the exchange itself."""
         self._routes.append(route)
-        if "{" not in route.pattern:
-            self._fixed.setdefault(route.pattern, {})[route.method] = route
-            return
-        expression = compiled(route.pattern)
-        for known, methods in self._patterns:
-            if known.pattern == expression.pattern:
-                methods[route.method] = route
-                return
-        self._patterns.append((expression, {route.method: route}))
+        routes = self._patterns if "{" in route.pattern else self._fixed
+        routes.setdefault(route.pattern, {})[route.method] = route
 
     def add_later(self, add: Callable[[], None]) -> None:
         """Have ``add`` put in routes when they are needed. None of them may fit a path that another route fits."""
@@ -191,7 +185,9 @@ class Router:
             return fixed
         if path == "*":
             return {}
-        for expression, methods in self._patterns:
+        if len(self._expressions) < len(self._patterns):
+            self._expressions = list(map(compiled, self._patterns))
+        for expression, methods in zip(self._expressions, self._patterns.values(), strict=True):
             if match := expression.fullmatch(path):
                 request.params = match.groupdict()
                 return methods

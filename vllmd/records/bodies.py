@@ -21,12 +21,13 @@ MOST_RECORDINGS = 50
 LOOKED_AT = 4  # so many times what is kept of a body is looked through for what is to be cut
 LONGEST_TIME = 7 * 86400.0  # seconds that a recording may go on
 
-FILES = re.compile(rb"(;base64,|\"(?:data|b64_json|image|audio)\"\s*:\s*\")([A-Za-z0-9+/=_-]{200,})")
-MEMBERS = re.compile(
-    rb'("[^"\\]{0,40}(?:api_?key|authorization|password|passwd|secret|access_?token|auth_?token)"\s*:\s*)"(?:[^"\\]|\\.)*"?',
-    re.IGNORECASE,
+# Compiled by ``re`` for the first body in which there may be such: most daemons keep none.
+FILES = rb"(;base64,|\"(?:data|b64_json|image|audio)\"\s*:\s*\")([A-Za-z0-9+/=_-]{200,})"
+MEMBERS = (
+    rb'(?i)("[^"\\]{0,40}(?:api_?key|authorization|password|passwd|secret|access_?token|auth_?token)"'
+    rb'\s*:\s*)"(?:[^"\\]|\\.)*"?'
 )
-SECRETS = re.compile(
+SECRETS = (
     rb"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{12,}"
     rb"|xox[abpr]-[A-Za-z0-9-]{10,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
     rb"|Bearer [A-Za-z0-9._~+/=-]{12,}|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
@@ -174,12 +175,12 @@ def as_answer(bodies: Bodies) -> RecordedBodies:
 def cleaned(body: bytes) -> bytes:
     """``body`` without files and without what looks like a secret; what was there is said."""
     if any(mark in body for mark in IN_FILES):
-        body = FILES.sub(lambda m: m[1] + b"(%d bytes cut)" % len(m[2]), body)
+        body = re.sub(FILES, lambda m: m[1] + b"(%d bytes cut)" % len(m[2]), body)
     lower = body.lower()
     if any(mark in lower for mark in IN_MEMBERS):
-        body = MEMBERS.sub(rb'\1"(cut)"', body)
+        body = re.sub(MEMBERS, rb'\1"(cut)"', body)
     if any(mark in body for mark in IN_SECRETS):
-        body = SECRETS.sub(b"(cut)", body)
+        body = re.sub(SECRETS, b"(cut)", body)
     return body
 
 
