@@ -668,6 +668,21 @@ def test_status_tells_what_of_vllmds_own_is_not_well(daemon: FakeDaemon, capsys:
     assert "not in force" in told and "a.yaml:3: x" in told
 
 
+@pytest.mark.parametrize("words", [["status"], ["ps"], ["ps", "-r"], ["doctor"]])
+def test_a_launcher_that_hangs_is_told_wherever_one_looks(
+    words: list[str], daemon: FakeDaemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing starts or ends, and no model's line says why; programs find it in the status."""
+    why = "it has not answered a Start for 25 s, nor anything since; systemctl restart vllmd-launcher replaces it"
+    daemon.answers["GET /admin/status"] = (200, status(model("m"), launcher_trouble=why))
+    assert main(words) == (0 if words[0] == "ps" else 69)
+    assert why in " ".join(capsys.readouterr().out.split())
+    if words[0] != "doctor":
+        daemon.answers["GET /admin/status"] = (200, status(model("m")))
+        assert main(words) == 0
+        assert "launcher" not in capsys.readouterr().out
+
+
 def test_help_begins_nobody_with_fifty_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever has just installed it reads the end of the list, where the first steps are."""
     with pytest.raises(SystemExit):

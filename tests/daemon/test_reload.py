@@ -220,7 +220,7 @@ def surroundings(leaf: Leaf) -> dict[str, Any]:
 class NoLauncher:
     """Nothing runs, and what is to be started never comes up."""
 
-    connected = True
+    connected, trouble = True, ""
 
     async def start(self, order: Any) -> Any:
         await asyncio.get_running_loop().create_future()

@@ -13,21 +13,25 @@ from vllmd.launcher import client as client_module
 from vllmd.launcher.client import LauncherClient
 from vllmd.launcher.protocol import (
     MAX_PACKET,
+    PROTOCOL,
     Engines,
     Exited,
     ExitReport,
-    Lines,
+    Info,
+    LauncherInfo,
     List,
     Message,
     Running,
     Start,
     Started,
     StartOrder,
+    Tail,
     decode,
     encode,
 )
 
 ORDER = StartOrder("small-1", ("/bin/true",))
+LIVES = LauncherInfo("scopes", "", (), PROTOCOL)
 
 
 class ScriptedLauncher:
@@ -129,13 +133,13 @@ async def _asked_of_the_dead(tmp_path: Path) -> None:
 def test_a_launcher_that_hangs_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every start and stop waits for it, and no other sign of that is to be seen; so is that it answers again. That the
-    end of a log takes its time is no sign of it."""
+    """Every start and stop waits for it; and that it answers again. Until then ``trouble`` says so to whoever asks."""
     monkeypatch.setattr(client_module, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(client_module, "LIFE_SECONDS", 0.0)
     caplog.set_level(logging.INFO)
     asyncio.run(asyncio.wait_for(_hangs(tmp_path, caplog), 60))
     said = [record.getMessage() for record in caplog.records if "answer" in record.getMessage()]
-    assert said[0].startswith("the launcher has not answered a List for 0 s")
+    assert said[0].startswith("the launcher hangs, and no engine starts or ends: it has not answered a List for 0 s")
     assert said[1:] == ["the launcher answers again"]
 
 
@@ -143,16 +147,69 @@ async def _hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     launcher = ScriptedLauncher(tmp_path / "s")
     client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
     try:
-        tail = asyncio.ensure_future(client.tail("a"))
-        tail_id, _ = await launcher.read()
         asking = [asyncio.ensure_future(client.list()) for _ in range(2)]
         while "has not answered" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        for _ in asking:
-            id, _ = await launcher.read()
+        assert client.trouble.startswith("it has not answered a List")
+        asked = [await launcher.read(), await launcher.read()]  # what asks for a sign of life may have been sent, too
+        for id, _ in asked:
             launcher.say(Engines(()), id)
-        launcher.say(Lines(()), tail_id)
-        await asyncio.gather(*asking, tail)
+        await asyncio.gather(*asking)
+        assert client.trouble == ""
     finally:
         await client.close()
         launcher.close()
+
+
+@pytest.mark.parametrize("kind", [Start, Tail])
+def test_a_launcher_that_lives_is_not_blamed_for_what_takes_long(
+    kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start whose own processes hang, and a journalctl in a large journal: asked for a sign of life, it gives one."""
+    monkeypatch.setattr(client_module, "SILENCE_SECONDS", 0.0)
+    order = StartOrder("a", ("x",), timeout=0.001)
+
+    async def story() -> None:
+        launcher = ScriptedLauncher(tmp_path / "s")
+        client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
+        asking = asyncio.ensure_future(client.start(order) if kind is Start else client.tail("a"))
+        try:
+            assert isinstance((await launcher.read())[1], kind)
+            id, request = await launcher.read()
+            assert isinstance(request, Info)
+            launcher.say(LIVES, id)
+            later = asyncio.ensure_future(client.info())
+            id, _ = await launcher.read()
+            launcher.say(LIVES, id)
+            assert await later == LIVES
+            assert (client.trouble, asking.done()) == ("", False)
+        finally:
+            asking.cancel()
+            await client.close()
+            launcher.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+    assert "the launcher hangs" not in caplog.text
+
+
+def test_why_there_is_no_launcher_is_told(tmp_path: Path) -> None:
+    """The daemon tries again for ever; until one is there, `vllmctl status` says why nothing starts."""
+
+    async def story() -> None:
+        launcher = ScriptedLauncher(tmp_path / "s")
+        client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
+        assert client.trouble == ""
+        launcher.close()
+        (tmp_path / "s").unlink()
+        while not client.trouble:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert client.trouble.startswith("it cannot be connected to: ")
+        assert "vllmd-launcher.socket" in client.trouble
+        again = ScriptedLauncher(tmp_path / "s")
+        await again.accept()
+        while client.trouble:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await client.close()
+        again.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))

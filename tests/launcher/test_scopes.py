@@ -546,6 +546,28 @@ async def test_a_killed_launcher_loses_nothing(site: Machine) -> None:
         assert report.status in (9, None)  # kernels before 6.15 do not tell the status of a stranger's child
 
 
+async def test_a_launcher_that_hangs_is_replaced(site: Machine) -> None:
+    """By systemd's watchdog, for every start and stop waits for it. What runs goes on, as when it is killed."""
+    drop_in = "/etc/systemd/system/vllmd-launcher.service.d/20-watchdog.conf"
+    assert site.show("vllmd-launcher.service", "WatchdogUSec") == "1min 30s"
+    site.write(drop_in, "[Service]\nWatchdogSec=3s\n")
+    site.run("systemctl daemon-reload; systemctl stop vllmd-launcher.service; systemctl start vllmd-launcher.socket")
+    try:
+        async with driving(site) as driver:
+            engine = await driver.start("sleep 1000")
+            with pytest.raises(TimeoutError):  # one that lives is left alone
+                await asyncio.wait_for(driver.lost.wait(), 5)
+            site.run("systemctl kill --signal=STOP --kill-who=main vllmd-launcher.service")
+            await asyncio.wait_for(driver.lost.wait(), 30)
+            (found,) = await driver.client.list()
+            assert found.pid == engine.pid
+            await driver.client.kill(engine.instance)
+            assert (await driver.exit()).instance == engine.instance
+    finally:
+        site.run(f"rm {drop_in}; systemctl daemon-reload; systemctl stop vllmd-launcher.service")
+        site.run("systemctl start vllmd-launcher.socket")
+
+
 async def test_nobody_notices_a_killed_launcher_while_he_asks(site: Machine) -> None:
     """Starts come out once each, however often it dies meanwhile; nothing that was ordered twice runs twice."""
     async with driving(site) as driver:

@@ -381,6 +381,7 @@ class Status(Answer):
     backend: str = ""
     source: str = ""
     trouble: Annotated[str, "why the devices do not answer"] = ""
+    launcher_trouble: Annotated[str, "why the launcher starts and ends no engine now, and what helps"] = ""
     unwritten: Annotated[str, "which of the daemon's own files cannot be written now, and why"] = ""
     devices: tuple[DeviceNow, ...] = ()
     models: tuple[ModelLine, ...] = ()

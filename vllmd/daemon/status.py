@@ -88,6 +88,7 @@ def status(seen: StatusInput, started: float, models: tuple[ModelLine, ...]) -> 
         backend=seen.back.launched_by,
         source=memory.source,
         trouble=memory.trouble,
+        launcher_trouble=seen.back.launcher.trouble,
         devices=tuple(memory.about(device) for device in snapshot.devices),
         host_memory=answers.HostMemory(snapshot.host_memory, snapshot.host_promised, snapshot.host_standbys or None),
         standbys=tuple(map(standby_line, seen.back.engines.standbys.kept.values())) or None,

@@ -143,8 +143,16 @@ def _run_with_systemd(options: argparse.Namespace, users: Users) -> None:
         service.listen(listener)
     Orphans(loop, backend, service).watch()
     notifier.ready(backend.detail)
+    if notifier.watchdog_interval:
+        _show_life(notifier, loop, notifier.watchdog_interval)
     loop.run()
     notifier.stopping()
+
+
+def _show_life(notifier: Notifier, loop: Loop, interval: float) -> None:
+    """Tell systemd, now and every so many seconds, that the loop turns: one that hangs is replaced (WatchdogSec=)."""
+    notifier.watchdog()
+    loop.later(interval, lambda: _show_life(notifier, loop, interval))
 
 
 def _run_privately(options: argparse.Namespace, users: Users) -> None:

@@ -57,7 +57,8 @@ __all__ = ["ExitReport", "LauncherClient", "LauncherFailed", "LauncherInfo", "Ru
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0  # pystemd may block the launcher for 25 when PID 1 does not answer
-SILENCE_SECONDS = 10.0  # for an answer, after which the log says that none has come
+SILENCE_SECONDS = 10.0  # for an answer, after which the launcher is asked for a sign of life
+LIFE_SECONDS = 5.0  # for that sign, which costs it no work; without it the launcher hangs
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.05, 2.0  # between attempts to connect again
 PRIVATE_END_SECONDS = 30.0  # for a private launcher to end its engines and itself
 
@@ -107,7 +108,10 @@ class LauncherClient:
         self._over = ""  # why there will be no launcher any more
         self._followed: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._silent = False  # the log has said that it does not answer
+        self._asking_for_life = False
+        self._hangs = ""  # what it leaves unanswered, as the log has it; "" while it answers
+        self._unreachable = ""  # why there is none now
+        self._remedy = "only a restart of vllmd replaces it, and ends the engines"
 
     @classmethod
     def at(
@@ -128,7 +132,9 @@ class LauncherClient:
                 return given.pop()
             return _connect_path(address)
 
-        return cls(dial, on_exit, on_log, on_lost, on_waiting)
+        client = cls(dial, on_exit, on_log, on_lost, on_waiting)
+        client._remedy = "systemctl restart vllmd-launcher replaces it, and leaves engines alone"
+        return client
 
     @classmethod
     def private(
@@ -165,6 +171,11 @@ class LauncherClient:
     def connected(self) -> bool:
         """Whether there is a launcher now."""
         return self._connected.is_set()
+
+    @property
+    def trouble(self) -> str:
+        """Why no engine can be started or ended now, and what helps; "" while all is well."""
+        return self._unreachable or self._hangs
 
     # --- requests; each raises LauncherFailed ---
 
@@ -290,7 +301,7 @@ class LauncherClient:
         )
         pending.parts.clear()
         patience = SILENCE_SECONDS + (request.order.timeout if isinstance(request, Start) else 0.0)
-        silence = asyncio.get_running_loop().call_later(patience, self._report_silence, request, patience)
+        silence = asyncio.get_running_loop().call_later(patience, self._suspect, type(request).__name__, patience)
         try:
             await self._send(protocol.encode(request, id))
             answer = await pending.future
@@ -307,19 +318,29 @@ class LauncherClient:
             raise LauncherFailed(f"the launcher answered a {type(request).__name__} with {type(answer).__name__}")
         return answer
 
-    def _report_silence(self, request: Request, seconds: float) -> None:
-        """Log, once until it answers again, that the launcher hangs: every start and stop waits for it meanwhile.
+    def _suspect(self, unanswered: str, seconds: float) -> None:
+        """Ask for a sign of life, once at a time: a request has had no answer for so many seconds."""
+        if self.connected and not (self._asking_for_life or self._hangs):
+            self._asking_for_life = True
+            self._spawn(self._ask_for_life(unanswered, seconds))
 
-        Not of the end of a log, which a journalctl of its own looks for, in a large journal for long.
+    async def _ask_for_life(self, unanswered: str, seconds: float) -> None:
+        """Log and remember, until it says anything, that the launcher hangs, if it does not say how it works.
+
+        Without that nothing is known: a start waits for its processes, and the end of a log for a journalctl, which in
+        a large journal takes long.
         """
-        if self.connected and not self._silent and not isinstance(request, Tail):
-            self._silent = True
-            log.warning(
-                "the launcher has not answered a %s for %g s, and no engine starts or ends before it does; "
-                "systemctl restart vllmd-launcher replaces it, and leaves engines alone",
-                type(request).__name__,
-                seconds,
-            )
+        try:
+            async with asyncio.timeout(LIFE_SECONDS):
+                await self._request_once(Info(), LauncherInfo)
+        except TimeoutError:
+            seconds += LIFE_SECONDS
+            self._hangs = f"it has not answered a {unanswered} for {seconds:g} s, nor anything since; {self._remedy}"
+            log.warning("the launcher hangs, and no engine starts or ends: %s", self._hangs)
+        except LauncherFailed:
+            pass  # it has died; the next one is asked what it was asked
+        finally:
+            self._asking_for_life = False
 
     async def _wait_connected(self) -> None:
         """Wait for a launcher. Raises LauncherFailed if none will come."""
@@ -342,8 +363,8 @@ class LauncherClient:
         except ProtocolError as error:
             log.error("a malformed packet from the launcher: %s", error)
             return
-        if self._silent:
-            self._silent = False
+        if self._hangs:
+            self._hangs = ""
             log.info("the launcher answers again")
         match message:
             case Exited(report):
@@ -389,6 +410,7 @@ class LauncherClient:
     def _use_connection(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._socket = connection
+        self._unreachable = ""
         self._connected.set()
 
     async def _keep_connected(self) -> None:
@@ -437,6 +459,7 @@ class LauncherClient:
                 if str(error) != logged:  # once for each reason
                     log.warning("cannot connect to the launcher: %s; trying again", error)
                 logged = str(error)
+                self._unreachable = f"it cannot be connected to: {error}"
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RETRY_SECONDS)
 

@@ -59,8 +59,9 @@ def daemon(arguments: argparse.Namespace, known: str, unfit: Collection[str]) ->
     answers = f"the daemon answers; engines are run by {status.backend or '(still opening)'}"
     if status.event_loop:
         answers += f"; its event loop is {status.event_loop}"
+    launcher = [("bad", f"the launcher starts and ends no engine: {status.launcher_trouble}", "")]
     failed = (each for each in models(status, unfit) if not is_known(each, known))
-    return [("ok", answers, ""), *devices(status, known), *failed]
+    return [("ok", answers, ""), *(launcher if status.launcher_trouble else ()), *devices(status, known), *failed]
 
 
 def devices(status: Status, known: str = "") -> Iterator[Finding]:

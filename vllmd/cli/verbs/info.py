@@ -42,6 +42,8 @@ def facts(status: Status, where: str) -> dict[str, object]:
         "requests": f"{status.requests} on {show.counted(status.connections, 'connection')}",
         "configuration": ", ".join(config.files) or "no files; the defaults",
     }
+    if status.launcher_trouble:
+        shown["launcher"] = f"no engine starts or ends: {status.launcher_trouble}"
     if status.unwritten:
         shown["not written"] = f"{status.unwritten} (df; vllmctl doctor)"
     if config.error:

@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for text in nothing.advice(status):
             show.say(text)
+    if status.launcher_trouble and not arguments.json:
+        show.say(f"no engine starts or ends, for the launcher does not answer: {status.launcher_trouble}")
     for text in [] if arguments.json else [*downloads.under_way(status), *standbys(status)]:
         show.say(text)
     return 0

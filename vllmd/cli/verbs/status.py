@@ -1,7 +1,7 @@
 """Show the daemon in a few lines, then the models; or the state of the models named.
 
 Exit status 69 where a model that is named has failed or can never fit, or the
-devices do not answer, 78 where the daemon runs with an invalid configuration.
+devices or the launcher do not answer, 78 where the daemon runs with an invalid configuration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllmd.cli.verbs import info, ps
 
 FACTS = (
     *("version", "process", "event loop", "devices", "requests", "configuration", "configuration error"),
-    *("not in force", "not written"),
+    *("launcher", "not in force", "not written"),
 )
 
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(overview(status, admin.url or admin.path))
     if status.configuration.error:
         return EX_CONFIG
-    return EX_UNAVAILABLE if status.trouble or any(map(standing.is_broken, named)) else 0
+    return EX_UNAVAILABLE if status.trouble or status.launcher_trouble or any(map(standing.is_broken, named)) else 0
 
 
 def overview(status: Status, where: str) -> str:

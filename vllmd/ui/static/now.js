@@ -70,8 +70,9 @@ const MOST_TROUBLES = 5; // failed models whose causes are told above everything
 function Troubles({ status }) {
   const failed = status.models.filter((line) => line.state === "error" || line.never);
   const more = failed.length - MOST_TROUBLES;
-  if (failed.length === 0 && !status.configuration.refused) return null;
+  if (failed.length === 0 && !status.configuration.refused && !status.launcher_trouble) return null;
   return html`<div class="problem troubles" role="status" aria-label="what is wrong">
+    ${status.launcher_trouble && html`<p>No engine starts or ends, for the launcher does not answer: ${status.launcher_trouble}</p>`}
     ${status.configuration.refused && html`<p>The configuration files are not in force, a restart would serve no model: ${status.configuration.refused}</p>`}
     ${failed.slice(0, MOST_TROUBLES).map((line) => html`<p key=${line.name}><strong>${line.name}</strong> ${line.never ? `can never be loaded: ${line.never}` : `has failed: ${firstLine(line.failure)}`}</p>`)}
     ${more > 0 && html`<p>and ${plural(more, "more model")}</p>`}</div>`;
