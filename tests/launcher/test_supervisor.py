@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vllmd.launcher import engines, process, spawn
+from vllmd.launcher import service as launcher_service
 from vllmd.launcher.backend import Found, Placed
 from vllmd.launcher.cgroup import cgroup_of
 from vllmd.launcher.engines import Supervisor
@@ -102,6 +103,56 @@ def start(loop: Loop, backend: Backend, order: StartOrder) -> Started | Failed:
     assert len(answers) == 1
     supervisor.kill_all()
     return answers[0]
+
+
+def test_a_standby_is_ready_also_where_its_memory_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so once: taken for one that still imports, it was ended after five minutes as one that had failed."""
+    loop, ready = Loop(), list[tuple[str, int]]()
+    monkeypatch.setattr(process, "open", full, raising=False)
+
+    def waiting(instance: str, memory: int) -> None:
+        ready.append((instance, memory))
+        loop.stop()
+
+    supervisor = Supervisor(loop, Backend(loop, ""), Users(), lambda report: None, waiting=waiting)
+    monkeypatch.setattr(process, "start_time_of", lambda pid: 1)
+    supervisor.start(StartOrder("s", (sys.executable, "-c", WAITS), waits=True), lambda answer: None)
+    loop.later(60, loop.stop)
+    loop.run()
+    supervisor.kill_all()
+    assert ready == [("s", 0)]
+
+
+def test_a_connection_that_cannot_be_accepted_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no descriptor for it just now. The loop turned at once, and logged a defect each time."""
+    monkeypatch.setattr(launcher_service, "ACCEPT_PAUSE_SECONDS", 0.05)
+    loop, asked = Loop(), list[str]()
+    real = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    real.bind("\0" + f"vllmd-test-{os.getpid()}")
+    real.listen()
+
+    class Listener:
+        setblocking, fileno = real.setblocking, real.fileno
+
+        def accept(self) -> tuple[socket.socket, object]:
+            asked.append("")
+            return full() if len(asked) < 4 else real.accept()
+
+    service = Service(loop, Backend(loop, ""), (os.getuid(),))
+    service.listen(Listener())  # type: ignore[arg-type]
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.connect(real.getsockname())
+    client.sendall(b'{"id":1,"type":"Info","body":{}}')
+    loop.watch(client.fileno(), loop.stop)
+    loop.later(60, loop.stop)
+    loop.run()
+    assert (len(asked), service.clients) == (4, 1)
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
+    assert all("cannot accept a connection" in record.getMessage() for record in caplog.records)
+    client.close()
+    real.close()
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,11 @@ def stat_of(pid: int) -> list[str]:
 
 
 def memory_of(pid: int) -> int:
-    """The resident memory of a process in bytes, shared memory included; 0 if it is gone."""
+    """The resident memory of a process in bytes, shared memory included; 0 if it is gone or cannot be looked at now."""
     try:
         with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return 0
 
 

@@ -63,6 +63,7 @@ MAX_QUEUED_BYTES = 16 << 20  # for a client that does not read; beyond it the cl
 MAX_QUEUED_LOG_BYTES = 2 << 20  # beyond it log lines are dropped
 MAX_FOLLOWED = 256  # logs that a client may follow at a time
 MAX_ERROR_CHARACTERS = 2000
+ACCEPT_PAUSE_SECONDS = 1.0  # after a connection could not be accepted; it waits in the listener's queue
 
 
 class Service:
@@ -110,7 +111,14 @@ class Service:
         self.consider_idle()
 
     def _accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:  # for want of a descriptor, say: the loop would call again at once, for ever
+            self._loop.unwatch(listener.fileno())
+            again = lambda: self._loop.watch(listener.fileno(), lambda: self._accept(listener))  # noqa: E731
+            self._loop.later(ACCEPT_PAUSE_SECONDS, again)
+            log.error("cannot accept a connection, and look again in %g s: %s", ACCEPT_PAUSE_SECONDS, error.strerror)
+            return
         pid, uid, _ = credentials(connection)
         if uid not in self._uids or len(self._clients) >= MAX_CLIENTS:
             self._refused.say(logging.WARNING, "refused a connection from process %d of user id %d", pid, uid)
