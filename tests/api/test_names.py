@@ -1,7 +1,11 @@
 """What a client may call a model."""
 
+import difflib
+from collections.abc import Callable
+
 import pytest
 
+from vllmd.api import names
 from vllmd.api.names import Names
 from vllmd.errors import BadRequest, UnknownModel
 
@@ -126,3 +130,35 @@ def test_a_request_that_names_no_model_is_told_so() -> None:
     with pytest.raises(BadRequest, match="names no model") as error:
         NAMES.resolve("")
     assert error.value.param == "model"
+
+
+def test_what_is_said_of_a_mistake_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs repeat it as long as they run: 20 ms each time, in which nobody else was served. Whoever may see other
+    models is told others, and mistakes fill no memory."""
+    looked = list[str]()
+
+    def near(name: str, known: list[str], n: int, cutoff: float) -> list[str]:
+        looked.append(name)
+        return known[:1]
+
+    monkeypatch.setattr(difflib, "get_close_matches", near)
+    monkeypatch.setattr(names, "MOST_GUESSED", 3)
+    known = Names([("one", ()), ("two", ())])
+
+    def told(name: str, only: Callable[[str], bool]) -> str:
+        with pytest.raises(UnknownModel) as error:
+            known.resolve(name, only)
+        return error.value.message
+
+    def all(model: str) -> bool:
+        return True
+
+    def second(model: str) -> bool:
+        return model == "two"
+
+    assert [told("x", all) for _ in range(3)] == ["model 'x' does not exist; did you mean 'one'?"] * 3
+    assert looked == ["x"]
+    assert [told("x", second) for _ in range(2)] == ["model 'x' does not exist; did you mean 'two'?"] * 2
+    for name in ("y", "z", "x"):  # the fourth mistake has all of them forgotten
+        told(name, all)
+    assert looked == ["x", "x", "y", "z", "x"]

@@ -24,7 +24,7 @@ TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
 
 MOST_NAMED = 3  # names in a message
 MOST_COMPARED = 500  # names that a wrong one is compared with
-MOST_GUESSED = 1000  # inexact names whose meanings are remembered
+MOST_GUESSED = 1000  # inexact names whose meanings are remembered, and mistakes of which it is what to say
 
 FIRST_MODEL = "vllmctl run smollm2"  # the command that fetches a model, serves it and asks it
 LATEST = ":latest"
@@ -94,6 +94,7 @@ class Names:
         for name in offers:
             self._exact.setdefault(name, name)
         self._guessed: dict[str, list[set[str]]] = {}  # what inexact names can mean, of the last ones that were asked
+        self._unknown: dict[tuple[str, object], str] = {}  # what is said of names that mean nothing, by who may see what
 
     def __contains__(self, name: str) -> bool:
         return name in self._exact
@@ -130,7 +131,12 @@ class Names:
                 some, others = sorted(models)[:MOST_NAMED], len(models) - MOST_NAMED
                 either = " or ".join(map(repr, some)) + (f" or {others} others" if others > 0 else "")
                 raise BadRequest(f"model {name!r} could be {either}; name one of them", param="model")
-        raise UnknownModel(self._unknown(name, visible), param="model")
+        # Programs ask for a model that is gone again and again; to say what may be meant takes as long as many requests.
+        if (name, visible) not in self._unknown:
+            if len(self._unknown) >= MOST_GUESSED:
+                self._unknown.clear()
+            self._unknown[name, visible] = self._mistake(name, visible)
+        raise UnknownModel(self._unknown[name, visible], param="model")
 
     def with_replica(
         self, name: str, is_replica: Callable[[str], bool], visible: Callable[[str], bool] = lambda model: True
@@ -159,7 +165,7 @@ class Names:
                 yield {self._exact[tagged]}
         yield from self._guesses(plain)
 
-    def _unknown(self, name: str, visible: Callable[[str], bool]) -> str:
+    def _mistake(self, name: str, visible: Callable[[str], bool]) -> str:
         """The error for a name that means nothing: with the nearest names, else with how to list them."""
         if not self._exact:
             return f"model {name!r} does not exist: no models are configured; on its machine: {FIRST_MODEL}"
