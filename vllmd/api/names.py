@@ -94,7 +94,7 @@ class Names:
         for name in offers:
             self._exact.setdefault(name, name)
         self._guessed: dict[str, list[set[str]]] = {}  # what inexact names can mean, of the last ones that were asked
-        self._unknown: dict[tuple[str, object], str] = {}  # what is said of names that mean nothing, by who may see what
+        self._unknown: dict[tuple[str, object], str] = {}  # of names that mean nothing: what is said to whom
 
     def __contains__(self, name: str) -> bool:
         return name in self._exact
@@ -131,7 +131,7 @@ class Names:
                 some, others = sorted(models)[:MOST_NAMED], len(models) - MOST_NAMED
                 either = " or ".join(map(repr, some)) + (f" or {others} others" if others > 0 else "")
                 raise BadRequest(f"model {name!r} could be {either}; name one of them", param="model")
-        # Programs ask for a model that is gone again and again; to say what may be meant takes as long as many requests.
+        # Programs ask for a model that is gone again and again, and to find what they may mean takes long.
         if (name, visible) not in self._unknown:
             if len(self._unknown) >= MOST_GUESSED:
                 self._unknown.clear()
