@@ -7,7 +7,6 @@ A rule is a function of the whole configuration, or of one model, that yields fi
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
@@ -83,6 +82,8 @@ def warnings_of(config: Config) -> Iterator[Finding]:
 def without_otlp() -> str:
     """Why no spans can be sent: OpenTelemetry's packages are optional; "" if they are there."""
     package = "opentelemetry-exporter-otlp-proto-http"
+    import importlib.util  # few send spans
+
     with contextlib.suppress(ModuleNotFoundError):  # raised where a package around it is missing
         if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None:
             return ""

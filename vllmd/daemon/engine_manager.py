@@ -52,7 +52,6 @@ from vllmd.daemon.failure_text import how_it_ended, with_hint, with_last_lines, 
 from vllmd.daemon.last_starts import Start, Starts, in_words
 from vllmd.daemon.launch_planner import LaunchPlanner, Paths
 from vllmd.daemon.loaders import Loaders
-from vllmd.daemon.logfile import LogFile, forget_old_runs, forget_removed_models, path_of
 from vllmd.daemon.memory import Memory
 from vllmd.daemon.sleeps import Sleeps, finish_work
 from vllmd.daemon.standbys import Standbys
@@ -679,11 +678,13 @@ class EngineManager:
     async def follow(self, process: EngineProcess, lines: int = WHOLE_LOG) -> None:
         """Have the engine's output come to ``on_log``, and into its log file where the configuration asks for one."""
         if process.model.log_file and self._logs:
+            from vllmd.daemon import logfile  # few ask for one
+
             name = str(process.listen.port or process.instance)
             with contextlib.suppress(OSError):  # the log file meets the same error, and logs it
-                forget_old_runs(self._logs, process.name)
-                forget_removed_models(self._logs, self._models)
-            process.file = LogFile(path_of(self._logs, process.name, name))
+                logfile.forget_old_runs(self._logs, process.name)
+                logfile.forget_removed_models(self._logs, self._models)
+            process.file = logfile.LogFile(logfile.path_of(self._logs, process.name, name))
             log.info("%s: its output is also in %s", process.name, process.file.path, extra=log_fields(process))
         try:
             await self._launcher.follow(process.instance, lines)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import pickle
 import sys
 import time
 from collections import deque
@@ -91,6 +90,8 @@ class Plans:
                 (name, replace(each, auth=type(each.auth)(), origins={}, warnings=(), unfit=frozenset()))
                 for name, each in cases
             ]
+            import pickle  # few plan
+
             cache = self._cache()
             question = await asyncio.to_thread(lambda: pickle.dumps(Question(cases, rows_of(arrivals), cache)))
             plan = await _simulated(question)

@@ -9,11 +9,11 @@ bucket may go below zero, and the key waits until it is above again.
 
 from __future__ import annotations
 
-import calendar
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import field
+from datetime import UTC, datetime
 
 from vllmd.config.types import KeyConfig
 from vllmd.daemon.keys import by_name
@@ -93,7 +93,7 @@ def month_of(wall: float) -> int:
 
 def month_begins(month: int) -> float:
     """The Unix time at which that month begins (UTC)."""
-    return float(calendar.timegm((month // 12, month % 12 + 1, 1, 0, 0, 0)))
+    return datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC).timestamp()
 
 
 class Bucket:

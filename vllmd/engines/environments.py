@@ -128,9 +128,9 @@ def in_path(model: ModelConfig, name: str) -> str | None:
 
 @looked_at_once
 def _which(name: str, path: str) -> str | None:
-    import shutil  # and what it brings, archives of three kinds
-
-    return shutil.which(name, path=path)
+    """As ``shutil.which``, which every daemon would have in memory, with its archives of three kinds."""
+    places = [name] if "/" in name else [os.path.join(folder, name) for folder in path.split(os.pathsep)]
+    return next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), None)
 
 
 def interpreter_of(script: str | None) -> str:

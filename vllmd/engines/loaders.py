@@ -22,7 +22,6 @@ Facts about vLLM 0.32 that shape this file (its source read; ``runai_streamer`` 
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +82,8 @@ class CanLoadFast(Protocol):
 
 def there(python: str, *, nvidia: bool) -> tuple[Loader, ...]:
     """The loaders that an interpreter could import, by their files: nothing is run or imported for it."""
+    import glob  # the first start of a vLLM
+
     prefix = os.path.dirname(os.path.dirname(python))
     folders = [folder for pattern in _PACKAGES for folder in glob.glob(f"{prefix}/{pattern}")]
     formats: set[str] = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 from pathlib import Path
 
@@ -54,6 +53,8 @@ def names() -> frozenset[str]:
 @functools.cache
 def read(name: str) -> File:
     """A file of ``names()``, kept in memory from its first use on."""
+    import gzip  # the first page
+
     path = STATIC / name
     plain = path.read_bytes()
     tag = f'"{hashlib.sha256(plain).hexdigest()[:32]}"'
