@@ -204,6 +204,20 @@ async def test_the_run_directory_is_the_engines_own(site: Machine) -> None:
         site.wait_until(f"test ! -e {folder}", timeout=5)
 
 
+async def test_shared_memory_of_a_killed_engine_is_freed(site: Machine) -> None:
+    """vLLM's would stay until the machine is started anew: 400 MB. Another engine's, of the same user, is in use."""
+    hold = "exec 3<>/dev/shm/psm_{0}; echo > /dev/shm/sem.mp-{0}; echo held; exec sleep 1000"
+    async with driving(site) as driver:
+        left, other = fresh(), fresh()
+        await driver.start(hold.format(other), run_dir=f"/run/vllmd-engine/{other}")
+        engine = await driver.start(hold.format(left), run_dir=f"/run/vllmd-engine/{left}")
+        site.wait_until(f"ls /dev/shm/psm_{left} /dev/shm/sem.mp-{left}", timeout=5)
+        await driver.client.kill(engine.instance)
+        await driver.exit()
+        site.wait_until(f"! ls /dev/shm | grep {left}", timeout=5)
+        site.run(f"test -e /dev/shm/psm_{other}")
+
+
 async def test_limits_become_properties_of_the_scope(site: Machine) -> None:
     """What is configured for a model is what systemd enforces."""
     limits = {"memory_max": 1 << 30, "memory_swap_max": 0, "cpu_weight": 50, "cpu_quota": 1.5, "tasks_max": 99}

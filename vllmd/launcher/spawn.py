@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
 from vllmd.frozen import frozen
+from vllmd.launcher import shared_memory
 from vllmd.launcher.affinity import set_affinity
 from vllmd.launcher.own_users import PREFIX, OwnUsers
 from vllmd.launcher.process import PR_SET_PDEATHSIG, Process, prctl
@@ -211,9 +212,15 @@ def prepare(order: StartOrder, user: User) -> Process:
 def tidy(run_dir: str, user: User) -> Process:
     """Fork a child that, as the engine's user, removes the sockets, the key and then the empty run directory.
 
-    Other files stay, and the directory with them: it may have been one with data in it. Raises OSError.
+    Other files stay, and the directory with them: it may have been one with data in it. With a user who is there for
+    engines alone the shared memory that they have left goes, too. Raises OSError.
     """
-    return _in_child(user, lambda: _empty(run_dir))
+
+    def tidied() -> None:
+        _free_shared_memory(user)
+        _empty(run_dir)
+
+    return _in_child(user, tidied)
 
 
 def unused(root: str, kept: Collection[str]) -> set[str]:
@@ -233,6 +240,7 @@ def sweep(run_dirs: Collection[str], user: User) -> Process | None:
                 own.append(path)
 
     def empty_all() -> None:
+        _free_shared_memory(user)
         for path in own:
             with contextlib.suppress(OSError):
                 _empty(path)
@@ -253,6 +261,13 @@ def _in_child(user: User, work: Callable[[], None]) -> Process:
         finally:
             os._exit(status)
     return _held(pid)
+
+
+def _free_shared_memory(user: User) -> None:
+    """Remove what engines have left in /dev/shm; not of a person, whose other programs may be in containers."""
+    if not user.ours:
+        with contextlib.suppress(OSError):
+            shared_memory.remove_unused()
 
 
 def _empty(run_dir: str) -> None:

@@ -1,0 +1,63 @@
+"""Shared memory that a killed engine leaves in /dev/shm, and that nobody would ever give back.
+
+Of Python's programs a helper process, the resource tracker, removes it, and is killed with the engine. What one vLLM
+leaves is 400 MB on a CPU. The kernel frees a file there when it has no name any more, so it is enough to remove it.
+
+Which of the files were an engine's is written nowhere, and other engines may have the same user. So a file is removed
+if its name is one that is given to memory which ends with its processes, and no process of the user has it open or
+mapped. Whoever makes such a file keeps it open until it is mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+NAMES = ("psm_", "sem.mp-", "vllm_offload_", "nccl-")  # Python's multiprocessing, vLLM, NCCL
+
+
+def remove_unused(folder: str = "/dev/shm", proc: str = "/proc") -> None:
+    """Remove the files of the calling user that none of its processes uses. ``proc``: where proc(5) is.
+
+    Raises OSError, and has removed nothing, where it is not known what a process uses.
+    """
+    uid = os.getuid()
+    with os.scandir(folder) as entries:
+        unused = {each.path for each in entries if each.name.startswith(NAMES)}
+    unused = {path for path in unused if _owner(path) == uid}
+    seen: set[str] = set()
+    for _ in range(2):  # a process that appears meanwhile may have been given a file by one that was looked at before
+        new = {pid for pid in os.listdir(proc) if pid.isdecimal()} - seen
+        seen |= new
+        for pid in new if unused else ():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                if _is_of(f"{proc}/{pid}", uid):
+                    unused.difference_update(_used(f"{proc}/{pid}", folder))
+    for path in unused:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _owner(path: str) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return os.lstat(path).st_uid
+    return None
+
+
+def _is_of(process: str, uid: int) -> bool:
+    """Whether any of a process's user ids is ``uid``. The owner of its folder does not tell: it may be root."""
+    with open(f"{process}/status", "rb") as file:
+        return str(uid).encode() in next(line for line in file if line.startswith(b"Uid:")).split()
+
+
+def _used(process: str, folder: str) -> Iterator[str]:
+    """The files in ``folder`` that a process has mapped or open."""
+    with open(f"{process}/maps", errors="surrogateescape") as file:
+        for line in file:
+            *_, path = line.rstrip("\n").split(maxsplit=5)
+            if path.startswith(f"{folder}/"):
+                yield path
+    for number in os.listdir(f"{process}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(f"{process}/fd/{number}")
