@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -86,3 +88,23 @@ def test_the_other_routes_are_imported_beside_what_is_served(
     asyncio.run(service.import_other_routes())
     wanted = ["vllmd.daemon.other_routes", "vllmd.daemon.reload"]
     assert imported == [(name, False) for name in wanted[: 1 if failure else 2]]
+
+
+def test_the_rest_is_imported_when_the_first_clients_have_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an import in a thread each turn takes milliseconds. Who waits for an engine is not waited for."""
+
+    async def play() -> None:
+        clients, waiting = SimpleNamespace(busy=2), SimpleNamespace(requests=1)
+        front: Any = SimpleNamespace(listeners=clients, gate=waiting)
+        answered = asyncio.ensure_future(service.first_answers(front))
+        for _ in range(5 * service.FIRST_TURNS):
+            await asyncio.sleep(0)
+        assert not answered.done()
+        clients.busy = 1
+        await answered
+        clients.busy = 2
+        monkeypatch.setattr(service, "FIRST_LOOKS", 1)
+        await service.first_answers(front)
+
+    monkeypatch.setattr(service, "FIRST_LOOKS", 10**9)
+    asyncio.run(play())

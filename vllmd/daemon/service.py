@@ -34,7 +34,7 @@ from vllmd.daemon import collector
 from vllmd.daemon.chores import STATUS_INTERVAL, Chores
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.discovery import with_discovered
-from vllmd.daemon.front_end import SHUTTING_DOWN, front_end
+from vllmd.daemon.front_end import SHUTTING_DOWN, FrontEnd, front_end
 from vllmd.daemon.tasks import Tasks
 from vllmd.errors import ConfigError, Unavailable
 from vllmd.systemd.notify import Notifier
@@ -49,7 +49,8 @@ ANSWERS_LIMIT = 5.0  # seconds for answers that clients are still taking
 NOTES_LIMIT = 2.0  # seconds for notes that the next daemon can do without; a launcher that has died cannot take them
 DRAIN_LOOK = 0.05  # seconds between looks at which clients are still there
 QUIET = 0.3  # seconds without a request after which kept connections count as unused
-FIRST_TURNS = 20  # of the loop, in which a client that was there before us is let in, read and answered
+FIRST_TURNS = 20  # of the loop, in which a client that was there before us is let in and read
+FIRST_LOOKS = 50  # a millisecond apart, at whether it has its answer, where that takes no engine
 OTHER_ROUTES_AFTER = 1.0  # seconds in which the clients that have waited are served first
 LAUNCHER_LIMIT = 5.0  # seconds that a drain waits for a launcher: systemd may start none before this daemon has ended
 
@@ -115,8 +116,7 @@ class Daemon:
         thread: beside one that imports, each turn of the loop may wait five milliseconds for the interpreter.
         """
         try:
-            for _ in range(FIRST_TURNS):
-                await asyncio.sleep(0)
+            await first_answers(self.front)
             startup = await asyncio.to_thread(importlib.import_module, "vllmd.daemon.startup")
             back: BackEnd = await startup.back_end(self.front)
             collector.exempt_existing()
@@ -271,6 +271,16 @@ class Daemon:
         from vllmd.daemon.reload import apply_configuration  # most daemons are never told to
 
         return await apply_configuration(self.front, await self.front.back.wait(), config, unless_used)
+
+
+async def first_answers(front: FrontEnd) -> None:
+    """Let clients that were there before us be answered, as far as that takes no engine: those wait at the gate."""
+    for _ in range(FIRST_TURNS):
+        await asyncio.sleep(0)
+    for _ in range(FIRST_LOOKS):
+        if front.listeners.busy <= front.gate.requests:
+            break
+        await asyncio.sleep(0.001)  # ``/v1/models`` waits for a thread that looks into the engines' cache
 
 
 async def import_other_routes() -> None:
