@@ -37,12 +37,14 @@ from vllmd.config.value_types import Wrong
 from vllmd.core import commands, events
 from vllmd.core.types import Placement, State
 from vllmd.daemon import startup
+from vllmd.daemon.admission_gate import AdmissionGate
 from vllmd.daemon.back_end import BackEnd
 from vllmd.daemon.boot_clock import seconds_since
 from vllmd.daemon.current import RuntimeEnvironment
 from vllmd.daemon.dates import Dates
 from vllmd.daemon.device_readings import devices_found
 from vllmd.daemon.disabled import Disabled
+from vllmd.daemon.engine_manager import EngineManager
 from vllmd.daemon.engine_process import EngineProcess
 from vllmd.daemon.front_end import FrontEnd
 from vllmd.daemon.last_starts import Start
@@ -52,7 +54,7 @@ from vllmd.daemon.self_description import Descriptions
 from vllmd.daemon.service import Daemon, for_this_host
 from vllmd.engines.base import Listen
 from vllmd.engines.sim import Sim
-from vllmd.errors import NotFound, VllmdError
+from vllmd.errors import NotFound, Unavailable, VllmdError
 from vllmd.gpu.declared import DeclaredDevices
 from vllmd.launcher.client import Running
 from vllmd.launcher.protocol import PROTOCOL
@@ -259,12 +261,13 @@ def lives(
     activated: bool = False,
     learnt: Path | None = None,
     again: Callable[[], Config] | None = None,
+    broken: str = "",
 ) -> None:
     """A whole daemon by that configuration, but for its sockets and its launcher. ``again``: what a reload reads."""
 
     async def main() -> None:
         around = RuntimeEnvironment(Path("/nowhere"), logs=folder / "logs", activated=activated, learnt=learnt)
-        daemon = Daemon(await for_this_host(config, around), around, again or (lambda: config), {})
+        daemon = Daemon(await for_this_host(config, around), around, again or (lambda: config), {}, broken)
         back = await startup.back_end(daemon.front)
         daemon.front.open(back)
         await act(Living(daemon, back))
@@ -628,6 +631,64 @@ def test_a_drained_device_that_is_gone_can_be_given_back(tmp_path: Path) -> None
         assert not (await told.of_device(1, "undrain")).possible
 
     lives(read(tmp_path, BASE), tmp_path, look)
+
+
+PRELOADED = {"engine": "sim", "gpu_memory": "10GiB", "preload": True}
+
+
+def test_nothing_is_preloaded_before_what_runs_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be started anew, and the engine that ran would be ended as a second one. Nor what was disabled."""
+    config = read(tmp_path, {**BASE, "models": {"m": PRELOADED, "n": PRELOADED, "o": PRELOADED}})
+    at_adoption = list[set[str]]()
+
+    async def adopted(engines: EngineManager, running: object, models: object, of: object, post: Any) -> None:
+        for _ in range(20):  # the launcher and the engines are asked meanwhile
+            await asyncio.sleep(0)
+        at_adoption.append({*engines.processes})
+        post(events.EngineAdopted("m", Placement((0,)), State.READY))
+
+    def orders(self: Disabled, names: Collection[str]) -> list[events.ModelDisabled]:
+        return [events.ModelDisabled("n", "taken out")]
+
+    async def look(living: Living) -> None:
+        living.back.post(events.TimePassed())
+        assert (at_adoption, {*living.back.engines.processes}) == ([set()], {"o"})
+        assert living.front.status.line("m")["state"] == "running"
+
+    monkeypatch.setattr(startup, "adopt_all", adopted)
+    monkeypatch.setattr(Disabled, "orders", orders)
+    lives(config, tmp_path, look)
+
+
+def test_a_mended_configuration_starts_nothing_before_what_runs_is_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to preload it nor for a request, which is answered 503 until it is known what runs."""
+    config = read(tmp_path, {**BASE, "models": {"m": PRELOADED}})
+    refused = list[str]()
+
+    async def adopted(engines: EngineManager, running: object, models: object, of: object, post: Any) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not engines.processes
+        with pytest.raises(Unavailable) as refusal:
+            gates[0].resolve("m")
+        refused.append(refusal.value.message)
+        post(events.EngineAdopted("m", Placement((0,)), State.READY))
+
+    gates = list[AdmissionGate]()
+
+    async def look(living: Living) -> None:
+        gates.append(living.front.gate)
+        await living.daemon.apply_configuration(config)
+        assert len(refused) == 1 and "looked for" in refused[0]
+        assert living.front.gate.resolve("m").names == {"m"}
+        living.back.post(events.TimePassed())
+        assert living.front.status.line("m")["state"] == "running"
+        assert not living.back.engines.processes
+
+    monkeypatch.setattr(startup, "adopt_all", adopted)
+    lives(Config(), tmp_path, look, broken="vllmd.yaml:3: x")
 
 
 def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:

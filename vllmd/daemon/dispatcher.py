@@ -105,6 +105,7 @@ class Dispatcher:
         self._failed: events.Event | None = None  # the last event at which the scheduler failed
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf  # when the timer fires: not later than the core wants to hear that time has passed
+        self._time_is_held = False
         self._loop = asyncio.get_running_loop()
         self._throttles: dict[str, Throttle] = {}  # of the log, by kind of decision
 
@@ -210,10 +211,19 @@ class Dispatcher:
         if on_answer:
             on_answer(command)
 
+    def hold_time(self) -> None:
+        """Do not tell the core that time has passed, by which models are preloaded, until ``let_time_pass``."""
+        self._time_is_held = True
+
+    def let_time_pass(self) -> None:
+        """Tell the core of time again."""
+        self._time_is_held = False
+        self._set_timer()
+
     def _set_timer(self) -> None:
         """Have ``_on_timer`` called when the core wants to hear that time has passed."""
         due = self._scheduler.next_timer()
-        if due is None or due >= self._timer_due:
+        if due is None or due >= self._timer_due or self._time_is_held:
             return
         if self._timer is not None:
             self._timer.cancel()

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllmd")
 
 SHUTTING_DOWN = "vllmd is shutting down; try again in a few seconds"
+ADOPTING = "engines that run already are looked for; try again in a second"
 
 
 @frozen
@@ -77,16 +78,21 @@ class FrontEnd:
         self.back.set(back)
         self.gate.open(back)
 
-    def accept(self, config: Config) -> None:
-        """Serve by this configuration from now on."""
+    def accept(self, config: Config, *, adopting: bool = False) -> None:
+        """Serve by this configuration from now on, or, where engines may run that are yet to be adopted, from then."""
         logging.getLogger().setLevel(config.log_level.upper())
         self.current.apply(config)
-        self.gate.refusal = None
+        self.gate.refusal = Unavailable(ADOPTING, retry_after=1) if adopting else None
         self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
         self.records.configure(config.records)
         self.key_store.load()
         self.disabled.load()
         self.listeners.configure(self.key_store.added_to(config))
+
+    def adopted(self) -> None:
+        """Serve requests that were refused because an engine of theirs might run already."""
+        if self.gate.refusal is not None and self.gate.refusal.message == ADOPTING:
+            self.gate.refusal = None
 
     def refuse_waiting(self) -> None:
         """Refuse the requests that wait, and those that come, with 503; answers that have begun go on."""

@@ -55,7 +55,7 @@ async def apply_configuration(
     def answered(answer: commands.Answer) -> None:
         if answer.refused:
             raise Conflict(answer.refused)
-        front.accept(config)
+        front.accept(config, adopting=was_broken)
         back.engines.relocate(expected.paths, config.engines.port_start, config.engines.port_end)
         back.engines.configure(engines, expected.estimates)
         back.engines.standbys.configure(config.engines.standby, engines.values())

@@ -103,6 +103,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
     # 4. The dispatcher, between the engines and the core.
     execute = executors(engines, front.gate, front.instances.add, ahead)
     dispatcher = Dispatcher(scheduler, execute, front.changes.decided, mark_changed)
+    dispatcher.hold_time()  # until ``adopt_running``: what is to be preloaded may run already
     readings = DeviceReadings(memory, engines, dispatcher)
     launched_by = await connect(launcher, runtime.launcher)
     back = BackEnd(launched_by, launcher, dispatcher, engines, memory, devices, readings, learnt)
@@ -115,21 +116,28 @@ async def back_end(front: FrontEnd) -> BackEnd:
 
 
 async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
-    """Take over, or end, every engine that an earlier daemon left; remember which had failed, or are disabled."""
-    known = {process.instance for process in back.engines.processes.values()}
-    running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
-    for noted in (engine.metadata for engine in running):
-        if known_date := date_of(noted, "since"):
-            front.learnt.dates.learn(*known_date)
-    await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
-    starts, found = front.learnt.starts, back.engines.processes
-    if found:
-        started = [*(engine for engine in found if engine not in starts), *starts]
-        back.engines.standbys.remember([model for each in started if (model := front.current.engines.get(each))])
-    for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
-        back.post(failure)
-    for order in front.disabled.orders({*front.current.config.models, *front.current.engines}):
-        back.post(order)
+    """Take over, or end, every engine that an earlier daemon left; remember which had failed, or are disabled.
+
+    Only then anything is begun by time alone, or by a request.
+    """
+    try:
+        known = {process.instance for process in back.engines.processes.values()}
+        running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
+        for noted in (engine.metadata for engine in running):
+            if known_date := date_of(noted, "since"):
+                front.learnt.dates.learn(*known_date)
+        await adopt_all(back.engines, running, front.current.engines, front.resolver, back.post)
+        starts, found = front.learnt.starts, back.engines.processes
+        if found:
+            started = [*(engine for engine in found if engine not in starts), *starts]
+            back.engines.standbys.remember([model for each in started if (model := front.current.engines.get(each))])
+        for failure in remembered(back.learnt.failures, front.current.engines, time.time()):
+            back.post(failure)
+        for order in front.disabled.orders({*front.current.config.models, *front.current.engines}):
+            back.post(order)
+    finally:
+        back.dispatcher.let_time_pass()
+        front.adopted()
 
 
 def log_devices(memory: Memory) -> None:
