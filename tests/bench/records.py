@@ -1,6 +1,6 @@
 """What noting requests and use costs: ``python -m tests.bench.records``.
 
-- microseconds of one request's note, and of what the thread that writes does for it (sums, arrivals, SQLite); the
+- microseconds of one request's note, and of what the thread that writes does for it (arrivals, SQLite); the
   least of many rounds, for others only add to it; and what a function that does nothing costs at the same time, for the
   machine may be busy: 0.04 µs where it is not;
 - memory of a full ring, with heads as large as any that is kept, and what gathers between two writes;
@@ -58,7 +58,6 @@ async def note() -> float:
     ended = [exchange(number) for number in range(EACH)]
 
     def all_of_them() -> None:
-        records._fresh.clear()
         for each in ended:
             records.ended(each)
 
@@ -74,9 +73,10 @@ async def write(path: Path) -> float:
         for number in range(EACH):
             records.ended(exchange(number))
         began = time.thread_time()
-        assert records._write(records._fresh, Sums(), []) == ""
+        assert records._write(records._sums, records._arrivals) == ""
         took.append(time.thread_time() - began)
-        records._fresh = []
+        records._sums = Sums()
+        records._arrivals.clear()
     return min(took) / EACH * 1e6
 
 

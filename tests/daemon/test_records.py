@@ -20,7 +20,15 @@ from vllmd.proxy.access import ANYBODY, Caller
 from vllmd.records.ring import Filter, Ring
 from vllmd.records.store import Store, StoreError
 
-ENDED = {"model": "m", "account": None, "status": 200}  # an exchange, as far as it is looked at here
+# An exchange, as far as it is looked at here.
+ENDED = {
+    "model": "m",
+    "offer": "",
+    "account": None,
+    "status": 200,
+    "error": "",
+    "request": SimpleNamespace(caller=ANYBODY),
+}
 
 
 def watcher(caller: Caller = ANYBODY, *, failed: bool = False) -> Watcher:

@@ -14,7 +14,7 @@ import pytest
 
 from vllmd.records import store as store_module
 from vllmd.records.store import Question, Store, StoreError
-from vllmd.records.sums import DAY, FIELDS, HOUR, MOST_ROWS, Sums
+from vllmd.records.sums import DAY, FIELDS, HOUR, MOST_ROWS, Ended, Sums
 from vllmd.records.trace import Arrival, Damaged, anonymous, packed, unpacked
 
 NOON = 20_000 * DAY + 12 * HOUR  # 2024-10-04
@@ -187,14 +187,33 @@ def test_a_kill_in_the_middle_of_writing_leaves_it_sound(tmp_path: Path) -> None
     assert counts.pop() >= 5
 
 
+def ended(at: float = NOON, model: str = "m", key: str = "a", *, seconds: float = 0.0, failed: bool = False) -> Ended:
+    """A request of 5 and 7 tokens, 3 of them cached."""
+    return at * 1000, model, key, 5, 7, 3, 0, seconds, failed
+
+
+def test_requests_are_added_up_by_the_hour_in_which_they_came() -> None:
+    """By key and model, too; one that came in another hour than those it ends with is not mixed up with them."""
+    sums = Sums()
+    sums.add([ended(), ended(NOON - 1, failed=True), ended(NOON + 1, key="b"), ended(seconds=2.0), ended(model="n")])
+    one = {"requests": 1, "prompt": 5, "answer": 7, "cached": 3}
+    assert sums.take() == {
+        (at(0) - 1, "a", "m"): row(**one, errors=1),
+        (at(0), "a", "m"): row(**{name: 2 * value for name, value in one.items()}, engine_seconds=2.0),
+        (at(0), "b", "m"): row(**one),
+        (at(0), "a", "n"): row(**one),
+    }
+
+
 def test_what_could_not_be_written_is_kept_within_bounds() -> None:
     """It is added to what comes; where nothing can be written for weeks, the oldest goes."""
     sums = Sums()
-    sums.request(NOON, "a", "m", None, 2.0, failed=True)
+    sums.add([ended(seconds=2.0, failed=True)])
     rows = sums.take()
-    sums.request(NOON, "a", "m", None, 1.0, failed=False)
+    sums.add([ended(seconds=1.0)])
     sums.put_back(rows)
-    assert sums.take() == {(at(0), "a", "m"): row(requests=2, errors=1, engine_seconds=3.0)}
+    both = row(requests=2, errors=1, prompt=10, answer=14, cached=6, engine_seconds=3.0)
+    assert sums.take() == {(at(0), "a", "m"): both}
     sums.put_back({(hour, "a", "m"): row() for hour in range(MOST_ROWS + 5)})
     assert (sums.dropped, min(sums.take())) == (5, (5, "a", "m"))
 
@@ -207,6 +226,10 @@ def test_arrivals_are_small_and_come_back(tmp_path: Path) -> None:
     first, segment = packed(reversed(ARRIVALS))
     assert list(unpacked(first, segment)) == ARRIVALS
     assert len(segment) < 8 * len(ARRIVALS)
+    assert packed([(at + 0.25 + n / 1000, *more, "not kept") for n, (at, *more) in enumerate(ARRIVALS)]) == (
+        first,
+        segment,
+    )
     store = Store(tmp_path / "usage.db")
     store.write({}, ARRIVALS, FOREVER, FOREVER)
     assert list(store.arrivals(0)) == ARRIVALS

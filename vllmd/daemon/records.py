@@ -1,11 +1,11 @@
 """What is kept of requests and of use: the daemon's side of ``vllmd.records``.
 
 Theory of operation. ``ended`` is called at the end of every request and must cost a few microseconds: it notes a tuple
-in the ring of the last requests (memory only), and appends it to a list. ``FLUSH`` seconds later a thread adds that
-list up to sums of use and to arrivals, and writes both to the store (SQLite, ``records.store``); the timer is armed by
-what comes in, so that an idle daemon wakes for nothing. Where more than ``MOST_FRESH`` requests end within that time
-they are added up by the loop's own thread, which bounds the memory. What the store cannot take (a full disk) stays in
-memory, in a bounded amount, and is tried again after ``RETRY`` seconds; ``trouble`` says why, on every screen.
+in the ring of the last requests (memory only), and another one of what counts as use. Each ``AT_A_TIME`` of these are
+added to the sums of use and to the arrivals, by columns: one by one they would take five times as long. ``FLUSH``
+seconds later a thread writes both to the store (SQLite, ``records.store``); the timer is armed by what comes in, so
+that an idle daemon wakes for nothing. What the store cannot take (a full disk) stays in memory, in a bounded amount,
+and is tried again after ``RETRY`` seconds; ``trouble`` says why, on every screen.
 
 Use has two halves: tokens, counted when a request ends, and the devices that a model held, sampled by ``look`` at each
 reading of the devices. The memory of a model is booked to the keys whose requests run in it, in equal parts; at rest,
@@ -37,11 +37,12 @@ from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.account import Account, Trace
 from vllmd.proxy.exchange import Exchange
 from vllmd.proxy.http import Request
+from vllmd.proxy.tokens import Tokens
 from vllmd.records import bodies, ring
 from vllmd.records.bodies import KeptBodies, Recordings
 from vllmd.records.ring import Entry, Filter, Ring
-from vllmd.records.sums import DAY, Sums
-from vllmd.records.trace import Arrival, anonymous, new_arrival
+from vllmd.records.sums import DAY, Ended, Sums
+from vllmd.records.trace import Arrival, anonymous
 from vllmd.sizes import MiB
 from vllmd.systemd.throttle import Repeated
 
@@ -53,10 +54,11 @@ log = logging.getLogger("vllmd.records")
 access_log = logging.getLogger("vllmd.access")
 
 FLUSH, RETRY = 2.0, 15.0  # seconds between writes, and after one that failed
-MOST_FRESH = 4000  # requests that wait to be added up by the thread that writes
+AT_A_TIME = 256  # requests that are added up together
 MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
 MOST_AT_ONCE, WATCH_PAUSE = 10, 0.25  # requests that a watcher is sent, and the seconds until it is sent more
 USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where the question names no beginning
+NO_TOKENS = Tokens(0, 0)
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
 
 
@@ -97,8 +99,8 @@ class Records:
         self.recordings = Recordings(time.monotonic)
         self._bodies = KeptBodies(config.bodies)
         self._sums = Sums()
-        self._fresh: list[Entry] = []  # not added up yet
-        self._arrivals: list[Arrival] = []
+        self._fresh: list[Ended] = []  # not added up yet
+        self._arrivals = _no_arrivals()
         self._lines: list[str] = []  # of the access log
         self._path = path
         self.keeps = path is not None and config.usage
@@ -165,32 +167,33 @@ class Records:
         if account is not None and account.trace is not None and self.spans is not None:
             self.spans.note(entry, account.trace)
         if exchange.model:
-            self._last_key[exchange.model] = entry.key
+            key, model = exchange.request.caller.name, exchange.offer or exchange.model
+            self._last_key[exchange.model] = key
             if self.keeps:
-                self._fresh.append(entry)
+                waited, tokens = entry.waited, account.tokens if account is not None else None
+                tokens = tokens or NO_TOKENS
+                engine_seconds = 0.0 if waited is None else entry.seconds - waited
+                failed = bool(exchange.error or exchange.status >= 400) and ring.failed(entry)
+                self._fresh.append((
+                    entry.at * 1000, model, key, tokens.prompt, tokens.answer, tokens.cached,
+                    tokens.total if tokens.estimated else 0, engine_seconds, failed,
+                ))  # fmt: skip
                 if self._timer is None:
                     self._flush_later(FLUSH)
-                if len(self._fresh) >= MOST_FRESH:
-                    fresh, self._fresh = self._fresh, []
-                    self._add_up(fresh, self._sums, self._arrivals)
+                if len(self._fresh) >= AT_A_TIME:
+                    self._add_up()
         if config.access_log:
             self._log(entry, config.access_log)
         for watcher in self._watchers:
             watcher.offer(entry)
         return entry
 
-    @staticmethod
-    def _add_up(entries: list[Entry], sums: Sums, arrivals: list[Arrival]) -> None:
-        """Add requests to the sums of use, and to the arrivals, of which the last ``MOST_ARRIVALS`` stay."""
-        # Each entry takes the interpreter's lock from the thread that serves, so this is written for speed.
-        for entry in entries:
-            at, key, model, tokens, waited = entry.at, entry.key, entry.model, entry.tokens, entry.waited
-            engine_seconds = 0.0 if waited is None else max(0.0, entry.seconds - waited)
-            failed = (entry.error or entry.status >= 400) and ring.failed(entry)
-            sums.request(at, key, model, tokens, engine_seconds, failed=bool(failed))
-            prompt, answer = (0, 0) if tokens is None else (tokens.prompt, tokens.answer)
-            arrivals.append(new_arrival((int(at * 1000), model, key, prompt, answer)))
-        del arrivals[: max(0, len(arrivals) - MOST_ARRIVALS)]
+    def _add_up(self) -> None:
+        """Add what has ended to the sums of use, and to the arrivals."""
+        if self._fresh:
+            self._sums.add(self._fresh)
+            self._arrivals.extend(self._fresh)
+            self._fresh.clear()
 
     def engine_up(self, replica: str, took: float) -> None:
         """Note that a replica has started or woken, which took so many seconds."""
@@ -267,14 +270,16 @@ class Records:
             lines, self._lines = self._lines, []
             if lines and self.config.access_log not in (None, "journal"):  # which it may have become since
                 await asyncio.to_thread(self._append, Path(self.config.access_log), "".join(lines))
-            fresh, sums, arrivals = self._fresh, self._sums, self._arrivals
-            self._fresh, self._sums, self._arrivals = [], Sums(), []
-            if not fresh and not sums and not arrivals:
+            self._add_up()
+            sums, arrivals = self._sums, self._arrivals
+            self._sums, self._arrivals = Sums(), _no_arrivals()
+            if not sums and not arrivals:
                 return
-            failure = await asyncio.to_thread(self._write, fresh, sums, arrivals)
+            failure = await asyncio.to_thread(self._write, sums, arrivals)
             if failure:
                 self._sums.put_back(sums.take())
-                self._arrivals = (arrivals + self._arrivals)[-MOST_ARRIVALS:]
+                arrivals.extend(self._arrivals)
+                self._arrivals = arrivals
                 self._trouble.say(logging.ERROR, "%s; requests are served all the same", failure)
                 self._flush_later(RETRY)
             elif self.trouble:
@@ -282,12 +287,8 @@ class Records:
                 log.info("the record of use is written again")
             self.trouble = failure
 
-    def _write(self, fresh: list[Entry], sums: Sums, arrivals: list[Arrival]) -> str:
-        """Write to the store, in a thread. Returns why it failed, "" if it did not.
-
-        In either case the fresh entries are added up in ``sums`` and ``arrivals``, from which a failure is made good.
-        """
-        self._add_up(fresh, sums, arrivals)
+    def _write(self, sums: Sums, arrivals: Iterable[Ended]) -> str:
+        """Write to the store, in a thread. Returns why it failed, "" if it did not."""
         if self._path is None:
             return ""
         try:
@@ -520,6 +521,11 @@ class Records:
         for each in anonymous(arrivals) if anonymised else arrivals:
             model = each.model if anonymised else self._base_of(each.model)
             yield answers.Arrival(each.at / 1000, model, each.prompt, each.answer, each.key or None)
+
+
+def _no_arrivals() -> deque[Ended]:
+    """None yet; of more than ``MOST_ARRIVALS`` the last ones stay."""
+    return deque(maxlen=MOST_ARRIVALS)
 
 
 def _unfinished(exchange: Exchange) -> Entry:

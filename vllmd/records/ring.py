@@ -13,7 +13,8 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from vllmd.api.answers import RequestEntry, RequestTokens
 from vllmd.proxy.access import Caller
@@ -55,6 +56,11 @@ class Entry(NamedTuple):
     sends: int
     tokens: Tokens | None
     head: bytes
+
+
+def field(*names: str) -> Callable[[Entry], Any]:
+    """A function that gives this field of an entry, or a tuple of these; by its place, which is faster than by name."""
+    return itemgetter(*map(Entry._fields.index, names))
 
 
 class Ring:

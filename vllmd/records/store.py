@@ -23,7 +23,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllmd.api.answers import UsageRow
 from vllmd.errors import VllmdError
@@ -83,7 +83,7 @@ class Store:
     # -- writing
 
     def write(
-        self, rows: Mapping[Row, Sequence[float]], arrivals: Iterable[Arrival], days: float, trace: float
+        self, rows: Mapping[Row, Sequence[float]], arrivals: Iterable[tuple[Any, ...]], days: float, trace: float
     ) -> None:
         """Add all of it, or nothing. ``days`` and ``trace``: seconds for which use and arrivals are kept.
 

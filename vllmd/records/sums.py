@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from vllmd.proxy.tokens import Tokens
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 HOUR, DAY = 3600, 86400  # seconds
+MS_PER_HOUR = 1000 * HOUR
 # What is added up, in this order everywhere; seconds of devices and engines, memory in MiB times seconds.
 FIELDS = (
     "requests",
@@ -23,6 +23,9 @@ REQUESTS, ERRORS, PROMPT, CACHED, ANSWER, ESTIMATED, ENGINE, DEVICE, MEMORY = ra
 MOST_ROWS = 20_000  # that wait to be written; more only gather while the store cannot be written
 
 Row = tuple[int, str, str]  # hours since 1970 (UTC), key, model
+# A request that has ended: when it came (Unix milliseconds), its model and key, the tokens of its prompt and of its
+# answer, those that were cached, those that are estimated, the seconds at its engine, and whether it failed.
+Ended = tuple[float, str, str, int, int, int, int, float, bool]
 
 
 class Sums:
@@ -35,23 +38,34 @@ class Sums:
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def request(self, at: float, key: str, model: str, tokens: Tokens | None, engine: float, *, failed: bool) -> None:
-        """Add a request that has ended ``at`` this Unix time, after ``engine`` seconds at its engine."""
-        row = self._rows.get((int(at // HOUR), key, model)) or self._row(at, key, model)
-        row[REQUESTS] += 1
-        row[ENGINE] += engine
-        if failed:
-            row[ERRORS] += 1
-        if tokens is not None:
-            row[PROMPT] += tokens.prompt
-            row[ANSWER] += tokens.answer
-            row[CACHED] += tokens.cached
-            if tokens.estimated:
-                row[ESTIMATED] += tokens.prompt + tokens.answer
+    def add(self, requests: Sequence[Ended]) -> None:
+        """Add requests that have ended, at least one. Nearly always all came in the same hour."""
+        times = [request[0] for request in requests]
+        first, last = int(min(times) // MS_PER_HOUR), int(max(times) // MS_PER_HOUR)
+        if first == last:
+            self._add_hour(first, requests)
+            return
+        for hour in {int(at // MS_PER_HOUR) for at in times}:
+            self._add_hour(hour, [each for each in requests if each[0] // MS_PER_HOUR == hour])
+
+    def _add_hour(self, hour: int, requests: Iterable[Ended]) -> None:
+        groups: defaultdict[tuple[str, str], list[Ended]] = defaultdict(list)
+        for request in requests:
+            groups[request[2], request[1]].append(request)
+        for (key, model), group in groups.items():
+            _, _, _, prompts, answers, cached, estimated, seconds, failures = zip(*group, strict=True)
+            row = self._row(hour, key, model)
+            row[REQUESTS] += len(group)
+            row[ERRORS] += sum(failures)
+            row[PROMPT] += sum(prompts)
+            row[CACHED] += sum(cached)
+            row[ANSWER] += sum(answers)
+            row[ESTIMATED] += sum(estimated)
+            row[ENGINE] += sum(seconds)
 
     def held(self, at: float, key: str, model: str, device_seconds: float, memory: float) -> None:
         """Add the devices that a model has held, booked to this key."""
-        row = self._row(at, key, model)
+        row = self._row(int(at // HOUR), key, model)
         row[DEVICE] += device_seconds
         row[MEMORY] += memory
 
@@ -75,8 +89,8 @@ class Sums:
             del self._rows[row]
             self.dropped += 1
 
-    def _row(self, at: float, key: str, model: str) -> list[float]:
-        row = int(at // HOUR), key, model
+    def _row(self, hour: int, key: str, model: str) -> list[float]:
+        row = hour, key, model
         values = self._rows.get(row)
         if values is None:
             values = self._rows[row] = [0.0] * len(FIELDS)

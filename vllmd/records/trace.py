@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from itertools import chain
+from math import floor
+from operator import itemgetter, sub
+from typing import Any, NamedTuple
 
 MOST_BYTES = 64 << 20  # of a segment, unpacked; a larger one is damaged
 
@@ -25,31 +28,44 @@ class Arrival(NamedTuple):
     answer: int
 
 
-new_arrival = Arrival._make  # of the five values in one tuple; half of what the constructor takes
-
-
 class Damaged(ValueError):
     """The bytes are no segment."""
 
 
-def packed(arrivals: Iterable[Arrival]) -> tuple[int, bytes]:
-    """The Unix milliseconds of the first arrival (0 for none), and the segment."""
-    ordered = sorted(arrivals)
-    models, keys = _indices(a[1] for a in ordered), _indices(a[2] for a in ordered)
-    first = last = ordered[0][0] if ordered else 0
-    out = bytearray(json.dumps([list(models), list(keys)], separators=(",", ":")).encode() + b"\n")
-    for at, model, key, prompt, answer in ordered:
-        numbers = at - last, models[model], keys[key], prompt, answer
-        if max(numbers) <= 0x7F:  # the common case: a byte for each
-            out += bytes(numbers)
-        else:
-            for number in numbers:
-                while number > 0x7F:
-                    out.append(number & 0x7F | 0x80)
-                    number >>= 7
-                out.append(number)
-        last = at
-    return first, zlib.compress(out, 1)
+def packed(arrivals: Iterable[tuple[Any, ...]]) -> tuple[int, bytes]:
+    """The Unix milliseconds of the first arrival (0 for none), and the segment.
+
+    Each begins with the values of an ``Arrival``; fractions of its milliseconds are dropped.
+    """
+    # By columns, without a line of Python for each arrival: a busy daemon has thousands in a second.
+    ordered = sorted(arrivals, key=itemgetter(0))
+    moments, models, keys, prompts, answers = list(zip(*ordered, strict=True))[:5] if ordered else [()] * 5
+    times, written = list(map(floor, moments)), Written()
+    first = times[0] if times else 0
+    of_models, of_keys = ({name: written[index] for index, name in enumerate(dict.fromkeys(c))} for c in (models, keys))
+    rows = zip(
+        map(written.__getitem__, map(sub, times, (first, *times))),
+        map(of_models.__getitem__, models),
+        map(of_keys.__getitem__, keys),
+        map(written.__getitem__, prompts),
+        map(written.__getitem__, answers),
+        strict=True,
+    )
+    names = json.dumps([list(of_models), list(of_keys)], separators=(",", ":")).encode()
+    return first, zlib.compress(b"%b\n%b" % (names, b"".join(chain.from_iterable(rows))), 1)
+
+
+class Written(dict[int, bytes]):
+    """Numbers as they are written, seven bits in each byte; each is put together once, for most of them recur."""
+
+    def __missing__(self, number: int) -> bytes:
+        out, left = bytearray(), number
+        while left > 0x7F:
+            out.append(left & 0x7F | 0x80)
+            left >>= 7
+        out.append(left)
+        self[number] = found = bytes(out)
+        return found
 
 
 def unpacked(first: int, segment: bytes) -> Iterator[Arrival]:
@@ -79,10 +95,6 @@ def anonymous(arrivals: Iterable[Arrival]) -> Iterator[Arrival]:
         model = models.setdefault(each.model, f"model{len(models) + 1}")
         key = each.key and keys.setdefault(each.key, f"key{len(keys) + 1}")
         yield Arrival(each.at - first, model, key, each.prompt, each.answer)
-
-
-def _indices(names: Iterable[str]) -> dict[str, int]:
-    return {name: index for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _numbers(data: Sequence[int]) -> Iterator[int]:
