@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import subprocess
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from vllmd.config.loader import read
 from vllmd.config.present import as_data, as_yaml
 from vllmd.config.types import ModelConfig
 from vllmd.core import commands, events
-from vllmd.daemon import engine_manager
+from vllmd.daemon import engine_manager, engine_resolver
+from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.engines import engine_of
-from vllmd.engines.base import Listen, Place
+from vllmd.engines.base import Engine, Listen, Place
 from vllmd.errors import ConfigError
 
 BAD_CERTIFICATE = "unable to get local issuer certificate|self-signed certificate|self signed certificate"
@@ -322,3 +324,31 @@ def test_a_remote_that_is_away_is_a_clear_503_and_used_again_when_it_is_back(tmp
         with daemon(tmp_path / "again", NEAR | {"models": FAR_MODELS}, port=port):
             near.wait_for("ours", "error", "stopped")
             assert near.answer("ours", "welcome back") == "welcome back"
+
+
+def test_models_with_the_same_options_share_an_engine_as_long_as_one_has_it() -> None:
+    """Its key, which may be among the options, is not kept of a model that has gone; a file may have changed."""
+    options = {"url": "http://gpu2", "key": "secret"}
+    one, other = (engine_of(ModelConfig(name, engine="remote", options=options)) for name in ("m", "n"))
+    assert one is other
+    assert engine_of(ModelConfig("m@2", engine="remote", options=options, replica_of="m")) is not one
+    left = weakref.ref(one)
+    del one, other
+    assert left() is None
+
+
+def test_an_engine_is_kept_of_models_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reload drops what it kept of others; as many may come and go as want to."""
+    found = list[str]()
+
+    def look(model: ModelConfig) -> Engine:
+        found.append(model.name)
+        return engine_of(model)
+
+    monkeypatch.setattr(engine_resolver, "engine_of", look)
+    resolver, models = EngineResolver(), [ModelConfig(name, engine="sim") for name in ("m", "n")]
+    for names in (("m", "n"), ("m",), ()):
+        resolver.renew(names)
+        for model in models:
+            resolver(model)
+    assert found == ["m", "n", "n", "m", "n"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 
 from vllmd.config.types import ModelConfig
 from vllmd.engines import engine_kind, engine_of
@@ -26,18 +27,19 @@ class EngineResolver:
             known = self._found[model.name] = (model, self._usable(model))
         return known[1]
 
-    def renew(self) -> None:
+    def renew(self, names: Container[str]) -> None:
         """Make engines anew that are made of more than a model's settings, or could not be made.
 
         To be called when the configuration is read again: a remote's key is in a file of its own, and what an engine
-        lacked may be there by now. The kinds' own objects, which nearly all models share, stay.
+        lacked may be there by now. The kinds' own objects, which nearly all models share, stay for the models of these
+        ``names``; what others had is forgotten.
         """
         from vllmd.engines.unusable import Unusable
 
         self._found = {
             name: (model, engine)
             for name, (model, engine) in self._found.items()
-            if not isinstance(engine, Unusable) and engine is engine_kind(model.engine)
+            if name in names and not isinstance(engine, Unusable) and engine is engine_kind(model.engine)
         }
 
     def _usable(self, model: ModelConfig) -> Engine:

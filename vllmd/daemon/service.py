@@ -253,7 +253,8 @@ class Daemon:
                 with collector.paused():
                     read = await asyncio.to_thread(lambda: shared(self._read(), self.front.current.config))
                     config = await for_this_host(read, self._runtime)
-                    self.front.resolver.renew()  # files that settings name may have changed where the settings have not
+                    # Files that settings name may have changed where the settings have not.
+                    self.front.resolver.renew({*self.front.current.config.models, *self.front.current.engines})
                     async with self.front.changing:
                         answer = await self.apply_configuration(self.front.runtime_models.added_to(config))
                     if len(config.models) >= collector.MANY:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import SplitResult, urlsplit
+from weakref import WeakValueDictionary
 
 from vllmd.config import secrets
 from vllmd.config.types import ModelConfig
@@ -29,7 +30,6 @@ from vllmd.engines.vllm import ROUTES
 
 NO_ADDRESS = "is no address of an HTTP server; right is one such as http://gpu2.example:33258/v1"
 FILES = frozenset({"key_file", "ca_file"})  # options that name one
-MOST_SHARED = 100  # engines that several models may share; others each have their own
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -49,7 +49,8 @@ class Remote:
     }
 
     def __init__(self) -> None:
-        self._shared: dict[tuple[bool, str], RemoteOf] = {}  # by the options, and whether it is of a replica
+        # By the options, and whether it is of a replica; as long as a model has it, for a key may be among the options.
+        self._shared = WeakValueDictionary[tuple[bool, str], RemoteOf]()
 
     def bind(self, model: ModelConfig) -> Engine:
         """The engine of one model. Raises ConfigError for a URL or a key that cannot work.
@@ -58,11 +59,11 @@ class Remote:
         of them.
         """
         key = bool(model.replica_of), repr(model.options)
-        if key in self._shared:
-            return self._shared[key]
+        if engine := self._shared.get(key):
+            return engine
         unknown(model, self.OPTIONS)
         engine = RemoteOf(model)
-        if not FILES & model.options.keys() and len(self._shared) < MOST_SHARED:
+        if not FILES & model.options.keys():
             self._shared[key] = engine
         return engine
 
