@@ -16,6 +16,8 @@ from vllmd.cli.examine import accounts, configuration, driver, memory, place, py
 from vllmd.cli.examine_engines import vllm_on_cpu
 from vllmd.cli.examined import Host
 from vllmd.cli.verbs.doctor import is_known
+from vllmd.config import loader
+from vllmd.config.findings import Reading
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core.types import Device
 from vllmd.engines import vllm_cpu
@@ -390,6 +392,25 @@ def test_a_file_that_the_daemon_cannot_read(tmp_path: Path, monkeypatch: pytest.
         f"the daemon's user vllmd cannot read {file}",
         f"chown root:vllmd {file} && chmod 640 {file}",
     ) in list(configuration(host))
+
+
+def test_the_configuration_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With ten thousand models that takes a second; and what is found is found of one and the same."""
+    (tmp_path / "vllmd.yaml").write_text("devices: [{memory: 80GiB}]\nmodels: {m: {}}\n")
+    monkeypatch.setenv("VLLMD_CONFIG", str(tmp_path / "vllmd.yaml"))
+    readings, read = list[object](), loader.read
+
+    def counted(*given: Any, **more: Any) -> Reading:
+        readings.append(given)
+        return read(*given, **more)
+
+    monkeypatch.setattr(loader, "read", counted)
+    with fake_daemon({"GET /admin/status": (200, status())}, tmp_path / "s"):
+        main(["doctor", "--socket", str(tmp_path / "s")])
+    assert len(readings) == 1
+    assert "with 1 models" in capsys.readouterr().out
 
 
 def test_models_and_devices_that_are_not_well(

@@ -140,8 +140,6 @@ def memory(host: Host) -> Iterator[Finding]:
 
 def place(host: Host) -> Iterator[Finding]:
     """What a container, control groups and sysctls leave of the machine, where that is less than an engine wants."""
-    from vllmd.config.loader import read
-
     here, limit = cpus(host.root), tasks(host.root)
     if here.quota is not None and here.quota < 1:
         what = f"control groups leave engines {here.quota:g} of a CPU"
@@ -149,7 +147,7 @@ def place(host: Host) -> Iterator[Finding]:
     if limit is not None and limit < FEWEST_TASKS:
         advice = "systemctl set-property vllmd.slice TasksMax=infinity, or the container's --pids-limit=-1"
         yield "warning", f"only {limit} processes and threads may run here; an engine has some hundred", advice
-    engines, limits = read(env=host.env).config.engines, port_limits(host.root)
+    engines, limits = host.reading.config.engines, port_limits(host.root)
     ports = range(engines.port_start, engines.port_end + 1)
     if not any(port >= limits.least for port in ports):
         what = f"engines' ports {ports.start}-{ports.stop - 1} are below {limits.least}, where only root may listen"
@@ -160,9 +158,8 @@ def configuration(host: Host) -> Iterator[Finding]:
     """Whether the configuration is valid, and the engines' programs and files are there."""
     from vllmd.cli.examine_engines import programs, vllm_on_cpu
     from vllmd.config.as_daemon import problems_of_daemon
-    from vllmd.config.loader import read
 
-    reading = read(env=host.env)
+    reading = host.reading
     closed = [path for path in reading.config.files if not host.user and not host.readable_by("vllmd", path)]
     for path in closed:
         yield "bad", f"the daemon's user vllmd cannot read {path}", f"chown root:vllmd {path} && chmod 640 {path}"

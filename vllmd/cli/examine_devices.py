@@ -30,9 +30,7 @@ def driver(host: Host) -> Iterator[Finding]:
 
 def declared(host: Host) -> bool:
     """Whether the configuration says which devices there are."""
-    from vllmd.config.loader import read
-
-    return read(env=host.env).config.devices is not None
+    return host.reading.config.devices is not None
 
 
 def nvidia(host: Host, here: Presence) -> Iterator[Finding]:

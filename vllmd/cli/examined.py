@@ -6,12 +6,16 @@ import os
 import pwd
 import subprocess
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vllmd.frozen import frozen
 from vllmd.gpu import Devices, Presence, open_devices
+
+if TYPE_CHECKING:
+    from vllmd.config.findings import Reading
 
 Finding = tuple[str, str, str]  # verdict, what, advice
 
@@ -54,7 +58,7 @@ def of_this_machine(here: Presence) -> Devices:
     return open_devices(Config(), {}, here=here)
 
 
-@frozen
+@dataclass(frozen=True)  # with a place for what is read once
 class Host:
     """The machine; tests give another root and other answers. ``user``: a daemon of systemctl --user is meant."""
 
@@ -65,6 +69,13 @@ class Host:
     readable_by: Callable[[str, Path], bool] = readable_by
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     devices: Callable[[Presence], Devices] = of_this_machine
+
+    @cached_property
+    def reading(self) -> Reading:
+        """The configuration as it is now, read once: all findings are about the same, and a large one takes seconds."""
+        from vllmd.config.loader import read
+
+        return read(env=self.env)
 
     def path(self, absolute: str) -> Path:
         return self.root / absolute.lstrip("/")

@@ -25,11 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from vllmd.cli.examine import examine
     from vllmd.cli.examined import Host
-    from vllmd.config.loader import read
 
     host = Host(user=arguments.user)
     of_machine = examine(host)
-    known, unfit = "\n".join(what for _, what, _ in of_machine), read(env=host.env).config.unfit
+    known, unfit = "\n".join(what for _, what, _ in of_machine), host.reading.config.unfit
     findings = [*of_machine, *daemon(arguments, known, unfit)]
     if arguments.json:
         keys = ("verdict", "what", "advice")
