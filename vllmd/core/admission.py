@@ -103,8 +103,8 @@ class Admission:
         core, r = self._core, self._admitted.get(request)
         if r is None or r.spec.preempt or r.health or not core.only_serves(r):
             return False
-        run = r.running.get(request)
-        if run is None or run.frozen:
+        began = r.running.get(request)
+        if began is None or r.frozen:
             return False
         now = core.engines.now
         due = INFINITY if len(r.running) > 1 or r.pinned else rules_due(r, now)
@@ -112,7 +112,7 @@ class Admission:
             return False
         del self._admitted[request], r.running[request]
         r.used = now
-        r.costs.observe("service", now - run.began)
+        (r.learnt or r.costs).observe("service", now - began)
         if not r.running:
             r.idle_since = now
         core.note_use(r, due)
@@ -167,14 +167,14 @@ class Admission:
             return
         core, now = self._core, self._core.engines.now
         r.used = now
-        run = r.running.pop(e.request, None)
+        was_frozen, began = e.request in r.frozen, r.end(e.request)
         if r.health:
             self._health.ended(r, e.request, e.failed)
-        if run is None:
+        if began is None:
             core.mark_for_review(r)
             return
-        if r.state in AWAKE and not run.frozen and not e.failed:
-            r.costs.observe("service", now - run.began)
+        if r.state in AWAKE and not was_frozen and not e.failed:
+            r.costs.observe("service", now - began)
         if not r.running:
             r.idle_since = now
             core.news[r] = None

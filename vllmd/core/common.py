@@ -14,7 +14,7 @@ from vllmd.core.model import INFINITY, Job, Model, Replica
 from vllmd.core.policy import Policy
 from vllmd.core.swaps import Swaps
 from vllmd.core.timers import Timers
-from vllmd.core.types import Device, Settings, State
+from vllmd.core.types import READY, Device, Settings
 
 
 class Core:
@@ -60,7 +60,7 @@ class Core:
     def only_serves(self, r: Replica) -> bool:
         """Whether it serves, and nothing else goes on there: nobody waits, nothing keeps it or is to happen to it."""
         model = r.model
-        return r.state is State.READY and not (r.job or model.queue or model.leases or model.spec.balancing)
+        return r.state is READY and not (r.job or model.queue or model.leases or model.spec.balancing)
 
     def note_use(self, r: Replica, due: float) -> None:
         """All that follows from a request that begins or ends in a replica that only serves, which rests at ``due``."""

@@ -25,6 +25,7 @@ STEP = 0.2  # by what the logarithm of a correction must have changed to count
 NEWEST = 0.3  # the least weight of a new observation
 LEAST = 0.001  # seconds
 SHORT, LONG = 60.0, 900.0  # seconds in which the two arrival rates fall by e
+EACH_SHORT, EACH_LONG = 1.0 / SHORT, 1.0 / LONG  # what each arrival adds to them
 TOGETHER = 0.01  # seconds, in which they fall by less than a five thousandth
 
 _PRIORS: Mapping[str, Callable[[float], float]] = {
@@ -153,10 +154,12 @@ class Costs:
         """
         if not 0.0 <= seconds < math.inf:
             return False
-        seconds = max(seconds, LEAST)  # nothing takes no time
+        if seconds < LEAST:  # nothing takes no time
+            seconds = LEAST
         seen = self._seen[kind] = self._seen.get(kind, 0) + 1
         known = self._known.get(kind, 0.0)
-        self._known[kind] = known + max(NEWEST, 1.0 / seen) * (seconds - known)
+        weight = NEWEST if seen * NEWEST > 1.0 else 1.0 / seen
+        self._known[kind] = known + weight * (seconds - known)
         if kind == "service":  # how long answers are is the clients' affair
             return False
         return self._calibration.observe(kind, seconds / self._prior(kind))
@@ -175,8 +178,8 @@ class Costs:
         if now - short.at > TOGETHER:
             for rate in (short, long):
                 rate.value, rate.at = rate.value * math.exp((rate.at - now) / rate.tau), now
-        short.value += 1.0 / SHORT
-        long.value += 1.0 / LONG
+        short.value += EACH_SHORT
+        long.value += EACH_LONG
 
     @property
     def has_learnt(self) -> bool:

@@ -35,7 +35,7 @@ from vllmd.core.lifecycle import (
     Step,
     follow,
 )
-from vllmd.core.model import INFINITY, Job, Model, Replica, Run, Start, wanted_start
+from vllmd.core.model import INFINITY, Job, Model, Replica, Start, wanted_start
 from vllmd.core.types import Decision, Placement, State
 
 DECISIONS_KEPT = 1000
@@ -91,9 +91,10 @@ class EngineTable:
 
     def begin(self, r: Replica, request: str) -> None:
         """The request runs in the engine. Only now it counts as demand: many who wait leave before."""
-        r.running[request] = Run(self.now)
-        r.used = self.now
-        r.costs.arrived(self.now)
+        now = self.now
+        r.running[request] = now
+        r.used = now
+        (r.learnt or r.costs).arrived(now)
         if r.health:
             r.health.unanswered[request] = self.now
 
@@ -267,8 +268,7 @@ class EngineTable:
         r.level = level
         if level == 1:
             self.ledger.hold_host(r, r.spec.host_running + r.footprint.host)
-        for run in r.running.values():
-            run.frozen += 1
+        r.frozen = {request: r.frozen.get(request, 0) + 1 for request in r.running}
         self._out.append(cmd.SleepEngine(r.id, level, freeze))
 
     def prove(self, r: Replica) -> None:
@@ -292,7 +292,7 @@ class EngineTable:
 
     def probe(self, r: Replica, request: str, limit: float) -> None:
         """Ask it a question of the daemon's own, which runs in it as any other request does."""
-        r.running[request] = Run(self.now)
+        r.running[request] = self.now
         self._out.append(cmd.ProbeReplica(request, r.id, limit))
 
     def remember_failure(self, r: Replica, reason: str, since: float) -> None:
@@ -352,6 +352,7 @@ class EngineTable:
             self._learn_time(r)
         self._move(r, step)
         r.running.clear()
+        r.frozen = {}
         r.level, r.placement = 0, Placement()
         r.slept_shallow = False
         start = r.job if step is Step.START_FAILED and r.job and r.job.kind is Kind.START else wanted_start(r.job)

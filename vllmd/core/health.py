@@ -24,7 +24,7 @@ from vllmd.core.balancing import ENOUGH_ANSWERS, fastest, quickest
 from vllmd.core.common import Core
 from vllmd.core.events import ProbeAsked, ReplicaProbed, ServerSilent
 from vllmd.core.lifecycle import Kind, Reason
-from vllmd.core.model import INFINITY, Health, HealthStatus, Job, Latency, Replica, Run
+from vllmd.core.model import INFINITY, Health, HealthStatus, Job, Latency, Replica
 from vllmd.core.types import ReplicaRules, State
 
 LEAST = 0.0005  # seconds; nothing takes no time
@@ -102,7 +102,7 @@ class HealthChecks:
         why = "" if serves else f"{e.replica} is {r.state.value if r else 'gone'}, and a probe loads nothing"
         self._core.engines.answer(e.ask, e.replica, why)
         if r and serves:
-            r.running[e.request] = Run(self._core.now)
+            r.running[e.request] = self._core.now
             self._probes[e.request] = r
             self._core.mark_for_review(r)
 
@@ -111,7 +111,7 @@ class HealthChecks:
         r = self._probes.pop(e.request, None)
         if r is None:
             return
-        r.running.pop(e.request, None)
+        r.end(e.request)
         self._core.mark_news(r)
         h = r.health
         if h is None or r.model.rules is None or h.probe != e.request:

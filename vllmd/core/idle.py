@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 from vllmd.core.model import INFINITY, Replica
-from vllmd.core.types import State
+from vllmd.core.types import READY, State
 
 
 class Rest(enum.Enum):
@@ -40,13 +40,14 @@ def rules_due(r: Replica, unused_since: float | None = None) -> float:
     """The same of one that is not used (since then, if that is given), nor kept, nor about to leave."""
     rules, since = r.spec.idle, r.idle_since if unused_since is None else unused_since
     stop = INFINITY if rules.stop_after is None else since + rules.stop_after
-    if r.state is State.READY:
+    if r.state is READY:
         # 4.4: with a limit of energy it sleeps once it has drawn so much unused, however short that took. A figure that
         # was read before its last request says nothing of the time since.
         drawn_since, joules = r.drawn
         if rules.energy is not None and drawn_since == since and joules >= rules.energy:
             return _kept_alive(r, since, since)
-        return _kept_alive(r, since, stop if rules.sleep_after is None else min(stop, since + rules.sleep_after))
+        sleep = INFINITY if rules.sleep_after is None else since + rules.sleep_after
+        return _kept_alive(r, since, sleep if sleep < stop else stop)
     if r.state is State.SLEEPING:
         # One with a job waits for the room to sleep deeper already.
         deepens = rules.deepen_after is not None and r.level == 1 and 2 in r.spec.sleep_levels and not r.job

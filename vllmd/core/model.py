@@ -41,14 +41,6 @@ class Start:
     fetched: bool = False  # it waited for a download: how long it has taken says nothing
 
 
-@dataclass(slots=True)
-class Run:
-    """A request in the engine: when it was admitted, and how often it was frozen."""
-
-    began: float
-    frozen: int = 0
-
-
 class HealthStatus(enum.Enum):
     """What its answers have earned a replica."""
 
@@ -247,7 +239,8 @@ class Replica:
     untouched: bool = True  # it has been in no other state
     level: int = 0
     placement: Placement = NOWHERE
-    running: dict[str, Run] = field(default_factory=lambda: _NOTHING_RUNS)
+    running: dict[str, float] = field(default_factory=lambda: _NOTHING_RUNS)  # request -> when it was admitted
+    frozen: Mapping[str, int] = field(default_factory=_none)  # those of them that were frozen -> how often
     ready_at: float = 0.0  # when it last became ready
     used: float = -INFINITY  # when a request last came or ended
     idle_since: float = 0.0
@@ -278,6 +271,12 @@ class Replica:
         if self.untouched:
             self.untouched, self.running = False, {}
         self.changed = now
+
+    def end(self, request: str) -> float | None:
+        """The request runs no longer. Returns when it was admitted; None if it did not run."""
+        if request in self.frozen:
+            self.frozen = {other: often for other, often in self.frozen.items() if other != request}
+        return self.running.pop(request, None)
 
     @property
     def costs(self) -> Costs:

@@ -83,6 +83,7 @@ class Scheduler:
         self._operator = OperatorCommands(core, self._admission, self._scaling, self._devices)
         self._unloading = Unloading(core, self.planner)
         self.handlers = self._handlers_by_event()
+        self._is_quiet = False  # since the last event the policy has had nothing to look at
         for spec in models:
             self._operator.take(spec)
         core.regroup()
@@ -92,6 +93,7 @@ class Scheduler:
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """The commands that follow from ``event``. Raises LifecycleError, nothing changed, if it cannot be."""
         core, engines = self.core, self.core.engines
+        self._is_quiet = False  # also where this fails
         if now > engines.now:
             engines.now = now
         self.handlers[type(event)](event)
@@ -110,6 +112,7 @@ class Scheduler:
         core.news_for_all = False
         core.news.clear()
         engines.stirred.clear()
+        self._is_quiet = not (self._anything_to_begin() or engines.displaced)
         return engines.collect()
 
     def _anything_to_begin(self) -> bool:
@@ -133,10 +136,13 @@ class Scheduler:
 
     def _is_calm(self, now: float) -> bool:
         """Whether time brings nothing, and the policy has nothing to look at; the core's time is ``now`` then."""
-        engines = self.core.engines
-        if self._anything_to_begin() or engines.displaced or self.core.timers.none_before <= max(now, engines.now):
+        core = self.core
+        engines = core.engines
+        if now < engines.now:
+            now = engines.now
+        if not self._is_quiet or core.timers.none_before <= now:
             return False
-        engines.now = max(now, engines.now)
+        engines.now = now
         return True
 
     def next_timer(self) -> float | None:
@@ -153,9 +159,8 @@ class Scheduler:
 
     def wants_time_before(self, moment: float) -> bool:
         """Whether ``next_timer`` may be earlier than that; cheap where only requests come and go."""
-        core = self.core
-        if not (core.waiting or core.balanced or self._operator.preload):
-            return core.timers.none_before < moment
+        if self._is_quiet:
+            return self.core.timers.none_before < moment
         due = self.next_timer()
         return due is not None and due < moment
 
