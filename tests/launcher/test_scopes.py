@@ -205,17 +205,20 @@ async def test_the_run_directory_is_the_engines_own(site: Machine) -> None:
 
 
 async def test_shared_memory_of_a_killed_engine_is_freed(site: Machine) -> None:
-    """vLLM's would stay until the machine is started anew: 400 MB. Another engine's, of the same user, is in use."""
-    hold = "exec 3<>/dev/shm/psm_{0}; echo > /dev/shm/sem.mp-{0}; echo held; exec sleep 1000"
+    """vLLM's would stay until the machine is started anew. Another engine's, of the same user, is in use."""
+    hold = (
+        "import signal, sys; from _multiprocessing import SemLock; from multiprocessing.shared_memory import *; "
+        "n = sys.argv[1]; held = SharedMemory('psm_' + n, True, 8), SemLock(1, 1, 1, '/mp-' + n, False); signal.pause()"
+    )
     async with driving(site) as driver:
         left, other = fresh(), fresh()
-        await driver.start(hold.format(other), run_dir=f"/run/vllmd-engine/{other}")
-        engine = await driver.start(hold.format(left), run_dir=f"/run/vllmd-engine/{left}")
-        site.wait_until(f"ls /dev/shm/psm_{left} /dev/shm/sem.mp-{left}", timeout=5)
+        for name in (other, left):
+            engine = await driver.start("/usr/bin/python3", "-c", hold, name, run_dir=f"/run/vllmd-engine/{name}")
+            site.wait_until(f"ls /dev/shm/psm_{name} /dev/shm/sem.mp-{name}", timeout=5)
         await driver.client.kill(engine.instance)
         await driver.exit()
         site.wait_until(f"! ls /dev/shm | grep {left}", timeout=5)
-        site.run(f"test -e /dev/shm/psm_{other}")
+        site.run(f"ls /dev/shm/psm_{other} /dev/shm/sem.mp-{other}")
 
 
 async def test_limits_become_properties_of_the_scope(site: Machine) -> None:

@@ -34,9 +34,11 @@ def process(folder: Path, pid: int, uid: int, maps: str = "", files: tuple[Path,
 def test_what_no_process_has_is_removed(tmp_path: Path, shm: Path) -> None:
     """Of the names that are given to memory which ends with its processes; others may be meant to stay."""
     proc, uid = tmp_path / "proc", os.getuid()
-    process(proc, 7, uid, f"7f0000001000-7f0000002000 rw-s 00000000 00:1b 12 {' ' * 30}{shm}/psm_mapped\n")
+    mapped, left = ((shm / name).stat().st_ino for name in ("psm_mapped", "psm_left"))
+    # As of a semaphore, which gets its name after it has been mapped.
+    process(proc, 7, uid, f"7f0000001000-7f0000002000 rw-s 00000000 00:1b {mapped} {' ' * 30}{shm}/Ab3dE (deleted)\n")
     process(proc, 8, uid, files=(shm / "psm_open", shm / "gone"))
-    process(proc, 9, uid + 1, f"7f0000001000-7f0000002000 rw-s 00000000 00:1b 12 {shm}/psm_left\n")
+    process(proc, 9, uid + 1, f"7f0000001000-7f0000002000 rw-s 00000000 00:1b {left} {shm}/psm_left\n")
     (proc / "10").mkdir()  # it has just ended
     remove_unused(str(shm), str(proc))
     assert sorted(os.listdir(shm)) == ["data", "psm_mapped", "psm_open"]

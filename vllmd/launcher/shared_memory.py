@@ -1,7 +1,8 @@
-"""Shared memory that a killed engine leaves in /dev/shm, and that nobody would ever give back.
+"""Shared memory that an engine leaves in /dev/shm, and that nobody would ever give back.
 
-Of Python's programs a helper process, the resource tracker, removes it, and is killed with the engine. What one vLLM
-leaves is 400 MB on a CPU. The kernel frees a file there when it has no name any more, so it is enough to remove it.
+Of Python's programs a helper process, the resource tracker, removes it, and may be killed with the engine. A vLLM on a
+CPU has two files of 400 MB in all, of which it takes what its messages have filled. The kernel frees a file there when
+it has no name any more, so it is enough to remove it.
 
 Which of the files were an engine's is written nowhere, and other engines may have the same user. So a file is removed
 if its name is one that is given to memory which ends with its processes, and no process of the user has it open or
@@ -22,10 +23,12 @@ def remove_unused(folder: str = "/dev/shm", proc: str = "/proc") -> None:
 
     Raises OSError, and has removed nothing, where it is not known what a process uses.
     """
-    uid = os.getuid()
+    uid, unused = os.getuid(), dict[int, str]()  # path by inode
     with os.scandir(folder) as entries:
-        unused = {each.path for each in entries if each.name.startswith(NAMES)}
-    unused = {path for path in unused if _owner(path) == uid}
+        for each in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if each.name.startswith(NAMES) and each.stat(follow_symlinks=False).st_uid == uid:
+                    unused[each.inode()] = each.path
     seen: set[str] = set()
     for _ in range(2):  # a process that appears meanwhile may have been given a file by one that was looked at before
         new = {pid for pid in os.listdir(proc) if pid.isdecimal()} - seen
@@ -33,16 +36,11 @@ def remove_unused(folder: str = "/dev/shm", proc: str = "/proc") -> None:
         for pid in new if unused else ():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
                 if _is_of(f"{proc}/{pid}", uid):
-                    unused.difference_update(_used(f"{proc}/{pid}", folder))
-    for path in unused:
+                    for inode in _used(f"{proc}/{pid}", folder):
+                        unused.pop(inode, None)
+    for path in unused.values():
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-
-
-def _owner(path: str) -> int | None:
-    with contextlib.suppress(FileNotFoundError):
-        return os.lstat(path).st_uid
-    return None
 
 
 def _is_of(process: str, uid: int) -> bool:
@@ -51,13 +49,15 @@ def _is_of(process: str, uid: int) -> bool:
         return str(uid).encode() in next(line for line in file if line.startswith(b"Uid:")).split()
 
 
-def _used(process: str, folder: str) -> Iterator[str]:
-    """The files in ``folder`` that a process has mapped or open."""
-    with open(f"{process}/maps", errors="surrogateescape") as file:
+def _used(process: str, folder: str) -> Iterator[int]:
+    """The inodes that a process has mapped, or open in ``folder``.
+
+    Names would not do: a semaphore is mapped under the name that it has before it is complete.
+    """
+    with open(f"{process}/maps", "rb") as file:
         for line in file:
-            *_, path = line.rstrip("\n").split(maxsplit=5)
-            if path.startswith(f"{folder}/"):
-                yield path
+            yield int(line.split(maxsplit=5)[4])
     for number in os.listdir(f"{process}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            yield os.readlink(f"{process}/fd/{number}")
+            if os.readlink(f"{process}/fd/{number}").startswith(f"{folder}/"):
+                yield os.stat(f"{process}/fd/{number}").st_ino
