@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllmd.daemon.failure_text import for_clients, with_last_lines
+from vllmd.daemon.failure_text import for_clients, tells_error, with_last_lines, without_leaks
 
 LONG = ["loading", "ValueError: the root", *[f"traceback {number}" for number in range(60)], "RuntimeError: see above"]
 
@@ -25,3 +25,18 @@ def test_a_client_gets_the_cause_in_one_line_without_the_machines_folders() -> N
     """Logs and paths are the operator's; a URL is no path."""
     reason = with_last_lines("m exited: no file /home/ada/models/x.gguf; see http://a.example/b/c", LONG)
     assert for_clients(reason) == "m exited: no file \N{HORIZONTAL ELLIPSIS}/x.gguf; see http://a.example/b/c"
+
+
+def test_what_leaked_at_the_exit_hides_no_reason() -> None:
+    """A real vLLM's last lines: three processes list what Triton leaked, and the reason is further above."""
+    died = "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor."
+    leaks = [
+        "nanobind: leaked 514 functions!",
+        ' - leaked function "create_unsplat"',
+        ' - leaked type "triton._C.libtriton.ir.location"',
+        " - ... skipped remainder",
+        "nanobind: this is likely caused by a reference counting issue in the binding code.",
+        "See https://nanobind.readthedocs.io/en/latest/refleaks.html",
+    ]
+    assert without_leaks([died, *leaks, " - another"]) == [died, " - another"]
+    assert tells_error(died)

@@ -271,6 +271,19 @@ async def test_what_fails_is_not_tried_for_ever() -> None:
     assert not here.keeper.ended(ExitReport("somebody else's", 0))
 
 
+def test_how_a_standby_ended_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Its last line alone is that of its imports."""
+
+    async def ends() -> None:
+        here = Place()
+        here.keeper.claim(ONE)
+        await here.look()
+        here.keeper.ended(ExitReport(here.launcher.orders[-1].instance, signal=9, log_tail=("Disabling Triton.",)))
+
+    asyncio.run(ends())
+    assert "no standby: the process was killed by SIGKILL; its last line: Disabling Triton." in caplog.text
+
+
 @story
 async def test_one_that_is_given_away_and_not_used_ends() -> None:
     """It is in nobody's list any more."""

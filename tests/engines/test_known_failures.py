@@ -57,6 +57,9 @@ RECORDED = [
     ("vllm", "RuntimeError: NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)",
              "NCCL_DEBUG", False, False),
     ("vllm", "RuntimeError: Failed to infer device type, please set the environment variable", "sees no GPU", False, False),
+    ("vllm", "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.", "signal 9", False, False),
+    ("vllm", "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the "
+             "root cause.", "engine core has ended", False, False),
     ("vllm", "OSError: [Errno 28] No space left on device: '/var/lib/x'", "disk is full", False, False),
     ("vllm", "ImportError: libnuma.so.1: cannot open shared object file: No such file or directory",
              "library is missing", False, True),

@@ -120,6 +120,17 @@ def test_the_root_is_told_not_its_consequence() -> None:
     assert (found.reason, found.permanent, found.memory) == ("KeyError: 'model.layers'", False, False)
 
 
+def test_a_process_that_ended_without_a_word_is_told() -> None:
+    """As a real vLLM said it when its worker, or its core, was killed: what comes after is of those that are left."""
+    died = "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor."
+    dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for it."
+    after = ["RuntimeError: cancelled", "INFO:     Finished server process [865]"]
+    found = failure([f"{ERROR}{died}", f"{ERROR}{dead}", *after])
+    assert (found.reason, found.hint.partition(" has ended")[0]) == (died, "signal 9")
+    found = failure([f"{ERROR}{dead}", *after])
+    assert (found.reason, found.hint.partition(" has ended")[0]) == (dead, "its engine core")
+
+
 def test_pydantics_errors_are_unwrapped() -> None:
     """As seen of a real vLLM on a CPU: what matters stands in the second line of three."""
     found = failure([

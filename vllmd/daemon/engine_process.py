@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmd.config.settings import of_the_engine
 from vllmd.config.types import ModelConfig
-from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root
+from vllmd.daemon.failure_text import how_it_ended, tells_error, with_last_lines, with_root, without_leaks
 from vllmd.engines import environments
 from vllmd.engines.start_phases import StartPhases
 from vllmd.errors import ConfigError
@@ -152,13 +152,11 @@ class EngineProcess:
         read, end = list(self.lines), list(self.report.log_tail) if self.report else []
         if end and end[0] in read:
             read = read[: len(read) - 1 - read[::-1].index(end[0])]
-        return read + end
+        return without_leaks(read + end)
 
     def last_lines(self) -> list[str]:
         """The engine's last log lines; the launcher has them all."""
-        if self.report and self.report.log_tail:
-            return list(self.report.log_tail)
-        return list(self.lines)
+        return without_leaks(self.report.log_tail if self.report and self.report.log_tail else self.lines)
 
 
 def log_fields(process: EngineProcess) -> dict[str, dict[str, str]]:

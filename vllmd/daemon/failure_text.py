@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,18 +16,19 @@ REASON_LINES = 12  # of the log in a failure's reason
 INSTALL_OR_NAME = "; install it, or give the full path as `command`"  # the launcher, of any program
 AROUND = 3  # lines shown before and after the root error, where that is not among the last
 _DIRECTORIES = r"(?<![\w.:/])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])"  # of an absolute path; not of a URL
-_ERROR = r"(?i)error|exception|fatal|fail|abort|assert|panick|segmentation|out of memory"
+_ERROR = r"(?i)error|exception|fatal|fail|abort|assert|panick|segmentation|out of memory|died"
+_LEAKS = r"nanobind: | - (?:leaked |\.\.\. skipped)|See https://nanobind\."  # which Triton has at every exit
 _SERVED = r'"(?:GET|POST|PUT|DELETE) [^"]* HTTP/'  # a request that was answered, perhaps with an error
 
 
-def how_it_ended(report: ExitReport | None) -> str:
-    """``exited with status 1``, ``was killed by SIGKILL``, ..."""
+def how_it_ended(report: ExitReport | None, what: str = "the engine") -> str:
+    """``the engine exited with status 1``, ``the engine was killed by SIGKILL``, ..."""
     if report is None or (report.status is None and report.signal is None):
-        return "the engine is gone (exit status unknown)"
+        return f"{what} is gone (exit status unknown)"
     why = ", for lack of host memory" if report.oom else ""
     if report.signal is not None:
-        return f"the engine was killed by {_signal_name(report.signal)}{why}"
-    return f"the engine exited with status {report.status}{why}"
+        return f"{what} was killed by {_signal_name(report.signal)}{why}"
+    return f"{what} exited with status {report.status}{why}"
 
 
 def _signal_name(number: int) -> str:
@@ -36,6 +37,11 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def without_leaks(lines: Iterable[str]) -> list[str]:
+    """``lines`` without those, a hundred at the end of a vLLM, that hide why it ended."""
+    return [line for line in lines if not re.match(_LEAKS, line)]
 
 
 def tells_error(line: str) -> bool:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from vllmd.config.names import instance_name
 from vllmd.config.types import ModelConfig
+from vllmd.daemon.failure_text import how_it_ended
 from vllmd.daemon.tasks import Tasks
 from vllmd.engines.standby import Standby
 from vllmd.errors import LauncherFailed
@@ -189,8 +190,8 @@ class Standbys:
         if report.status is None and report.signal is None:  # the launcher has ended, and its standbys with it
             self._report_held()
             return True
-        why = report.log_tail[-1] if report.log_tail else "its log is empty"
-        self._failed(one, f"the process ended by itself: {why}")
+        why = f"its last line: {report.log_tail[-1]}" if report.log_tail else "its log is empty"
+        self._failed(one, f"{how_it_ended(report, 'the process')}; {why}")
         return True
 
     # -- chores

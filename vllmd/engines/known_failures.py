@@ -231,6 +231,15 @@ TABLE: tuple[Known, ...] = (
         "another process has its port; engines.port_start and port_end move the range",
         port=True,
     ),
+    # -- processes that ended without a word
+    _row(
+        r"died unexpectedly \(exit code: -(\d+)\)",
+        "signal {1} has ended one of its processes: the kernel's log (journalctl -k) may tell why",
+    ),
+    _row(
+        r"EngineDeadError: EngineCore encountered an issue",
+        "its engine core has ended, perhaps without a word: then the kernel's log (journalctl -k) may tell why",
+    ),
 )
 
 

@@ -83,7 +83,7 @@ KILL_SECONDS = 20.0  # for the kernel to end killed processes; a stuck driver ca
 RETIRE_SECONDS = 10.0  # for systemd to forget the unit
 STATUS_TRIES, STATUS_WAIT_SECONDS = 20, 0.01  # for the exit status of a process that is not our child
 TIDY_RETRY_SECONDS, FIRST_SWEEP_SECONDS, SWEEP_SECONDS = 10.0, 5.0, 30.0
-TAIL_LINES = 50  # of the log, in the report of an end that was not requested
+TAIL_LINES = 150  # of the log, in the report of an end that was not requested
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL)
 
 # The launcher's own notes beside the daemon's metadata; no key of metadata has a dot.
