@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.daemon.test_reload import BASE, Living, lives, read
 from vllmd.config.types import Config, ModelConfig
 from vllmd.core import events
+from vllmd.daemon.dates import Dates
 from vllmd.daemon.engine_process import fingerprint
 from vllmd.daemon.failures import Failure, remembered
 
@@ -55,6 +57,24 @@ def test_the_next_daemon_knows_what_has_failed_and_the_one_after_it_too(tmp_path
         line = seen(config, tmp_path, kept)
         assert (line["state"], line["failure"]) == ("error", WHY)
         assert line["since"] is not None
+
+
+def test_a_failure_is_of_when_it_was_whatever_became_of_the_clock_since(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody set it between the failure and its being written down."""
+
+    async def fail(living: Living) -> None:
+        was, ahead = time.time(), [0.0]
+        living.front.learnt.dates = Dates(lambda: was + ahead[0])
+        living.back.post(events.LoadAsked("m"))
+        living.front.changes.engine_event(events.EngineStartFailed("m", WHY), living.back.dispatcher)
+        ahead[0] = -86400.0
+        monkeypatch.setattr(time, "time", lambda: was + ahead[0])
+        await living.back.keep_learnt()
+        assert living.front.learnt.failures["m"].at == pytest.approx(was, abs=60)
+
+    lives(read(tmp_path, BASE), tmp_path, fail, learnt=kept)
 
 
 @pytest.mark.parametrize("cleared", [(events.StopAsked("m"),), (events.LoadAsked("m"), events.EngineReady("m"))])

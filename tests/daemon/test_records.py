@@ -17,6 +17,8 @@ from vllmd.config.types import RecordsConfig
 from vllmd.daemon.records import MOST_AT_ONCE, Records, Watcher
 from vllmd.errors import Unavailable
 from vllmd.proxy.access import ANYBODY, Caller
+from vllmd.proxy.exchange import Exchange
+from vllmd.proxy.http import Headers, Peer, Request
 from vllmd.records.ring import Filter, Ring
 from vllmd.records.store import Store, StoreError
 
@@ -125,3 +127,16 @@ def test_a_store_of_another_version_does_not_break_off_a_shutdown(
         return records.trouble
 
     assert "requests cannot be recorded: import of vllmd.records.store" in asyncio.run(ended())
+
+
+def test_a_request_came_when_it_came_whatever_became_of_the_clock_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it was under way somebody set the clock, or the machine slept: in the list, and in the record of use."""
+    came = time.time()
+    request = Request("POST", "/v1/chat/completions", "/v1/chat/completions", "", Headers([]), Peer("127.0.0.1", 4711))
+    exchange = Exchange(request, cast(Any, None), lambda data: None, keep_alive=True)
+    exchange.model = "m"
+    monkeypatch.setattr(time, "time", lambda: came + 86400)
+    records = Records(RecordsConfig(), None, under_way=lambda: [exchange])
+    (entry,) = records.requests("", None, "", None, False, None, 10, ANYBODY).under_way
+    assert entry.at == pytest.approx(came, abs=60)
+    assert Ring(1).note(exchange).at == pytest.approx(entry.at, abs=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import field
 
@@ -131,7 +130,9 @@ class BackEnd:
         async with self.keeping:
             self.learnt.costs = self.dispatcher.scheduler.costs.to_dict()
             if known := self.engines.configured:  # with a broken configuration nothing is known of them
-                self.learnt.failures = failures_to_keep(self.activity(), known, self.learnt.failures, time.time())
+                self.learnt.failures = failures_to_keep(
+                    self.activity(), known, self.learnt.failures, self.learnt.dates.of
+                )
             await asyncio.to_thread(self.learnt.save)
 
     async def close(self) -> None:

@@ -7,7 +7,7 @@ daemon before the first request is let through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vllmd.api.json_types import ForeignJson
 from vllmd.config.types import ModelConfig
@@ -37,15 +37,19 @@ def failed(seen: Snapshot) -> frozenset[tuple[str, str]]:
 
 
 def failures_to_keep(
-    seen: Snapshot, engines: Mapping[str, ModelConfig], before: Mapping[str, Failure], now: float
+    seen: Snapshot, engines: Mapping[str, ModelConfig], before: Mapping[str, Failure], date: Callable[[float], float]
 ) -> dict[str, Failure]:
-    """The failures to be written down. ``before``: those of the last time, whose times stay where the reason does."""
+    """The failures to be written down. ``before``: those of the last time, whose times stay where the reason does.
+
+    ``date``: of a moment of the core's clock, in Unix time.
+    """
     failures = {}
     for each in seen.replicas:
         if each.state is State.FAILED and each.id in engines:
             known, of = before.get(each.id), fingerprint(engines[each.id])
-            same = known is not None and (known.why, known.fingerprint) == (each.failure, of)
-            failures[each.id] = known if same and known else Failure(each.failure, now - (each.since or 0.0), of)
+            if known is None or (known.why, known.fingerprint) != (each.failure, of):
+                known = Failure(each.failure, date(seen.at - (each.since or 0.0)), of)
+            failures[each.id] = known
     return failures
 
 

@@ -534,7 +534,7 @@ def _unfinished(exchange: Exchange) -> Entry:
     elapsed = exchange.elapsed
     admitted = account.admitted if account is not None else None
     return Entry(
-        0, time.time() - elapsed, request.id, request.method, request.path, request.route,
+        0, exchange.at, request.id, request.method, request.path, request.route,
         exchange.offer or exchange.model, account.replica if account else "", request.caller.name, request.peer,
         exchange.status, "", "", account.stream if account else False, request.received, exchange.sent,
         None if admitted is None else admitted - exchange.began, 0.0, exchange.first_byte, elapsed,

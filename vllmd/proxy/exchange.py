@@ -49,7 +49,7 @@ class Exchange:
         """``send`` writes to the client's transport."""
         self.request = request
         self.keep_alive = keep_alive
-        self.began = time.monotonic()
+        self.began, self.at = time.monotonic(), time.time()  # the same moment: to measure by, and as a date
         self.first_byte: float | None = None  # seconds until the answer began
         self.status = 0  # 0 until the answer began
         self.sent = 0  # bytes of the answer, heads and framing included

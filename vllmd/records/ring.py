@@ -93,7 +93,7 @@ class Ring:
             Entry,
             (
                 next(self._numbers),
-                time.time() - elapsed,
+                exchange.at,
                 request.id,
                 request.method,
                 request.path,
