@@ -108,3 +108,26 @@ def test_the_rest_is_imported_when_the_first_clients_have_their_answers(monkeypa
 
     monkeypatch.setattr(service, "FIRST_LOOKS", 10**9)
     asyncio.run(play())
+
+
+HELD = """
+import gc, sys
+from vllmd.config.types import Config
+from vllmd.daemon import main
+async def run(daemon):
+    gc.unfreeze()
+    gc.collect()
+    print(sum(type(each) is Config and len(each.models) == 10 for each in gc.get_objects()))
+main.Daemon.run = run
+sys.exit(main.main(["--config", sys.argv[1]]))
+"""
+
+
+def test_nobody_but_the_daemon_keeps_the_configuration(tmp_path: Path) -> None:
+    """What read it would keep the first one for as long as the daemon lives, whatever is reloaded."""
+    file = tmp_path / "vllmd.yaml"
+    file.write_text(
+        "server: {listen: ['127.0.0.1:0']}\nmodels:\n" + "".join(f"  m{n}: {{engine: sim}}\n" for n in range(10))
+    )
+    told = subprocess.run([sys.executable, "-c", HELD, file], capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout == "1\n"

@@ -49,11 +49,13 @@ class Current:
         self.broken = broken  # why the configuration cannot be used; "" if it can
         self.refused = ""  # why the last reload was refused: the files are not what is in force
         self.config = config
+        self.changes = 0  # how often it was replaced
         self._take_engines(config)
 
     def apply(self, config: Config) -> None:
         """This configuration is in force from now on."""
         self.config, self.broken, self.refused = config, "", ""
+        self.changes += 1
         self._take_engines(config)
 
     def _take_engines(self, config: Config) -> None:

@@ -103,7 +103,8 @@ def files_of(config: Config) -> dict[int, Path]:
 
 def opener(config: Config, environment: Mapping[str, str]) -> Open:
     """Asks for the devices, as that configuration wants them."""
-    return lambda known: open_devices(config, environment, known=known)
+    wanted = Config(devices=config.devices, reserve=config.reserve)  # kept as long as nothing changes in these
+    return lambda known: open_devices(wanted, environment, known=known)
 
 
 async def find_devices(config: Config, environment: Mapping[str, str]) -> Devices:

@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     for warning in config.warnings:
         log.warning("%s", warning)
-    return _serve(config, broken, given_sockets, lambda: load(file, os.environ, overrides))
+    first = [config]
+    del config
+    return _serve(first, broken, given_sockets, lambda: load(file, os.environ, overrides))
 
 
 def _arguments(given: Sequence[str]) -> tuple[Path | None, bool, Mapping[str, str]]:
@@ -75,41 +77,43 @@ def _arguments(given: Sequence[str]) -> tuple[Path | None, bool, Mapping[str, st
     return command_line.arguments(given)
 
 
-def _serve(config: Config, broken: str, given: Listeners, reload: Any) -> int:
-    """Listen, and run the daemon. Returns an exit status.
+def _serve(first: list[Config], broken: str, given: Listeners, reload: Any) -> int:
+    """Listen, and run the daemon, which takes the configuration out of ``first``. Returns an exit status.
 
+    Nobody else keeps it: what a reload replaces is freed, which of ten thousand models is megabytes.
     With a broken configuration every client gets an error, and a reload repairs it: exit statuses would soon make
     systemd close the sockets for good.
     """
 
     async def live(around: RuntimeEnvironment) -> int:
         log.info("the event loop is %s", name_of(asyncio.get_running_loop()))
-        daemon = Daemon(await for_this_host(config, around), around, reload, sockets, broken)
+        daemon = Daemon(await for_this_host(first.pop(), around), around, reload, sockets, broken)
         await daemon.run()
         return EX_SOFTWARE if daemon.failed else 0
 
     if broken:
         log.error("the configuration is invalid, every request is answered with this:\n%s", broken)
     _raise_file_limit()
+    server = first[0].server
     with contextlib.ExitStack() as stack:
         try:
-            owner = identity.given(config)
+            owner = identity.given(first[0])
         except OSError as error:
-            print(f"cannot run as {config.server.user}: {error}", file=sys.stderr)
+            print(f"cannot run as {server.user}: {error}", file=sys.stderr)
             return EX_CONFIG
         try:
-            sockets = given or stack.enter_context(listeners(config.server.listen, os.environ, owner))
+            sockets = given or stack.enter_context(listeners(server.listen, os.environ, owner))
         except OSError as error:
             print(f"cannot listen on {error.strerror}", file=sys.stderr)
             return EX_UNAVAILABLE
         log.info("listening on %s", in_words(sockets))
-        identity.become(config, os.environ, activated=bool(given))
+        identity.become(first[0], os.environ, activated=bool(given))
         try:
             around = stack.enter_context(runtime(os.environ, activated=bool(given)))
         except ConfigError as error:
             print(error.message, file=sys.stderr)
             return EX_CONFIG
-        with asyncio.Runner(loop_factory=lambda: new_loop(config.server.event_loop)) as runner:
+        with asyncio.Runner(loop_factory=lambda: new_loop(server.event_loop)) as runner:
             return runner.run(live(around))
 
 

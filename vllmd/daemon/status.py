@@ -224,7 +224,7 @@ class Status:
         self._unanswered = unanswered
         self._started = time.monotonic()
         self._descriptions = Descriptions()
-        self._kinds: tuple[Config, dict[str, str]] | None = None  # repository -> kind of model, once it was needed
+        self._kinds = -1, dict[str, str]()  # as of that change: repository -> kind of model, once it was needed
 
     def status_input(self, model: str = "", *, for_lines: bool = False) -> StatusInput:
         """The core's snapshot, counts and the configuration, all of the same moment.
@@ -303,9 +303,8 @@ class Status:
         """The cards of these models, and of what else is offered of them."""
         if self._gate.refusal:
             raise self._gate.refusal.with_traceback(None)
-        config = self._current.config
-        if self._kinds is None or self._kinds[0] is not config:
-            self._kinds = config, await asyncio.to_thread(_kinds, self.cache())
+        if self._kinds[0] != (changes := self._current.changes):
+            self._kinds = changes, await asyncio.to_thread(_kinds, self.cache())
         kinds = self._kinds[1]
         if len(names) > 1:
             await self._draw_ahead()
