@@ -18,7 +18,7 @@ import pytest
 
 from tests.client.site import HERE, exists, script, wait_until
 from tests.conftest import RealVllm
-from tests.vllm_on_cpu import ENV
+from tests.vllm_on_cpu import ENV, FORKING
 from vllmd import errors
 from vllmd.client import ModelManager, VLLMEngineArgs
 
@@ -244,7 +244,7 @@ def test_L_the_real_vllm(real_vllm: RealVllm, tmp_path: Path) -> None:
     env = {**ENV, "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [real_vllm.command.with_name("python"), "-c", REAL.format(model=str(real_vllm.model))],
-        env={**env, "PYTHONPATH": str(HERE.parents[1])},
+        env={**env, "PYTHONPATH": f"{FORKING}:{HERE.parents[1]}"},
         capture_output=True,
         text=True,
         timeout=560,

@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import RealVllm
 from tests.engines.installed import Site, daemon
-from tests.vllm_on_cpu import ONE_THREAD
+from tests.vllm_on_cpu import FORKING, ONE_THREAD
 
 pytestmark = [
     pytest.mark.vllm,
@@ -141,7 +141,8 @@ def site(lab: Lab, tmp_path: Path) -> Iterator[Site]:
         "tensor_parallel_size": 2, "local_devices": 1, "gpu_memory": 0.1, "restart_backoff": "1s",
         "options": {"ray_head": f"{HERE}:{PORT}", "ray_wait": 200, "kv_cache_memory": "64MiB"},
         "extra_args": ["--enforce-eager", "--max-num-seqs", "8"],
-        "env": {**TOKEN, **ONE_THREAD, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "ray0", "PYTHONPATH": str(lab.ray)},
+        "env": {**TOKEN, **ONE_THREAD, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "ray0",
+                "PYTHONPATH": f"{FORKING}:{lab.ray}"},
     }  # fmt: skip
     small = {**model, "options": {**model["options"], "ray_wait": 0}, "max_restarts": 0}  # type: ignore[dict-item]
     config: dict[str, Any] = {

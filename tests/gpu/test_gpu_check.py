@@ -15,6 +15,7 @@ from tests.conftest import REPOSITORY, RealVllm
 from tests.gpu import gpu_check
 from tests.gpu.check import attribution, bench, copies, readings
 from tests.gpu.check.bench import Bench, GiB, MiB, Table
+from tests.vllm_on_cpu import ONE_THREAD
 from vllmd.config.types import Config, DeviceConfig
 from vllmd.gpu import open_devices
 from vllmd.simengine.device import FakeGpu, make_device
@@ -81,7 +82,8 @@ def test_transformers_serve_through_the_daemon(
     assert found and found.origin
     (tmp_path / "site/sdnotify").symlink_to(Path(found.origin).parent)  # the one thing that vLLM does not bring along
     path = [str(REPOSITORY), str(REHEARSAL / "nvml"), str(accelerate), str(tmp_path / "site")]
-    monkeypatch.setenv("PYTHONPATH", ":".join(path))
+    for name, value in {"PYTHONPATH": ":".join(path), **ONE_THREAD}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("GPU_CHECK_TRANSFORMERS", f"{python} {real_vllm.command.with_name('transformers')}")
     done = subprocess.run([python, str(SCRIPT), "--only", "transformers"],
                           capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
