@@ -142,11 +142,17 @@ def test_what_is_refused_changes_nothing(site: Site, verb: str, path: str, body:
 
 def test_ollamas_clients_pull_copy_and_delete(tmp_path: Path, llama: RealLlama) -> None:
     """By the same store, with its own words: a bar in bytes, success, and a name that is gone."""
-    with stores(tmp_path / "d", llama) as (site, _):
+    with stores(tmp_path / "d", llama) as (site, at):
         ask_admin = site.admin.request
-        lines = [json.loads(each) for each in ask_admin("POST", "/api/pull", json={"model": NAME}).iter_lines()]
-        assert lines[-1] == {"status": "success"}
-        assert any(line.get("total") == llama.model.stat().st_size and line["digest"] for line in lines)
+        at.gate.clear()  # the file waits until somebody has been told that it comes
+        bars = []
+        with site.admin.stream("POST", "/api/pull", json={"model": NAME}) as pull:
+            for line in map(json.loads, pull.iter_lines()):
+                if "total" in line:
+                    bars.append(line)
+                    at.gate.set()
+        assert line == {"status": "success"}
+        assert bars and all(bar["total"] == llama.model.stat().st_size and bar["digest"] for bar in bars)
         copied = ask_admin("POST", "/api/copy", json={"source": NAME, "destination": "x"})
         assert copied.status_code == 200, copied.text
         assert ask_admin("POST", "/api/create", json={"model": "y", "from": "x"}).json() == {"status": "success"}
