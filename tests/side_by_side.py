@@ -10,7 +10,20 @@ from xdist.workermanage import WorkerController
 
 # Files with this mark begin before all others, then those that take longest, then those with a container.
 VLLM, CONTAINER = "vllm", "machine"
-LONGEST = ("core/test_random.py", "admin/test_openapi.py", "installer/test_install.py", "test_house.py")
+LONGEST = (
+    "admin/test_openapi.py",
+    "admin/test_surface.py",
+    "cli/test_with_daemon.py",
+    "client/test_l_server_manager.py",
+    "core/test_random.py",
+    "installer/test_install.py",
+    "replicas/test_front.py",
+    "replicas/test_s.py",
+    "simulate/test_aims.py",
+    "store/test_through_the_daemon.py",
+    "test_house.py",
+    "ui/test_page.py",
+)
 _TESTS = Path(__file__).parent
 
 
