@@ -73,7 +73,6 @@ def status_input(**over: Any) -> status.StatusInput:
     back: Any = SimpleNamespace(
         engines=SimpleNamespace(processes=processes, standbys=SimpleNamespace(kept={})), memory=memory,
         learnt=SimpleNamespace(dates=Dates(), runs={}, starts={"org/alone": Start(44.0)}), launched_by="systemd",
-        launcher=SimpleNamespace(trouble=""),
     )  # fmt: skip
     snapshot = Snapshot(100.0, VIEWS, (DEVICE,), 64 * GiB, GiB, (DECISION,))
     config = Config(models={"org/alone": ALONE, "pair": PAIR}, files=(Path("/etc/vllmd/vllmd.yaml"),))

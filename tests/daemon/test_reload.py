@@ -58,7 +58,7 @@ from vllmd.engines.base import Listen
 from vllmd.engines.sim import Sim
 from vllmd.errors import NotFound, Unavailable, VllmdError
 from vllmd.gpu.declared import DeclaredDevices
-from vllmd.launcher.client import Running
+from vllmd.launcher.client import LauncherClient, Running
 from vllmd.launcher.protocol import PROTOCOL
 from vllmd.proxy.access import ANYBODY
 from vllmd.proxy.http import MEMBERS_PER_TURN
@@ -611,6 +611,28 @@ def test_what_an_earlier_daemon_started_is_known_to_standbys_where_engines_are_t
         assert found == known
 
     lives(config, tmp_path, look)
+
+
+def test_what_is_wrong_with_the_launcher_is_told_while_the_daemon_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the launcher's answers, and until then `vllmctl status` would only say that it opens."""
+    config = read(tmp_path, BASE)
+
+    async def main() -> None:
+        launcher = LauncherClient.at(tmp_path / "nowhere")
+        monkeypatch.setattr(startup, "launcher_client", lambda *_: launcher)
+        daemon = Daemon(config, RuntimeEnvironment(Path("/nowhere")), lambda: config, {})
+        opening = asyncio.ensure_future(startup.back_end(daemon.front))
+        while not launcher.trouble:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        status = await daemon.front.status.status()
+        opening.cancel()
+        await asyncio.wait({opening})
+        assert not status.opened
+        assert status.launcher_trouble.startswith("it cannot be connected to: ")
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_a_drained_device_that_is_gone_can_be_given_back(tmp_path: Path) -> None:

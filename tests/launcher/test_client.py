@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vllmd.launcher import client as client_module
-from vllmd.launcher.client import LauncherClient
+from vllmd.launcher.client import LauncherClient, LauncherFailed
 from vllmd.launcher.protocol import (
     MAX_PACKET,
     PROTOCOL,
@@ -193,12 +194,23 @@ def test_a_launcher_that_lives_is_not_blamed_for_what_takes_long(
 
 
 def test_why_there_is_no_launcher_is_told(tmp_path: Path) -> None:
-    """The daemon tries again for ever; until one is there, `vllmctl status` says why nothing starts."""
+    """The daemon tries again for ever; until one is there, `vllmctl status` says why nothing starts. One of an older
+    version is waited out."""
 
     async def story() -> None:
+        client = LauncherClient.at(tmp_path / "s")
+        with pytest.raises(LauncherFailed):
+            await client.open()
+        assert client.trouble.startswith("it cannot be connected to: ")
         launcher = ScriptedLauncher(tmp_path / "s")
-        client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
+        await asyncio.gather(client.open(), launcher.accept())
         assert client.trouble == ""
+        for version in (PROTOCOL - 1, PROTOCOL):
+            asking = asyncio.ensure_future(client.info())
+            id, _ = await launcher.read()
+            launcher.say(replace(LIVES, protocol=version), id)
+            await asking
+            assert ("older version" in client.trouble) is (version < PROTOCOL)
         launcher.close()
         (tmp_path / "s").unlink()
         while not client.trouble:  # noqa: ASYNC110

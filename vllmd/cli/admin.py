@@ -73,7 +73,7 @@ class Admin:
         self.key: str = arguments.key or os.environ.get("VLLMD_API_KEY", "")
 
     def status(self, *, broken: bool = False) -> Status:
-        """The daemon's status, once it has found its devices and engines (or after 10 s without).
+        """The daemon's status, once it has found its devices and engines (or after 10 s, or it says why not).
 
         A daemon whose configuration is invalid has no models to show: Failure, unless ``broken``.
         """
@@ -85,7 +85,7 @@ class Admin:
                 if error and not broken:
                     raise Failure(f"no model is served, the configuration is invalid; vllmctl reload once it is "
                                   f"repaired:\n{error}", EX_CONFIG)  # fmt: skip
-                if status.opened or time.monotonic() > until:
+                if status.opened or status.launcher_trouble or time.monotonic() > until:
                     return status
                 time.sleep(0.05)
 

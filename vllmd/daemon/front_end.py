@@ -43,6 +43,7 @@ from vllmd.proxy.limits import Limits
 
 if TYPE_CHECKING:
     from vllmd.daemon.back_end import BackEnd
+    from vllmd.launcher.client import LauncherClient
 
 log = logging.getLogger("vllmd")
 
@@ -71,6 +72,7 @@ class FrontEnd:
     key_store: KeyStore
     disabled: Disabled
     quotas: Quotas
+    launcher: Later[LauncherClient]  # before the back end, which waits for its answers
     back: Later[BackEnd]
 
     def open(self, back: BackEnd) -> None:
@@ -110,6 +112,7 @@ def front_end(
 ) -> FrontEnd:
     """Build everything but the first accept(). ``broken``: why the configuration cannot be used, "" if it can."""
     current, back, changing = Current(config, broken), Later["BackEnd"](), asyncio.Lock()
+    launcher = Later["LauncherClient"]()
     # 1. What two parts need of each other: these functions name parts that are made further down, and are called later.
     fetching = Fetching(
         lambda name: store.may_fetch(name), lambda name: store.fetch(name), lambda name: store.how_far(name)
@@ -146,7 +149,8 @@ def front_end(
     store = ModelStore(current, runtime, back, changes, reload)
     status = Status(current, runtime, resolver, gate, learnt, back, lambda: listeners.connections, store.lines,
                     lambda: "; ".join(filter(None, (records.trouble, records.log_trouble, learnt.trouble))),
-                    lambda: listeners.unanswered())  # fmt: skip
+                    lambda: listeners.unanswered(),
+                    lambda: launcher.now.trouble if launcher.now is not None else "")  # fmt: skip
     control = Control(
         counters, status, OperatorCommands(back, instances, disabled, current.engines_of, reload),
         Previews(back, lambda: current.config), Plans(current, back, records.arrivals, status.cache),
@@ -158,5 +162,5 @@ def front_end(
                           runtime.sessions)  # fmt: skip
     return FrontEnd(
         runtime, current, resolver, counters, gate, changes, learnt, status, instances, runtime_models, store,
-        changing, listeners, records, key_store, disabled, quotas, back,
+        changing, listeners, records, key_store, disabled, quotas, launcher, back,
     )  # fmt: skip

@@ -86,6 +86,7 @@ async def back_end(front: FrontEnd) -> BackEnd:
         runtime.launcher, ended, lambda instance, lines: engines.on_log(instance, lines),
         lambda instance, memory: standbys.mark_ready(instance, memory),
     )  # fmt: skip
+    front.launcher.set(launcher)
     ports, mark_changed = PortPool(config.engines.port_start, config.engines.port_end), front.changes.mark_changed
     planner = LaunchPlanner(memory, expected.paths, front.resolver, ports, EngineKeys(runtime.cache))
     standbys = Standbys(launcher, planner.standby_of, lambda size: report(events.StandbysHeld(size)))
@@ -195,7 +196,7 @@ async def connect(launcher: LauncherClient, address: str) -> str:
             where = address or "(private)"
             trouble.say(logging.ERROR, "cannot reach the launcher at %s: %s; trying again", where, error)
             await asyncio.sleep(LAUNCHER_RETRY)
-    while (info := await answered(launcher.info)).protocol < PROTOCOL:
+    while (info := await answered(launcher.info)).protocol < PROTOCOL:  # as ``LauncherClient.trouble`` says
         if not is_told:
             log.warning("the launcher is that of an older version; waiting for `systemctl restart vllmd-launcher`")
         is_told = True

@@ -50,7 +50,7 @@ class StatusInput:
     """The daemon's state at one moment. ``snapshot`` and ``back`` are None until devices and engines are found.
 
     ``broken``: why the configuration cannot be used; ``refused``: why the last reload was; ``unwritten``: why use
-    cannot be recorded; "" where there is no reason.
+    cannot be recorded; ``launcher_trouble``: why the launcher does nothing; "" where there is no reason.
     """
 
     config: Config
@@ -64,6 +64,7 @@ class StatusInput:
     event_loop: str = ""
     unwritten: str = ""
     unanswered: Mapping[str, float] = field(default_factory=dict)  # see ``Listeners.unanswered``
+    launcher_trouble: str = ""
 
 
 def status(seen: StatusInput, started: float, models: tuple[ModelLine, ...]) -> answers.Status:
@@ -79,6 +80,7 @@ def status(seen: StatusInput, started: float, models: tuple[ModelLine, ...]) -> 
         requests=seen.requests,
         connections=seen.connections,
         unwritten=seen.unwritten,
+        launcher_trouble=seen.launcher_trouble,
     )
     if seen.snapshot is None or seen.back is None:
         return shown
@@ -88,7 +90,6 @@ def status(seen: StatusInput, started: float, models: tuple[ModelLine, ...]) -> 
         backend=seen.back.launched_by,
         source=memory.source,
         trouble=memory.trouble,
-        launcher_trouble=seen.back.launcher.trouble,
         devices=tuple(memory.about(device) for device in snapshot.devices),
         host_memory=answers.HostMemory(snapshot.host_memory, snapshot.host_promised, snapshot.host_standbys or None),
         standbys=tuple(map(standby_line, seen.back.engines.standbys.kept.values())) or None,
@@ -211,6 +212,7 @@ class Status:
         downloads: Callable[[], list[answers.Download]] = list,
         unwritten: Callable[[], str] = str,
         unanswered: Callable[[], Mapping[str, float]] = dict,
+        launcher_trouble: Callable[[], str] = str,
     ) -> None:
         self._current = current
         self._runtime = runtime
@@ -222,6 +224,7 @@ class Status:
         self._downloads = downloads
         self._unwritten = unwritten
         self._unanswered = unanswered
+        self._launcher_trouble = launcher_trouble
         self._started = time.monotonic()
         self._descriptions = Descriptions()
         self._kinds = -1, dict[str, str]()  # as of that change: repository -> kind of model, once it was needed
@@ -236,7 +239,7 @@ class Status:
         return StatusInput(
             current.config, current.engines, current.broken, current.refused, self._gate.requests, self._connections(),
             back, back.snapshot(model) if back else None, name_of(asyncio.get_running_loop()), self._unwritten(),
-            self._unanswered() if for_lines else {},
+            self._unanswered() if for_lines else {}, self._launcher_trouble(),
         )  # fmt: skip
 
     async def _draw_ahead(self) -> None:

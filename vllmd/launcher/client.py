@@ -111,6 +111,7 @@ class LauncherClient:
         self._asking_for_life = False
         self._hangs = ""  # what it leaves unanswered, as the log has it; "" while it answers
         self._unreachable = ""  # why there is none now
+        self._older = ""  # that it is of an older version than this, and is not used
         self._remedy = "only a restart of vllmd replaces it, and ends the engines"
 
     @classmethod
@@ -154,6 +155,7 @@ class LauncherClient:
         try:
             self._use_connection(await asyncio.to_thread(self._dial))
         except OSError as error:
+            self._unreachable = f"it cannot be connected to: {error}"
             raise LauncherFailed(f"cannot connect to the launcher: {error}") from None
         self._spawn(self._keep_connected())
         return self
@@ -175,7 +177,7 @@ class LauncherClient:
     @property
     def trouble(self) -> str:
         """Why no engine can be started or ended now, and what helps; "" while all is well."""
-        return self._unreachable or self._hangs
+        return self._unreachable or self._hangs or self._older
 
     # --- requests; each raises LauncherFailed ---
 
@@ -271,7 +273,9 @@ class LauncherClient:
 
     async def info(self) -> LauncherInfo:
         """The launcher's backend, the limits that have effect there, and its protocol version."""
-        return await self._request(Info(), LauncherInfo)
+        info = await self._request(Info(), LauncherInfo)
+        self._older = f"it is that of an older version; {self._remedy}" if info.protocol < protocol.PROTOCOL else ""
+        return info
 
     # --- requests and answers ---
 
