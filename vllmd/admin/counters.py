@@ -132,9 +132,10 @@ class Counters:
         for entry in entries:
             kinds[_kind(entry)].append(entry)
         for kind, several in kinds.items():
-            first_bytes = [seconds for seconds in map(_first_byte, several) if seconds is not None]
+            seconds = sorted(map(_seconds, several))  # once for all histograms
+            first_bytes = [first_byte for first_byte in map(_first_byte, several) if first_byte is not None]
             received, sent = sum(map(_received, several)), sum(map(_sent, several))
-            self._count(Kind._make(kind), Measurements(list(map(_seconds, several)), first_bytes, received, sent))
+            self._count(Kind._make(kind), Measurements(seconds, first_bytes, received, sent))
         for model, waits in self._waits.items():
             self.waits[(model,)].observe(*waits)
         for (model, key), uses in self._uses.items():

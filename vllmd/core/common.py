@@ -65,7 +65,8 @@ class Core:
     def note_use(self, r: Replica, due: float) -> None:
         """All that follows from a request that begins or ends in a replica that only serves, which rests at ``due``."""
         self.used[r] = None
-        self.timers.set(r, due)
+        if due != r.due:
+            self.timers.set(r, due)
 
     def mark_for_review(self, r: Replica) -> None:
         """Something about it, or about its model, changed: what follows from that is found before the event is over."""

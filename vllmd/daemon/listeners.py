@@ -46,6 +46,7 @@ log = logging.getLogger("vllmd.http")
 ADMIN, READ = "admin", "read"  # what their sockets are called
 # Errors by which a request failed at its engine, by the names that exchanges have of them.
 ENGINES_FAULTS = frozenset(kind.__name__ for kind in (UpstreamFailed, Unreached, QueueFull))
+SPOKEN_TLS = SpokenTls.__name__
 OPERATORS_LIMIT = 0.5  # seconds that a shutdown leaves to answers for operators, which may be streams without an end
 
 
@@ -233,8 +234,8 @@ class Listeners:
         else:
             self._control.counters.recorded(entry)
         if exchange.model and exchange.status and (not exchange.error or exchange.error in ENGINES_FAULTS):
-            self._outcome(exchange.model, exchange.status, bool(exchange.error))
-        if exchange.error == SpokenTls.__name__:  # the client shows an error of its TLS library, which tells nobody
+            self._outcome(exchange.model, exchange.status, exchange.error != "")
+        if exchange.error == SPOKEN_TLS:  # the client shows an error of its TLS library, which tells nobody
             self._spoken_tls.say(
                 logging.WARNING,
                 "a client (%s) speaks TLS where plain HTTP is spoken: its URL must begin with http://",
@@ -254,8 +255,8 @@ def anybody_can_connect(listener: socket.socket) -> bool:
 
 def log_ended(exchange: Exchange) -> None:
     """Log one record for each request, to be found by its id; an answer that was broken off is logged in any case."""
-    broken_off = exchange.status < 400 and exchange.error not in ("", "ClientGone")
-    level = logging.INFO if exchange.status >= 500 or broken_off else logging.DEBUG
+    broken_off = exchange.error != "" and exchange.status < 400 and exchange.error != "ClientGone"
+    level = logging.INFO if broken_off or exchange.status >= 500 else logging.DEBUG
     if not log.isEnabledFor(level):
         return
     request = exchange.request

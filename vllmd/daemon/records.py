@@ -173,7 +173,7 @@ class Records:
                 waited, tokens = entry.waited, account.tokens if account is not None else None
                 tokens = tokens or NO_TOKENS
                 engine_seconds = 0.0 if waited is None else entry.seconds - waited
-                failed = bool(exchange.error or exchange.status >= 400) and ring.failed(entry)
+                failed = ring.failed(entry) if exchange.error or exchange.status >= 400 else False
                 self._fresh.append((
                     entry.at * 1000, model, key, tokens.prompt, tokens.answer, tokens.cached,
                     tokens.total if tokens.estimated else 0, engine_seconds, failed,
