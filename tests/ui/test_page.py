@@ -536,3 +536,15 @@ def test_every_window_shows_all_of_it(browser: sync_api.Browser, site: Site, wid
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
     with pytest.raises(StopIteration):
         next(visits)
+
+
+def test_every_operation_is_documented_and_a_get_can_be_tried(page: sync_api.Page, site: Site) -> None:
+    """``/docs`` draws the types of the whole document, of which one that it cannot draw would leave an empty page."""
+    page.goto("/docs")
+    page.locator("details").first.wait_for()
+    paths = site.ask("GET", "/openapi.json").json["paths"]
+    assert page.locator("details").count() == sum(map(len, paths.values()))
+    listed = page.locator("details").filter(has=page.get_by_text("/v1/models", exact=True))
+    listed.locator("summary").click()
+    listed.get_by_role("button", name="Send").click()
+    listed.get_by_text('200 OK {"object":"list"').wait_for()

@@ -24,10 +24,12 @@ SCOPES = {
     "read": "On the operators' sockets, or with a key that has the scope read or admin.",
     "admin": "On the admin socket, or with a key that has the scope admin.",
 }
-SECURITY_HEADERS = (
-    ("content-security-policy", "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"),
-    ("x-content-type-options", "nosniff"),
+# In nobody's frame: a key is typed in here.
+POLICY = (
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
+SECURITY_HEADERS = (("content-security-policy", POLICY), ("x-content-type-options", "nosniff"))
 ENGINES_OWN: Mapping[str, object] = {
     "responses": {"200": {"description": "the engine's answer"}, "default": ERROR},
     "description": "Relayed as it is; the engine's own documentation says what it takes.",

@@ -48,7 +48,7 @@ function shown(schema) {
       "  " + name + (must.has(name) ? "" : "?") + ": " + shown(value).replaceAll("\\n", "\\n  "));
     return "{\\n" + rows.join("\\n") + "\\n}";
   }
-  return schema.type || "anything";
+  return [schema.type || "anything"].flat().join(" | ");
 }
 function contents(holder, title, content, all) {
   for (const [type, body] of Object.entries(content || {})) {
