@@ -6,6 +6,7 @@ The list is held to its word: in a pure test whatever starts a process or binds 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import sys
 from pathlib import Path
 
@@ -56,6 +57,7 @@ _TESTS = Path(__file__).parent
 _running = ""  # the pure test that runs
 
 
+@functools.cache
 def is_pure(path: Path) -> bool:
     """Whether a file's tests are."""
     name = path.relative_to(_TESTS).as_posix() if path.is_relative_to(_TESTS) else ""
