@@ -1,17 +1,19 @@
 """What clients of OpenAI's and Anthropic's API ask of a real vLLM, through vllmd as it is installed.
 
-The clients are the official ones, run with vLLM's own Python in the machine; what is served there says conftest.py.
+The clients are the official ones, run by vLLM's own Python in the machine; what is served there says conftest.py.
 """
 
 from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from tests.e2e.clients import Clients
 from tests.e2e.site import BASE, Site
 from tests.machine.container import MODEL_INSIDE, VLLM_INSIDE
 
@@ -44,17 +46,19 @@ class Loaded:
     """The machine with both engines running, and how many files the daemon had open then."""
 
     site: Site
+    clients: Clients
     open_files: int
 
     def ask(self, client: str, code: str) -> dict[str, Any]:
         """What a client written in Python shows."""
-        argv = [f"{VLLM_INSIDE}/bin/python", "-c", PRELUDE + client + textwrap.dedent(code)]
-        return self.site.json(self.site.machine.out(argv, timeout=90))
+        return self.clients.ask(PRELUDE + client + textwrap.dedent(code))
 
 
 @pytest.fixture(scope="module")
-def loaded(loaded_site: Site) -> Loaded:
-    return Loaded(loaded_site, open_files_at_rest(loaded_site))
+def loaded(loaded_site: Site) -> Iterator[Loaded]:
+    clients = Clients(loaded_site.machine)
+    yield Loaded(loaded_site, clients, open_files_at_rest(loaded_site))
+    clients.end()
 
 
 def open_files_at_rest(site: Site) -> int:
@@ -306,4 +310,5 @@ def test_afterwards_nothing_is_left(loaded: Loaded) -> None:
         "lab/embedder": ("running", 0, 0),
         "lab/wrong": ("stopped", 0, 0),
     }
+    loaded.clients.end()
     assert open_files_at_rest(loaded.site) <= loaded.open_files

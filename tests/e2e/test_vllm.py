@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 
+from tests.e2e.clients import Clients
 from tests.e2e.site import Site
-from tests.machine.container import VLLM_INSIDE
 
 pytestmark = [pytest.mark.machine, pytest.mark.vllm, pytest.mark.timeout(1200)]  # the first one starts both engines
 
+Chat = Callable[[], dict[str, Any]]  # a streamed chat, and what came of it
 CHAT_WITH_OPENAI = """
 import json
 from openai import OpenAI
@@ -26,15 +30,17 @@ def loaded(loaded_site: Site) -> Site:
     return loaded_site
 
 
-def openai_chat(site: Site) -> dict[str, object]:
+@pytest.fixture(scope="module")
+def openai_chat(loaded_site: Site) -> Iterator[Chat]:
     """A chat streamed through vllmd with the official client, which vLLM's own environment has."""
-    argv = [f"{VLLM_INSIDE}/bin/python", "-c", CHAT_WITH_OPENAI]
-    return site.json(site.machine.out(argv, timeout=300))
+    clients = Clients(loaded_site.machine)
+    yield lambda: clients.ask(CHAT_WITH_OPENAI)
+    clients.end()
 
 
-def test_the_official_client_streams_a_chat(loaded: Site) -> None:
+def test_the_official_client_streams_a_chat(openai_chat: Chat) -> None:
     """The SDK that everybody uses needs nothing but the base URL."""
-    answer = openai_chat(loaded)
+    answer = openai_chat()
     assert answer["model"] == "lab/tiny"
     assert answer["usage"] == 12
     assert int(str(answer["chunks"])) > 4
@@ -66,22 +72,22 @@ def test_only_the_daemon_may_reach_the_engine(loaded: Site) -> None:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_and_wake_by_the_real_protocol(loaded: Site, level: int) -> None:
+def test_sleep_and_wake_by_the_real_protocol(loaded: Site, openai_chat: Chat, level: int) -> None:
     """It answers the same after a sleep, and a request is enough to wake it."""
-    before, pid = openai_chat(loaded), loaded.engine_pid("lab/tiny")
+    before, pid = openai_chat(), loaded.engine_pid("lab/tiny")
     loaded.machine.run(f"vllmctl sleep lab/tiny --level {level}", timeout=120)
     assert loaded.state("lab/tiny") == f"sleeping_l{level}"
-    after = openai_chat(loaded)
+    after = openai_chat()
     assert after["text"] == before["text"]
     assert loaded.state("lab/tiny") == "running"
     assert loaded.engine_pid("lab/tiny") == pid
 
 
-def test_a_restart_of_the_daemon_keeps_it(loaded: Site) -> None:
+def test_a_restart_of_the_daemon_keeps_it(loaded: Site, openai_chat: Chat) -> None:
     """Half a minute of loading is not repeated for an upgrade."""
     pid = loaded.engine_pid("lab/tiny")
     loaded.machine.run("systemctl restart vllmd.service")
-    openai_chat(loaded)
+    openai_chat()
     assert loaded.engine_pid("lab/tiny") == pid
 
 
