@@ -48,7 +48,7 @@ class Account:
 
     __slots__ = ("admitted", "answer", "answered", "replica", "request", "sends", "stream", "tokens", "trace")
 
-    def __init__(self, *, stream: bool) -> None:
+    def __init__(self, stream: bool) -> None:
         self.stream = stream
         self.admitted: float | None = None
         self.answered = False

@@ -36,11 +36,6 @@ OURS = frozenset(
     b" access-control-allow-headers access-control-expose-headers access-control-max-age"
     b" service-worker-allowed clear-site-data x-content-type-options".split()
 )
-# Content types that a browser never runs. Anything else of an engine's may hold a script, which would run with the
-# rights of the daemon's own page.
-HARMLESS = (b"application/json", b"text/event-stream")
-NOSNIFF, SANDBOX = b"x-content-type-options: nosniff\r\n", b"content-security-policy: sandbox\r\n"
-EVENT_STREAM = b"text/event-stream"
 LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0", "[::1]", "::1")  # hosts that an engine may put into its own URLs
 ABSOLUTE = re.compile(r"(?:https?:)?//([^/?#]*)(.*)", re.IGNORECASE)
 NO_ROUTE = b'{"detail":"Not Found"}'  # FastAPI's body where it has no such route
@@ -89,18 +84,17 @@ def answer_for(
     loading: LoadingHeartbeat,
     head: ResponseHead,
     framing: Framing,
-    *,
-    hides_usage: bool = False,
+    hides_usage: bool,
 ) -> Answer:
     """Choose how this answer goes to the client; ``hides_usage``: without the usage, which only the relay asked for."""
-    streamed = head.content_type.startswith(EVENT_STREAM)
+    streamed = head.streamed
     # 1. After a 200 that was sent while the model loaded, anything but a stream can only be told as an event.
     if loading.head_sent and (head.status != 200 or not streamed):
         return ErrorEvent(loading, framing)
     loading.answer_begun = True
     request = exchange.request
     if request.method == "HEAD":
-        return PassThrough(exchange, head.status, response_head(exchange, head, None, chunked=head.chunked))
+        return PassThrough(exchange, head.status, response_head(exchange, head, None, head.chunked))
     # 2. The engine has no such route: say so in the words of the API. Below /upstream the client wants its own words.
     replaceable = not (upstream_request.client_prefix or loading.head_sent)
     if head.status == 404 and head.length == len(NO_ROUTE) and replaceable:
@@ -124,38 +118,34 @@ def answer_for(
             return PassThrough(exchange, 200, b"")
         return Reframed(exchange, framing, rewriter, 200, b"")
     if rewriter is None and (not head.chunked or exchange.takes_chunks):
-        return PassThrough(exchange, head.status, response_head(exchange, head, head.length, chunked=head.chunked))
+        return PassThrough(exchange, head.status, response_head(exchange, head, head.length, head.chunked))
     return Reframed(exchange, framing, rewriter, head.status, response_head(exchange, head, None, chunked=True))
 
 
-def response_head(exchange: Exchange, head: ResponseHead, length: int | None, *, chunked: bool) -> bytes:
+def response_head(exchange: Exchange, head: ResponseHead, length: int | None, chunked: bool) -> bytes:
     """The head for the client, with the framing that its body is going to have: ``length``, chunks, or the end."""
-    framing = b""
-    if exchange.request.method == "HEAD":
+    request, framing = exchange.request, ""
+    if request.method == "HEAD":
         if content_length := head.headers.get("content-length"):  # of the body that a GET would have
-            framing = b"content-length: %b\r\n" % content_length.encode()
+            framing = f"content-length: {content_length}\r\n"
     elif length is not None:
         if head.status not in BODYLESS:
-            framing = b"content-length: %d\r\n" % length
+            framing = f"content-length: {length}\r\n"
     elif chunked and exchange.takes_chunks:
-        framing = b"transfer-encoding: chunked\r\n"
+        framing = "transfer-encoding: chunked\r\n"
     else:
         exchange.end_with_connection()
-    connection = b""  # no field: HTTP/1.1 keeps connections alive
+    more = ""  # no field: HTTP/1.1 keeps connections alive
     if not exchange.keep_alive:
-        connection = b"connection: close\r\n"
-    elif exchange.request.version == "1.0":
-        connection = b"connection: keep-alive\r\n"
-    if not head.content_type.startswith(HARMLESS):
-        connection += NOSNIFF + SANDBOX if shares_the_page(exchange.request) else NOSNIFF
-    return b"%b%b%bx-request-id: %b\r\n%b%b\r\n" % (
-        status_line(head.status),
-        b"" if head.dated else date_line(),
-        head.headers.onward if head.headers.onward is not None else _onward(head),
-        exchange.request.id.encode("ascii"),
-        framing,
-        connection,
-    )
+        more = "connection: close\r\n"
+    elif not exchange.takes_chunks:  # it speaks HTTP/1.0
+        more = "connection: keep-alive\r\n"
+    if not head.harmless and shares_the_page(request):
+        more += "content-security-policy: sandbox\r\n"
+    first_lines = head.headers.onward or _first_lines(head)
+    if not head.dated:
+        first_lines += date_line()
+    return first_lines + f"x-request-id: {request.id}\r\n{framing}{more}\r\n".encode()
 
 
 def relocated(head: ResponseHead, address: Address, client_prefix: str) -> ResponseHead:
@@ -177,13 +167,15 @@ def relocated(head: ResponseHead, address: Address, client_prefix: str) -> Respo
     return replace(head, headers=Headers(fields))
 
 
-def _onward(head: ResponseHead) -> bytes:
-    """The engine's fields that a client gets, as lines; noted in ``head.headers``, which the next answer may share."""
+def _first_lines(head: ResponseHead) -> bytes:
+    """The lines that a client gets of the engine's head; noted in ``head.headers``, which the next answer may share."""
     fields = forwardable(head.headers.raw, but=OURS)
-    if head.content_type.startswith(EVENT_STREAM):
+    if head.streamed:
         fields.append((b"x-accel-buffering", b"no"))
-    head.headers.onward = onward = write_fields(fields)
-    return onward
+    if not head.harmless:
+        fields.append((b"x-content-type-options", b"nosniff"))
+    head.headers.onward = first_lines = status_line(head.status) + write_fields(fields)
+    return first_lines
 
 
 class PassThrough:

@@ -40,12 +40,12 @@ UNCHARGED_HEAD_BYTES = 4 << 10  # a head that is not larger takes nothing of the
 DISCARDED_BODY_BYTES = 64 << 10  # read and dropped on a route that takes no body
 NO_ROOM = "too many large requests wait at the moment; try again later"
 LINGER_SECONDS = 2.0  # for a refused client to read the refusal before its connection is reset
-_ID_BEGINS, _id_numbers = os.urandom(8).hex(), itertools.count(1)
+_ID_BEGINS, _id_numbers = os.urandom(8).hex(), itertools.count(10**15)  # of sixteen digits, all of them
 
 
 def new_id() -> str:
     """The id of a request that brought none: unique, but guessable."""
-    return f"{_ID_BEGINS}{next(_id_numbers):016x}"
+    return _ID_BEGINS + str(next(_id_numbers))
 
 
 async def _answer_nothing(exchange: Exchange) -> None:
@@ -250,8 +250,8 @@ class Connection:
             head.headers,
             self.peer,
             head.version,
-            id=head.request_id or new_id(),
-            upgrade=head.upgrade,
+            head.request_id or new_id(),
+            head.upgrade,
         )
         self._head_read = True
         self._handler = self._handler_of(request)
@@ -333,7 +333,7 @@ class Connection:
         if self.transport.is_closing():
             return  # ``connection_lost`` follows
         keep_alive = self._keep_alive and not self._host.draining
-        self._exchange = exchange = Exchange(request, self, self.transport.write, keep_alive=keep_alive)
+        self._exchange = exchange = Exchange(request, self, self.transport.write, keep_alive)
         if self._write_paused:
             exchange.pause(True)
         self._running = self._loop.create_task(self._run(exchange, self._handler))
@@ -353,7 +353,7 @@ class Connection:
         finally:
             self._host.ended(exchange)
 
-    def finished(self, *, keep_alive: bool) -> None:
+    def finished(self, keep_alive: bool) -> None:
         """The answer has been written whole: read the next request, or close."""
         self.served += 1
         self._exchange = self._running = None
@@ -478,7 +478,7 @@ class Connection:
             self._request = Request("", "", "", "", Headers(), self.peer, id=new_id())
         self._unread = True
         self._reader.drop_body()
-        exchange = Exchange(self._request, self, self.transport.write, keep_alive=False)
+        exchange = Exchange(self._request, self, self.transport.write, False)
         exchange.fail(error)
         self._host.ended(exchange)
 

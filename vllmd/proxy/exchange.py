@@ -16,7 +16,7 @@ from vllmd.proxy.http import Pairs, Request, Response, error_response
 class Wire(Protocol):
     """The interface of a connection for its present exchange."""
 
-    def finished(self, *, keep_alive: bool) -> None:
+    def finished(self, keep_alive: bool) -> None:
         """The answer is whole: read the next request, or close."""
 
     def abort(self, *, reset: bool) -> None:
@@ -45,9 +45,10 @@ class Exchange:
     ``on_pause(True)`` is called when the client stops taking data, ``on_pause(False)`` when it goes on.
     """
 
-    def __init__(self, request: Request, wire: Wire, send: Callable[[bytes], None], *, keep_alive: bool) -> None:
+    def __init__(self, request: Request, wire: Wire, send: Callable[[bytes], None], keep_alive: bool) -> None:
         """``send`` writes to the client's transport."""
         self.request = request
+        self.takes_chunks = request.version != "1.0"  # the client understands a chunked body
         self.keep_alive = keep_alive
         self.began, self.at = time.monotonic(), time.time()  # the same moment: to measure by, and as a date
         self.first_byte: float | None = None  # seconds until the answer began
@@ -71,11 +72,6 @@ class Exchange:
     def elapsed(self) -> float:
         """Seconds since the request was whole."""
         return time.monotonic() - self.began
-
-    @property
-    def takes_chunks(self) -> bool:
-        """Whether the client understands a chunked body; one that speaks HTTP/1.0 does not."""
-        return self.request.version != "1.0"
 
     # -- the steps of an answer
 
@@ -105,7 +101,7 @@ class Exchange:
         """End the answer: its last byte has been written."""
         if not self.over:
             self.over = True
-            self._wire.finished(keep_alive=self.keep_alive)
+            self._wire.finished(self.keep_alive)
 
     def abort(self) -> None:
         """Break the answer off, so that the client sees that it is not whole."""

@@ -33,7 +33,7 @@ from functools import partial
 from vllmd.errors import EngineFailed, UpstreamFailed, VllmdError
 from vllmd.proxy import tokens, usage
 from vllmd.proxy.account import Account, Recorder, Trace, Tracer
-from vllmd.proxy.answer import EVENT_STREAM, Answer, OptionRefusal, Refusal, UpstreamRequest, answer_for, relocated
+from vllmd.proxy.answer import Answer, OptionRefusal, Refusal, UpstreamRequest, answer_for, relocated
 from vllmd.proxy.exchange import Exchange, chunk
 from vllmd.proxy.framing import Framing
 from vllmd.proxy.gate import Address, Gate, Permit
@@ -107,9 +107,7 @@ class Relay:
         account = exchange.account = self._open_account(upstream_request, exchange.request)
         if self.limits.now.request_timeout is not None:
             exchange.expire(self.limits.now.request_timeout)
-        heartbeat = LoadingHeartbeat(
-            exchange, target.model, parsed.model, stream=parsed.stream, limits=self.limits, gate=self.gate
-        )
+        heartbeat = LoadingHeartbeat(exchange, target.model, parsed.model, parsed.stream, self.limits, self.gate)
         acquiring = self.gate.acquire(target.model, key, only, parsed.raw, heartbeat.start, target.offer, route)
         try:
             while True:
@@ -153,7 +151,7 @@ class Relay:
     def _open_account(self, upstream_request: UpstreamRequest, request: Request) -> Account:
         """What is noted of the request from now on. If its body is recorded, a field of the answer tells the client."""
         parsed, recorder, name = upstream_request.parsed, self._recorder, upstream_request.target.permit_name
-        account = Account(stream=parsed.stream)
+        account = Account(parsed.stream)
         if self._tracer is not None:
             account.trace = self._tracer.begin(request)
         if recorder and recorder.active and recorder.begin(account, name, request.caller.name, parsed.raw):
@@ -274,7 +272,7 @@ class AnswerRelay:
         self._status = head.status
         if self._recorded is not None:
             self._recorded.chunked = head.chunked
-        streamed = head.content_type.startswith(EVENT_STREAM)
+        streamed = head.streamed
         if self._permit is not None and self._permit.target is not None:
             if head.status in REPLICA_FAILURES:
                 self._answer = Refusal(head.status, framing)
@@ -287,7 +285,7 @@ class AnswerRelay:
         if self.hides_usage and head.status in usage.UNKNOWN_MEMBER:
             self._answer = OptionRefusal(exchange, heartbeat, head, framing)
             return
-        self._answer = answer_for(exchange, self._attempt, heartbeat, head, framing, hides_usage=self.hides_usage)
+        self._answer = answer_for(exchange, self._attempt, heartbeat, head, framing, self.hides_usage)
 
     def data(self, data: bytes) -> None:
         """More of the body has come, framing included: pass it on, and keep its end, where the usage is."""
@@ -405,4 +403,4 @@ def request_head(
         headers.sent = address, target, path_and_traced, first_lines
     if trace is not None:
         first_lines += b"traceparent: %b\r\n" % trace.field.encode("ascii")
-    return b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (first_lines, request.id.encode("ascii"), length)
+    return first_lines + f"x-request-id: {request.id}\r\ncontent-length: {length}\r\n\r\n".encode()

@@ -47,6 +47,10 @@ KEEP_ALIVE = re.compile(rb"(?:^|,)[ \t]*keep-alive[ \t]*(?:,|$)")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 LAST_STATUS = 599
 BODYLESS = frozenset({204, 304})
+EVENT_STREAM = b"text/event-stream"
+# Content types that a browser never runs. Anything else of an engine's may hold a script, which would run with the
+# rights of the daemon's own page.
+HARMLESS = (b"application/json", EVENT_STREAM)
 NO_SHAPE = (b"", b"")
 MEMO_SIZE = 4096  # bytes of a head worth remembering
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -100,7 +104,11 @@ class RequestHead:
 
 @dataclass(slots=True)
 class ResponseHead:
-    """An upstream's head. ``length`` is its body's; None when that is ``chunked`` or ends with the connection."""
+    """An upstream's head.
+
+    ``length`` is its body's; None when that is ``chunked`` or ends with the connection. ``streamed``: the body is of
+    server-sent events. ``harmless``: no browser would run it.
+    """
 
     status: int
     headers: Headers
@@ -109,13 +117,23 @@ class ResponseHead:
     dated: bool
     keep_alive: bool
     content_type: bytes
-    has_location: bool = False
+    streamed: bool
+    harmless: bool
+    has_location: bool
 
     def with_length(self, length: int) -> ResponseHead:
         """The same head with another Content-Length."""
-        headers = self.headers.with_length(length)
         return ResponseHead(
-            self.status, headers, length, False, self.dated, self.keep_alive, self.content_type, self.has_location
+            self.status,
+            self.headers.with_length(length),
+            length,
+            False,
+            self.dated,
+            self.keep_alive,
+            self.content_type,
+            self.streamed,
+            self.harmless,
+            self.has_location,
         )
 
     @property
@@ -226,6 +244,7 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
     fields = _joined(headers.raw)
     length, chunked = _response_length(event.status_code, fields, method)
     keep_alive = event.http_version == b"1.1" and b"close" not in fields.get(b"connection", b"").lower()
+    content_type = fields.get(b"content-type", b"").lower()
     return ResponseHead(
         event.status_code,
         headers,
@@ -233,7 +252,9 @@ def parse_response_head(head: bytes, method: str) -> ResponseHead:
         chunked,
         b"date" in fields,
         keep_alive and (chunked or length is not None),
-        fields.get(b"content-type", b"").lower(),
+        content_type,
+        content_type.startswith(EVENT_STREAM),
+        content_type.startswith(HARMLESS),
         b"location" in fields,
     )
 

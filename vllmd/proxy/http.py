@@ -53,7 +53,7 @@ class Headers:
     Values derived from them are memoised here, since the messages of one connection mostly have the same fields but for
     their length (``heads.HeadMemo``). None: not derived yet.
 
-    - ``onward``: the lines for the next hop (set by ``forward`` and ``answer``);
+    - ``onward``: the lines for the next hop (set by ``forward``, and by ``answer``, with the status line before them);
     - ``found``: the sender, and the authenticator's state that this is by;
     - ``from_page``: whether a browser may have sent them for a web page (``cors``);
     - ``plain_json``: whether they announce JSON in UTF-8 without a Content-Encoding (``model_requests``);
@@ -122,11 +122,11 @@ class Request:
     headers: Headers
     peer: Peer = NO_PEER
     version: str = "1.1"
-    body: bytes = b""
     id: str = ""
+    upgrade: str = ""
+    body: bytes = b""
     params: Mapping[str, str] = field(default_factory=dict)
     caller: Caller = NOBODY
-    upgrade: str = ""
     route: str = ""
     answer_fields: Pairs = ()
     max_body: int | None = None
@@ -248,13 +248,18 @@ def status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
 
 
-@lru_cache(maxsize=2)
-def _date_line(second: int) -> bytes:
-    at = time.gmtime(second)
-    day, month = DAYS[at.tm_wday], MONTHS[at.tm_mon - 1]
-    return f"date: {day}, {at.tm_mday:02} {month} {at.tm_year} {time.strftime('%H:%M:%S', at)} GMT\r\n".encode("ascii")
-
-
 def date_line() -> bytes:
     """The ``Date`` field of this second, with its line end."""
-    return _date_line(int(time.time()))
+    global _date
+    second, line = _date
+    if not 0.0 <= time.time() - second < 1.0:
+        second = time.time() // 1
+        at = time.gmtime(second)
+        day, month = DAYS[at.tm_wday], MONTHS[at.tm_mon - 1]
+        clock = time.strftime("%H:%M:%S", at)
+        line = f"date: {day}, {at.tm_mday:02} {month} {at.tm_year} {clock} GMT\r\n".encode("ascii")
+        _date = second, line
+    return line
+
+
+_date = (0.0, b"")  # the second of the last line, and the line

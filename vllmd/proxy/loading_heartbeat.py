@@ -31,7 +31,7 @@ class LoadingHeartbeat:
     """The comments for one client whose request waits for ``model``; ``client_name``: the client's name for it."""
 
     def __init__(
-        self, exchange: Exchange, model: str, client_name: str, *, stream: bool, limits: Limits, gate: Gate
+        self, exchange: Exchange, model: str, client_name: str, stream: bool, limits: Limits, gate: Gate
     ) -> None:
         self.head_sent = False  # the client has a head with status 200 from us, before any of an engine
         self.answer_begun = False  # the client has bytes of the engine's answer

@@ -13,6 +13,9 @@ FILE = b";base64,"  # a file within JSON (a data: URL)
 TOKENS_PER_FILE = 1000  # of an image within JSON, or of a form with files: about what an image of 1 megapixel takes
 
 COUNTS = re.compile(rb'"(\w{5,27})_tokens"\s*:\s*(\d{1,12})')  # inside a string, the quotes would be escaped
+TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
+PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})')
+CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,12})')
 GENERATES = ("completions", "/messages", "/responses", "/infill", "/completion")  # path suffixes: the answer is text
 COUNTED = (*GENERATES, "/embeddings", "/rerank", "/score", "/pooling", "/classify")  # and those that read text
 
@@ -37,17 +40,21 @@ def from_usage(tail: bytes | bytearray, opening: bytes = b"") -> Tokens | None:
 
     ``opening``: the first bytes of a stream of Anthropic's, whose first usage has numbers that the last one leaves out.
     """
-    start = tail.rfind(b'"usage"', max(0, len(tail) - TAIL_BYTES))
+    start = tail.rfind(b'"usage"', -TAIL_BYTES)
     if start < 0:
         return None
+    of_all, of_prompt = TOTAL.search(tail, start), PROMPT.search(tail, start)
+    if of_all is not None and of_prompt is not None:  # OpenAI's: three literals are found in half the time of any name
+        total, prompt, of_cached = int(of_all[1]), int(of_prompt[1]), CACHED.search(tail, start)
+        return Tokens(prompt, total - prompt if total > prompt else 0, 0 if of_cached is None else int(of_cached[1]))
     counts, first = COUNTS.findall(tail, start), opening.find(b'"usage"')
     if first >= 0:
         counts = [*COUNTS.findall(opening, first, first + TAIL_BYTES), *counts]
     found = {name: int(number) for name, number in counts}
-    total = found.get(b"total")
     cached = found.get(b"cached", 0)
-    if total is not None:
-        prompt = found.get(b"prompt", found.get(b"input", total - found.get(b"completion", found.get(b"output", 0))))
+    if b"total" in found:
+        total = found[b"total"]
+        prompt = found.get(b"input", total - found.get(b"completion", found.get(b"output", 0)))
         return Tokens(prompt, max(0, total - prompt), cached)
     if b"input" in found and b"output" in found:  # Anthropic's, whose input tokens do not include the cached ones
         cached = found.get(b"cache_read_input", 0)
