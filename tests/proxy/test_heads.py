@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
+from vllmd.config.types import ServerConfig
 from vllmd.errors import BadRequest
 from vllmd.proxy.framing import Chunked, Length
 from vllmd.proxy.heads import (
@@ -15,6 +18,8 @@ from vllmd.proxy.heads import (
     parse_response_head,
     write_response_head,
 )
+from vllmd.proxy.limits import Limits
+from vllmd.proxy.reader import RequestReader
 from vllmd.proxy.upstream import describe
 
 
@@ -49,6 +54,35 @@ def test_a_memory_of_good_heads_lets_no_bad_one_pass(bad: bytes) -> None:
     memo.read(request(5))
     with pytest.raises(BadRequest):
         memo.read(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: %b\r\n\r\n" % bad)
+
+
+def test_the_last_head_is_known_but_for_its_length() -> None:
+    """Whoever looks has no other one parsed by that."""
+    memo = HeadMemo(parse_request_head)
+    assert memo.known(request(5)) is None
+    first = memo.read(request(5))
+    assert memo.known(request(5)) is first
+    other = memo.known(request(17))
+    assert other is not None
+    assert (other.path, other.length) == ("/x", 17)
+    assert memo.known(request(17, b"Expect: 100-continue\r\n")) is None
+
+
+@pytest.mark.parametrize("before", [b"", request(0)])
+@pytest.mark.parametrize("pieces", [1, 40])
+def test_one_stray_line_end_is_forgiven_before_a_head(before: bytes, pieces: int) -> None:
+    """A second one is not, be the head behind it known or not, and come in one piece or byte by byte."""
+    for stray in (b"", b"\r\n", b"\r\n\r\n"):
+        reader = RequestReader(Limits(ServerConfig()))
+        reader.feed(before)
+        assert bool(reader.head()) == bool(before)
+        assert reader.body() == b""
+        data, head = stray + request(0), None
+        with pytest.raises(BadRequest, match="no request line") if len(stray) > 2 else nullcontext():
+            for start in range(0, len(data), size := -(-len(data) // pieces)):
+                reader.feed(data[start : start + size])
+                head = reader.head()
+        assert head is None if len(stray) > 2 else head is not None and head.path == "/x"
 
 
 def test_an_answers_framing_is_new_every_time() -> None:

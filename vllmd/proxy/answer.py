@@ -50,11 +50,11 @@ class UpstreamRequest:
     target: Target
     parsed: ParsedBody
     path: str  # at the engine, with the query
+    public_path: str = ""  # the route as clients know it; "" below /upstream
+    only_replica: str = ""  # the replica that alone can serve it; "" for any
+    keep_alive: float | None = None  # seconds for which the client will want the model again, see ``proxy.keep_alive``
     path_for: Callable[[Target], str] | None = None  # makes ``path`` where the engine's name for the model is in it
     client_prefix: str = ""  # "/upstream/NAME", if the client reaches the engine's own paths below that
-    only_replica: str = ""  # the replica that alone can serve it; "" for any
-    public_path: str = ""  # the route as clients know it; "" below /upstream
-    keep_alive: float | None = None  # seconds for which the client will want the model again, see ``proxy.keep_alive``
 
     @property
     def route(self) -> str:

@@ -180,6 +180,15 @@ class Relay:
 class AnswerRelay:
     """One answer on its way to the client. The engine's connection reports to it (``upstream.Sink``)."""
 
+    # What is set on the way; here, because each request pays for what is set as it begins.
+    _done: asyncio.Future[None] | None = None  # the answer has passed, or ``_error`` says why not
+    _resend = False  # a kept connection was closed before a byte of the answer
+    _upstream: Upstream | None = None
+    _answer: Answer | None = None
+    _takes_comments = False  # it is a stream whose head does not give its length: comments may precede it
+    _opening = b""  # the first bytes of the body, as long as they are of interest
+    _status = 0
+
     def __init__(
         self,
         exchange: Exchange,
@@ -198,20 +207,13 @@ class AnswerRelay:
         self._attempt = attempt
         self._heartbeat = heartbeat
         self._permit: Permit | None = permit  # None once it was given back
-        self._done: asyncio.Future[None] | None = None  # the answer has passed, or ``_error`` says why not
         self._error: VllmdError | None = None
-        self._resend = False  # a kept connection was closed before a byte of the answer
-        self._upstream: Upstream | None = None
-        self._answer: Answer | None = None
         self._heartbeats: Heartbeats | None = None  # until the first byte of the body, if the client is sent comments
-        self._takes_comments = False  # it is a stream whose head does not give its length: comments may precede it
         self._size = 0  # bytes of the body that came
         self._tail = bytearray()  # the last of them, TAIL_BYTES or more
         self._attentive = True  # the next piece is looked at (``_attend``): mostly only the first one is
-        self._opening = b""  # the first of them, as long as they are of interest
         self._reads_opening = exchange.request.path in (RESPONSES, ANTHROPIC_PATH)
         self._responses = responses
-        self._status = 0
 
     async def relay(self, upstream: Upstream, head: bytes, body: Parts, size: int) -> bool:
         """Send the request, whose body has ``size`` bytes, and wait until the answer has passed.

@@ -176,19 +176,26 @@ class HeadMemo(Generic[H]):
         self._shape = NO_SHAPE  # the bytes before and after the length's digits
         self._head: H | None = None
 
+    def known(self, raw: bytes) -> H | None:
+        """The parsed form of ``raw`` if it is the last head, but for its length; None for any other."""
+        head = self._head
+        if head is None or raw == self._raw:
+            return head
+        digits = PLAIN_LENGTH.search(raw)
+        if digits is None or (raw[: digits.start(1)], raw[digits.end(1) :]) != self._shape:
+            return None
+        self._head, self._raw = head, raw = head.with_length(int(digits[1])), raw
+        return head
+
     def read(self, raw: bytes) -> H:
         """The parsed form of ``raw``, which ends with its blank line. Raises what ``parse`` raises."""
-        if raw == self._raw and self._head is not None:
-            return self._head
-        digits = PLAIN_LENGTH.search(raw)
-        shape = NO_SHAPE if digits is None else (raw[: digits.start(1)], raw[digits.end(1) :])
-        if digits is not None and shape == self._shape and self._head is not None:
-            head = self._head.with_length(int(digits[1]))
-        else:
+        head = self.known(raw)
+        if head is None:
             head = self._parse(raw)
-        if len(raw) <= MEMO_SIZE:
-            self._head, self._raw = head, raw
-            self._shape = shape if digits is not None and head.has_length else NO_SHAPE
+            if len(raw) <= MEMO_SIZE:
+                digits = PLAIN_LENGTH.search(raw) if head.has_length else None
+                self._head, self._raw = head, raw
+                self._shape = NO_SHAPE if digits is None else (raw[: digits.start(1)], raw[digits.end(1) :])
         return head
 
 

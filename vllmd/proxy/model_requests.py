@@ -34,6 +34,7 @@ WELL_KNOWN = (
 MAX_RESPONSES_KEPT = 10_000
 MAX_NAME_SEGMENTS = 16  # of a path below /upstream that may be a model's name; each number of them is looked up
 JSON = "application/json"
+BRACE = ord("{")
 KEY_IN_QUERY = re.compile(r"(?:^|(?<=&))(?:api[-_]?key|key|access_token|token)=", re.IGNORECASE)
 
 quoted = lru_cache(maxsize=256)(quote)
@@ -73,7 +74,12 @@ class ModelRequests:
 
     async def json(self, exchange: Exchange) -> UpstreamRequest:
         """A route whose JSON body names the model."""
-        return await self.to_model(exchange, await self._parse_json(exchange), exchange.request.path)
+        request = exchange.request
+        if is_plain(request) and len(request.body) <= LARGE_BYTES:  # the common case
+            parsed = parse_json_body(request.body)
+        else:
+            parsed = await self._parse_json(exchange)
+        return await self.to_model(exchange, parsed, request.path)
 
     async def deployment(self, exchange: Exchange) -> UpstreamRequest:
         """Azure's ``/openai/deployments/{model}/...``, and OpenAI's own old form of it: the path names the model.
@@ -91,15 +97,14 @@ class ModelRequests:
     async def _parse_json(self, exchange: Exchange) -> ParsedBody:
         """Parse the body of a route that takes JSON. Raises BadRequest."""
         request = exchange.request
-        # The headers remember that they announce plain JSON: the next request on the connection mostly shares them.
-        if not request.headers.plain_json or not request.body.startswith(b"{") or request.body[1:2] == b"\0":
+        if not is_plain(request):
             content_type = request.headers.get("content-type")
             kind = content_type.partition(";")[0].strip().lower()
             if kind != JSON and kind != "text/json" and not kind.endswith("+json"):
                 raise BadRequest("the Content-Type must be application/json")
             plain = kind == JSON and "charset" not in content_type.lower()
             request.headers.plain_json = plain and not request.headers.get("content-encoding")
-            if not request.headers.plain_json or not request.body.startswith(b"{") or request.body[1:2] == b"\0":
+            if not is_plain(request):
                 await self.make_plain(exchange, content_type)
             if kind != JSON:  # engines know no other name of it
                 request.headers = request.headers.but("content-type", ("content-type", JSON))
@@ -139,7 +144,7 @@ class ModelRequests:
             names = {**request.params, "model": replica.served_name}
             return with_query(request, re.sub(r"\{(\w+)\}", lambda name: quote(names[name[1]], safe=""), route))
 
-        return UpstreamRequest(target, ParsedBody("", False, request.body), path_for(target), path_for)
+        return UpstreamRequest(target, ParsedBody("", False, request.body), path_for(target), path_for=path_for)
 
     async def upstream(self, exchange: Exchange) -> UpstreamRequest | None:
         """``/upstream/{model}/...``: a path of the engine's own API, if its kind lists it, passed on as it came."""
@@ -198,9 +203,7 @@ class ModelRequests:
         path = quoted(request.path)
         if request.query_string:
             path = with_query(request, path)
-        return UpstreamRequest(
-            target, parsed, path, only_replica=only_replica, public_path=route, keep_alive=keep_alive
-        )
+        return UpstreamRequest(target, parsed, path, route, only_replica, keep_alive)
 
     def target(self, request: Request, name: str, route: str) -> Target:
         """The model that ``name`` means to this caller, which must serve ``route`` ("" below /upstream).
@@ -236,6 +239,15 @@ class ModelRequests:
             request.body = await in_turns(work)
             exchange.charge_body(len(request.body))
             request.headers = request.headers.but("content-type", ("content-type", "application/json"))
+
+
+def is_plain(request: Request) -> bool:
+    """Whether the body is as an engine can take it: JSON in UTF-8, without a Content-Encoding.
+
+    The headers remember that they announce it: the next request on the connection mostly shares them.
+    """
+    body = request.body
+    return request.headers.plain_json is True and len(body) > 1 and body[0] == BRACE and body[1] != 0
 
 
 def unserved(target: Target, route: str) -> NotFound:

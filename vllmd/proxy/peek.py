@@ -111,12 +111,13 @@ def _parse_at_once(body: bytes, text: str) -> ParsedBody | None:
         members, end = _scan_once(text, 0)
     except (StopIteration, ValueError, RecursionError):
         return None
-    if end != len(text) or not isinstance(members, dict) or not isinstance(members.get("model"), str):
+    if end != len(text) or not isinstance(members, dict) or not isinstance(name := members.get("model"), str):
         return None
     key = MODEL_KEY.search(text)
     if key is None:
         return None
-    start, stop = key.end(), scanstring(text, key.end() + 1, True)[1]
+    start = key.end()
+    stop = scanstring(text, start + 1, True)[1]
     if len(text) != len(body):
         start, stop = len(text[:start].encode()), len(text[:stop].encode())
     keep_alive: tuple[object, ...] = ()
@@ -124,7 +125,7 @@ def _parse_at_once(body: bytes, text: str) -> ParsedBody | None:
         keep_alive = tuple(members[name] for name in KEEP_ALIVE if name in members)
     stream = members.get("stream") is True
     options = (members["stream_options"],) if stream and "stream_options" in members else ()
-    return ParsedBody(model_name(members["model"]), stream, body, start, stop, True, keep_alive, options)
+    return ParsedBody(model_name(name), stream, body, start, stop, True, keep_alive, options)
 
 
 def _parse_by_member(body: bytes, text: str) -> ParsedBody:

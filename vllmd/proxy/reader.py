@@ -13,7 +13,7 @@ MAX_FRAMING_EXCESS = 64 << 10  # framing bytes allowed beyond the payload's own 
 PIECE_BYTES = 64 << 10  # of a body, scanned in one step
 CHUNKED_PIECE_BYTES = 16 << 10  # the same where its end is not known beforehand, and the next request may follow
 TOKEN = frozenset(b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode())
-TLS_HANDSHAKE = 0x16
+TLS_HANDSHAKE, CR = 0x16, 0x0D
 
 
 class RequestReader:
@@ -42,7 +42,7 @@ class RequestReader:
         self._heads = HeadMemo(parse_request_head)
         self._data: bytes | bytearray = b""  # fed and not yet consumed: as it came, until more comes
         self._begun = False  # bytes of the next head have come
-        self._scanned = 0  # bytes of an unfinished head already searched
+        self._scanned = 0  # bytes of an unfinished head that are searched, but for the last three
         self._next: RequestHead | None = None  # the head whose body has not begun to be read
         self._keep = True  # whether its payload is kept
         self._framing: Length | Chunked | None = None  # of a body that comes in pieces
@@ -74,6 +74,9 @@ class RequestReader:
         """The first ``size`` bytes, no longer kept here."""
         data = self._data
         if isinstance(data, bytes):
+            if size == len(data):
+                self._data = b""
+                return data
             taken, self._data = data[:size], data[size:]
             return taken
         with memoryview(data) as view:
@@ -100,32 +103,32 @@ class RequestReader:
         if not self._begun:
             if not data or data == b"\r":
                 return None
-            if data[:2] == b"\r\n":  # one stray line end before a head is forgiven (RFC 9112, 2.2)
+            if data[0] == CR and data[:2] == b"\r\n":  # a stray line end before a head is forgiven (RFC 9112, 2.2)
                 self._drop(2)
                 data = self._data
             self._begun = True
-        end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        end = data.find(b"\r\n\r\n", self._scanned)
         most = self._limits.now.max_head
         if end > most or (end < 0 and len(data) > most + 3):  # 3: of the blank line, whose last byte is missing
-            raise HeadTooLarge(f"the request's head is larger than {self._limits.now.max_head} bytes")
-        if data[:2] == b"\r\n":
-            raise BadRequest("malformed request: no request line")
+            raise HeadTooLarge(f"the request's head is larger than {most} bytes")
         if end < 0:
-            if data.find(b"\n\n", max(0, self._scanned - 1)) >= 0:
+            if data[:2] == b"\r\n":
+                raise BadRequest("malformed request: no request line")
+            if data.find(b"\n\n", self._scanned) >= 0:
                 raise BadRequest("malformed request: a line that does not end with CRLF")
             if data and data[0] not in TOKEN:  # no method begins like that: refuse it without waiting for the rest
                 if data[0] == TLS_HANDSHAKE:
                     raise SpokenTls("this is TLS, and plain HTTP is spoken here: the URL must begin with http://")
                 raise BadRequest("malformed request: no request line")
-            self._scanned = len(data)
+            self._scanned = max(0, len(data) - 3)
             return None
         self.head_size = end + 4
-        head = self._heads.read(self._take(end + 4))
+        raw = self._take(end + 4)
+        head = self._heads.known(raw) or self._heads.read(raw)
         self._scanned = 0
         self._begun = False
         self._next, self._framing, self._keep = head, None, True
-        self._max_payload = self._limits.now.max_body
-        self.received = 0
+        self._max_payload, self.received = self._limits.now.max_body, 0
         return head
 
     def discard(self, max_payload: int) -> None:

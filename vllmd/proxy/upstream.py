@@ -192,10 +192,12 @@ class Upstream:
         return not self._broken and not self.transport.is_closing()
 
     def is_silent(self) -> bool:
-        """Whether nothing has come of it since the last answer, be it its end, that the event loop has yet to read.
+        """Whether it is open, and nothing has come of it since the last answer that the event loop has yet to read.
 
         What comes between two requests is no answer to the second one, and would be taken for it.
         """
+        if self._broken or self.transport.is_closing():
+            return False
         poll = self._poll
         if poll is None:
             sock = self.transport.get_extra_info("socket")
@@ -255,13 +257,17 @@ class Upstream:
         1xx answers before it are dropped: the request never asks for one.
         """
         pieces, self._begun = self._begun, True
-        end = data.find(b"\n\r\n") + 3  # the common case: one plain head of a success, whole
-        if end < 3 or not data.startswith(b"HTTP/1.1 2") or pieces or data.find(b"\n\n", 0, end) >= 0:
-            found = self._collector.feed(data)
-            if found is None:
-                return None
-            data, end = found
-        head = self._heads.read(data[:end]) if self._method == "POST" else parse_response_head(data[:end], self._method)
+        end = data.find(b"\n\r\n") + 3
+        head = self._heads.known(data[:end]) if end > 2 and self._method == "POST" and not pieces else None
+        if head is None:
+            # The common case: one plain head of a success, whole.
+            if end < 3 or data[:10] != b"HTTP/1.1 2" or pieces or data.find(b"\n\n", 0, end) >= 0:
+                found = self._collector.feed(data)
+                if found is None:
+                    return None
+                data, end = found
+            raw = data[:end]
+            head = self._heads.read(raw) if self._method == "POST" else parse_response_head(raw, self._method)
         self._framing, self._keep_alive = head.framing(), head.keep_alive
         sink.head(head, self._framing)
         return data[end:]
@@ -303,7 +309,7 @@ class Pool:
         while idle:
             connection = idle.pop()
             oldest = connection.loop.time() - self._limits.now.upstream_idle
-            if connection.idle_since > oldest and connection.usable and connection.is_silent():
+            if connection.idle_since > oldest and connection.is_silent():
                 connection.reused = True
                 return connection
             connection.abort()
@@ -318,11 +324,13 @@ class Pool:
         if self._closed:
             connection.abort()
             return
-        loop = connection.loop
-        connection.idle_since = loop.time()
-        self._idle.setdefault(connection.key, []).append(connection)
+        connection.idle_since = connection.loop.time()
+        idle = self._idle.get(connection.key)
+        if idle is None:
+            idle = self._idle[connection.key] = []
+        idle.append(connection)
         if self._timer is None:
-            self._timer = loop.call_later(self._limits.now.upstream_idle, self._sweep)
+            self._timer = connection.loop.call_later(self._limits.now.upstream_idle, self._sweep)
 
     def forget(self, connection: Upstream) -> None:
         """Drop a connection that has been closed."""
