@@ -219,6 +219,14 @@ def test_the_hardware_and_how_busy_it_is(page: sync_api.Page, site: Site) -> Non
     page.get_by_role("img", name=re.compile(r"Load of the CPUs\. \d+\.\d")).wait_for()
 
 
+def test_a_launcher_that_hangs_is_told_above_all_models(page: sync_api.Page, site: Site) -> None:
+    """No model's own line says why nothing starts."""
+    trouble = {"launcher_trouble": "it has not answered a Start for 25 s"}
+    page.route("**/admin/status", lambda route: route.fulfill(json=site.operate("GET", "/admin/status") | trouble))
+    wrong = page.get_by_role("status", name="what is wrong")
+    wrong.get_by_text("No engine starts or ends, for the launcher does not answer: it has not answered").wait_for()
+
+
 def test_a_decision_about_devices_names_no_model(page: sync_api.Page, site: Site) -> None:
     """Its row says so: an empty head of a row tells nobody who listens to the page what the row is about."""
     site.operate("POST", "/admin/devices/0/drain", {"drained": False})
