@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.core.helpers import GPU, PAIR, model, replicas
 from tests.core.world import World
 from vllmd.api.verbs import VERBS
 from vllmd.core.commands import Admit, CutRequest, Reject, SleepEngine, StartEngine, StopEngine, WakeEngine
 from vllmd.core.events import (
+    DeviceDrained,
     EngineStartFailed,
+    Event,
     LeaseReleased,
     LeaseTaken,
     LoadAsked,
@@ -276,6 +280,25 @@ def test_an_operators_pin_outlives_a_reload_and_the_configurations_own_does_not(
     assert [m.pinned for m in w.seen.models] == [True, False]
     said = [command.printed for verb in VERBS if verb.name == "pin" for command in verb.commands]
     assert said and not any("reload" in each for each in said)  # and what vllmctl says is what is so
+
+
+@pytest.mark.parametrize(
+    ("said", "unsaid"),
+    [
+        (PinSet("m", True), PinSet("m", False)),
+        (PinSet("king", False), PinSet("king", True)),
+        (LeaseTaken("l", "m"), LeaseReleased("l")),
+        (DeviceDrained(0), DeviceDrained(0, drained=False)),
+    ],
+)
+def test_what_ends_with_the_daemon_is_known_to_be_there(said: Event, unsaid: Event) -> None:
+    """So that it does not exit for want of work while an operator relies on it; what is configured is no order."""
+    w = World([model("m", 20), model("king", 20, pinned=True)], [GPU])
+    assert not w.scheduler.holds_orders
+    w.do(said)
+    assert w.scheduler.holds_orders
+    w.do(unsaid)
+    assert not w.scheduler.holds_orders
 
 
 def test_what_is_stopped_on_a_device_is_decided_by_what_is_there() -> None:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from tests.daemon.test_dispatcher import StillLoop
-from vllmd.core.types import Snapshot
 from vllmd.daemon.changes import Changes
 from vllmd.daemon.chores import Chores
 from vllmd.daemon.idle_exit import IdleExit
@@ -83,17 +82,17 @@ def test_it_stays_while_somebody_is_connected(connections: int, requests: int, e
     assert chores_of(front, activated=True, born=time.monotonic() - 100.0).may_exit(None) is exits
 
 
-@pytest.mark.parametrize(("drained", "exits"), [((), True), ((1,), False)])
-def test_it_stays_while_a_device_is_drained_also_one_that_is_gone(drained: tuple[int, ...], exits: bool) -> None:
-    """The next daemon would put models on it when it comes back."""
+@pytest.mark.parametrize(("orders", "exits"), [(False, True), (True, False)])
+def test_it_stays_while_there_are_orders_that_only_it_remembers(orders: bool, exits: bool) -> None:
+    """The next daemon would put models on a drained device, and have a pinned one evicted."""
     config = SimpleNamespace(server=SimpleNamespace(idle_exit=1.0))
     front = Idle(
         gate=SimpleNamespace(requests=0),
         listeners=SimpleNamespace(connections=0, accepted=0),
         current=SimpleNamespace(config=config),
+        back=SimpleNamespace(now=Idle(dispatcher=Idle(scheduler=SimpleNamespace(holds_orders=orders)))),
     )
-    seen = Snapshot(0.0, (), (), 0, 0, (), drained=frozenset(drained))
-    assert bool(chores_of(front, activated=True, born=time.monotonic() - 100.0).may_exit(seen)) is exits
+    assert chores_of(front, activated=True, born=time.monotonic() - 100.0).may_exit(None) is exits
 
 
 class Ticking:
@@ -118,7 +117,7 @@ class Ticking:
 
     def _look(self) -> SimpleNamespace:
         self.looks.append(self.loop.time())
-        return SimpleNamespace(replicas=(), devices=(), host_standbys=0, drained=())
+        return SimpleNamespace(replicas=(), devices=(), host_standbys=0)
 
     def play(self, script: Callable[[], Awaitable[None]]) -> None:
         """Run it beside the ticks."""

@@ -764,7 +764,12 @@ SERVER = Group(
             "asyncio. auto is uvloop where that is installed (the package python3-uvloop, 0.17 or newer).",
             reload=Reload.NEXT_START,
         ),
-        Setting("idle_exit", k.OR_NEVER, "Exit when no model is loaded and no client connected for this time."),
+        Setting(
+            "idle_exit",
+            k.OR_NEVER,
+            "Exit when no model is loaded and no client connected for this "
+            "time. What an operator drained, pinned or leased keeps it: with its exit that would be forgotten.",
+        ),
         Setting("max_body", k.SMALL_SIZE, "Largest request body."),
         Setting("max_head", k.SMALL_SIZE, "Largest request head."),
         Setting(

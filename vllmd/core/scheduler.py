@@ -169,6 +169,14 @@ class Scheduler:
         """The models as they are configured, by name."""
         return {name: model.spec for name, model in self.core.models.items()}
 
+    @property
+    def holds_orders(self) -> bool:
+        """Whether there are orders that end with this daemon: a device is drained, a model pinned or leased."""
+        core = self.core
+        return bool(core.engines.ledger.drained) or any(
+            model.leases or any(r.pinned != r.spec.pinned for r in model.replicas) for model in core.models.values()
+        )
+
     def snapshot(self, now: float) -> Snapshot:
         """Everything worth showing, copied: models with their replicas, devices, decisions."""
         core = self.core

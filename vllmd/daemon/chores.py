@@ -147,7 +147,8 @@ class Chores:
     def may_exit(self, seen: Snapshot | None) -> bool:
         """Whether the idle exit is due: socket-activated, nothing loaded or waiting, no client, for long enough.
 
-        A device that an operator has drained is a reason to stay, there or not: only this daemon remembers that.
+        A drained device, there or not, and a model that is pinned or leased by order, loaded or not, are reasons to
+        stay: only this daemon remembers that.
         """
         front, back = self._front, self._front.back.now
         busy = bool(
@@ -158,7 +159,7 @@ class Chores:
             or front.store.active
             or front.listeners.connections
             or any(view.waiting_for for view in (seen.replicas if seen else ()))
-            or (seen and seen.drained)
+            or back.dispatcher.scheduler.holds_orders
         )
         after, accepted = front.current.config.server.idle_exit, front.listeners.accepted
         return self._idle_exit.due(time.monotonic(), after, busy=busy, accepted=accepted)
