@@ -138,6 +138,7 @@ def check_kept(scheduler: Scheduler) -> None:
         assert account.promised == sum(engines.ledger.held(r).get(index, 0) for r in replicas), "what is promised"
     assert engines.ledger.host_promised == sum(map(engines.ledger.host_held, replicas)), "what is promised of the host"
     assert core.balanced == [model for model in core.models.values() if model.rules], "whose replicas share by rules"
+    assert scheduler.is_quiet == (not scheduler.anything_to_begin() and not engines.displaced), "the short way is open"
     for model in core.models.values():
         assert model.unused_view in (None, _model(core, model, core.now, lambda r: "")), "how an unused model is shown"
 

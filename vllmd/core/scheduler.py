@@ -83,7 +83,7 @@ class Scheduler:
         self._operator = OperatorCommands(core, self._admission, self._scaling, self._devices)
         self._unloading = Unloading(core, self.planner)
         self.handlers = self._handlers_by_event()
-        self._is_quiet = False  # since the last event the policy has had nothing to look at
+        self.is_quiet = False  # after the last event there was nothing for the policy to look at, now or by and by
         for spec in models:
             self._operator.take(spec)
         core.regroup()
@@ -93,7 +93,7 @@ class Scheduler:
     def handle(self, event: ev.Event, now: float) -> list[Command]:
         """The commands that follow from ``event``. Raises LifecycleError, nothing changed, if it cannot be."""
         core, engines = self.core, self.core.engines
-        self._is_quiet = False  # also where this fails
+        self.is_quiet = False  # also where this fails
         if now > engines.now:
             engines.now = now
         self.handlers[type(event)](event)
@@ -101,7 +101,7 @@ class Scheduler:
             self._expire()
         if core.for_review:
             self._settle()
-        if self._anything_to_begin() or (engines.displaced and (core.news_for_all or core.news)):
+        if self.anything_to_begin() or (engines.displaced and (core.news_for_all or core.news)):
             for _ in self.planner.plan():  # 7
                 self._settle()
             if self._operator.preload and self._operator.preloading:
@@ -112,10 +112,10 @@ class Scheduler:
         core.news_for_all = False
         core.news.clear()
         engines.stirred.clear()
-        self._is_quiet = not (self._anything_to_begin() or engines.displaced)
+        self.is_quiet = not (self.anything_to_begin() or engines.displaced)
         return engines.collect()
 
-    def _anything_to_begin(self) -> bool:
+    def anything_to_begin(self) -> bool:
         """Whether a model waits, has several replicas, or is to be preloaded or moved: the policy is to look."""
         core = self.core
         return bool(core.waiting or core.balanced or self._operator.preload or self.planner.held_back)
@@ -140,7 +140,7 @@ class Scheduler:
         engines = core.engines
         if now < engines.now:
             now = engines.now
-        if not self._is_quiet or core.timers.none_before <= now:
+        if not self.is_quiet or core.timers.none_before <= now:
             return False
         engines.now = now
         return True
@@ -159,7 +159,7 @@ class Scheduler:
 
     def wants_time_before(self, moment: float) -> bool:
         """Whether ``next_timer`` may be earlier than that; cheap where only requests come and go."""
-        if self._is_quiet:
+        if self.is_quiet:
             return self.core.timers.none_before < moment
         due = self.next_timer()
         return due is not None and due < moment
