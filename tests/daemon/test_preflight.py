@@ -12,7 +12,7 @@ from vllmd.core.types import Device
 from vllmd.daemon.check import EX_CONFIG, check
 from vllmd.daemon.engine_resolver import EngineResolver
 from vllmd.daemon.homes import Homes
-from vllmd.daemon.preflight import Machine, ModelCheck, doubtful, look, say, wrong
+from vllmd.daemon.preflight import MOST_TOLD, Machine, ModelCheck, doubtful, look, say, wrong
 from vllmd.daemon.specs import replica_spec
 from vllmd.engines import engine_kind
 from vllmd.engines.base import Place
@@ -72,6 +72,16 @@ def test_the_log_has_the_arithmetic(caplog: pytest.LogCaptureFixture) -> None:
     say(prospects(sim("a"), sim("large", 90 * GiB)), MACHINE)
     assert "a: expected to take 10 GiB per device: 10 GiB: as a stand-in is configured" in caplog.text
     assert [record.levelname for record in caplog.records if "large needs" in record.message] == ["ERROR"]
+
+
+def test_of_many_models_the_log_has_what_is_wrong_and_the_arithmetic_of_some(caplog: pytest.LogCaptureFixture) -> None:
+    """journald would lose lines of ten thousand at once, among them those that somebody needs."""
+    caplog.set_level(logging.INFO)
+    say(prospects(*(sim(f"m{n}") for n in range(2 * MOST_TOLD)), sim("large", 90 * GiB)), MACHINE)
+    first, *others, last = caplog.messages
+    assert "large needs 90 GiB" in first
+    assert len(others) == MOST_TOLD and all(": expected to take" in line for line in others)
+    assert last == f"`vllmd --check` tells what {MOST_TOLD + 1} more models are expected to take"
 
 
 def test_the_core_is_told_sizes_and_settings() -> None:

@@ -27,6 +27,8 @@ from vllmd.sizes import in_words as size
 
 log = logging.getLogger("vllmd")
 
+MOST_TOLD = 100  # models whose arithmetic is logged at a start or a reload
+
 
 @frozen
 class ModelCheck:
@@ -107,11 +109,16 @@ def doubtful(prospects: Sequence[ModelCheck], machine: Machine) -> list[str]:
 
 
 def say(prospects: Sequence[ModelCheck], machine: Machine) -> None:
-    """Into the log: the arithmetic of every model, then what is doubtful, then what is wrong."""
-    for each in prospects:
-        log.info("%s: expected to take %s per device: %s", each.model.name, size(each.estimate.footprint.awake),
-                 each.estimate.why, extra={"journal": {"MODEL": each.model.replica_of or each.model.name}})  # fmt: skip
-    for doubt in doubtful(prospects, machine):
-        log.warning("%s", doubt)
+    """Into the log: what is wrong, what is doubtful, then the arithmetic of the first ``MOST_TOLD`` models.
+
+    journald does not keep up with ten thousand lines at once, and what it does not read in time is lost.
+    """
     for mistake in wrong(prospects):
         log.error("%s", mistake)
+    for doubt in doubtful(prospects, machine):
+        log.warning("%s", doubt)
+    for each in prospects[:MOST_TOLD]:
+        log.info("%s: expected to take %s per device: %s", each.model.name, size(each.estimate.footprint.awake),
+                 each.estimate.why, extra={"journal": {"MODEL": each.model.replica_of or each.model.name}})  # fmt: skip
+    if more := prospects[MOST_TOLD:]:
+        log.info("`vllmd --check` tells what %d more models are expected to take", len(more))
