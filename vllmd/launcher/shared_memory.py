@@ -7,6 +7,9 @@ it has no name any more, so it is enough to remove it.
 Which of the files were an engine's is written nowhere, and other engines may have the same user. So a file is removed
 if its name is one that is given to memory which ends with its processes, and no process of the user has it open or
 mapped. Whoever makes such a file keeps it open until it is mapped.
+
+In a container that has the host's IPC namespace (``--ipc=host``) the folder is the host's, and other containers', whose
+processes are not to be seen: there nothing is removed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+FIRST_PID_NAMESPACE, FIRST_IPC_NAMESPACE = "pid:[4026531836]", "ipc:[4026531839]"  # the host's, in every kernel
 NAMES = ("psm_", "sem.mp-", "vllm_offload_", "nccl-")  # Python's multiprocessing, vLLM, NCCL
 
 
@@ -23,6 +27,9 @@ def remove_unused(folder: str = "/dev/shm", proc: str = "/proc") -> None:
 
     Raises OSError, and has removed nothing, where it is not known what a process uses.
     """
+    pids, ipc = (os.readlink(f"{proc}/self/ns/{kind}") for kind in ("pid", "ipc"))
+    if pids != FIRST_PID_NAMESPACE and ipc == FIRST_IPC_NAMESPACE:
+        return
     uid, unused = os.getuid(), dict[int, str]()  # path by inode
     with os.scandir(folder) as entries:
         for each in entries:
@@ -52,12 +59,13 @@ def _is_of(process: str, uid: int) -> bool:
 def _used(process: str, folder: str) -> Iterator[int]:
     """The inodes that a process has mapped, or open in ``folder``.
 
-    Names would not do: a semaphore is mapped under the name that it has before it is complete.
+    Names would not do: a semaphore is mapped under the name that it has before it is complete. What is open comes
+    first: what it maps, and closes, between the two looks is found by the second.
     """
-    with open(f"{process}/maps", "rb") as file:
-        for line in file:
-            yield int(line.split(maxsplit=5)[4])
     for number in os.listdir(f"{process}/fd"):
         with contextlib.suppress(FileNotFoundError):
             if os.readlink(f"{process}/fd/{number}").startswith(f"{folder}/"):
                 yield os.stat(f"{process}/fd/{number}").st_ino
+    with open(f"{process}/maps", "rb") as file:
+        for line in file:
+            yield int(line.split(maxsplit=5)[4])

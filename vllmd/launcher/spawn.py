@@ -35,6 +35,7 @@ LINK = "VLLMD_STANDBY_LINK"  # the descriptor of a standby's end of the pair of 
 NOT_DONE = 1  # status of a child that failed
 AGAIN = 75  # status of a child that failed because the disk is read-only now (EX_TEMPFAIL)
 KEY_FILE = "vllmd-key.yaml"  # written by an engine's command, see engines/sglang.py
+LAST_SYSTEM_USER = 999  # by systemd and all distributions; above it are people, and models' own users
 PATH = "/usr/local/bin:/usr/bin:/bin"
 _PERMANENT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.E2BIG, errno.EISDIR, errno.ELOOP}
 _PERMANENT |= {errno.ENAMETOOLONG, errno.EINVAL}
@@ -213,12 +214,15 @@ def tidy(run_dir: str, user: User) -> Process:
     """Fork a child that, as the engine's user, removes the sockets, the key and then the empty run directory.
 
     Other files stay, and the directory with them: it may have been one with data in it. With a user who is there for
-    engines alone the shared memory that they have left goes, too. Raises OSError.
+    engines alone the shared memory that they have left goes, too: last, for looking at a process that a driver holds
+    may not return. Raises OSError.
     """
 
     def tidied() -> None:
-        _free_shared_memory(user)
-        _empty(run_dir)
+        try:
+            _empty(run_dir)
+        finally:
+            _free_shared_memory(user)
 
     return _in_child(user, tidied)
 
@@ -240,10 +244,10 @@ def sweep(run_dirs: Collection[str], user: User) -> Process | None:
                 own.append(path)
 
     def empty_all() -> None:
-        _free_shared_memory(user)
         for path in own:
             with contextlib.suppress(OSError):
                 _empty(path)
+        _free_shared_memory(user)
 
     return _in_child(user, empty_all) if own else None
 
@@ -264,8 +268,8 @@ def _in_child(user: User, work: Callable[[], None]) -> Process:
 
 
 def _free_shared_memory(user: User) -> None:
-    """Remove what engines have left in /dev/shm; not of a person, whose other programs may be in containers."""
-    if not user.ours:
+    """Remove what engines have left in /dev/shm; not of a person, whose other programs may have left it to be found."""
+    if not user.ours and (user.makes_home or user.uid <= LAST_SYSTEM_USER):
         with contextlib.suppress(OSError):
             shared_memory.remove_unused()
 
