@@ -193,6 +193,32 @@ def test_a_launcher_that_lives_is_not_blamed_for_what_takes_long(
     assert "the launcher hangs" not in caplog.text
 
 
+def test_a_launcher_is_not_blamed_for_what_is_read_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon itself was held up, or stopped, until the time for a sign of life was over; the sign was there."""
+    monkeypatch.setattr(client_module, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(client_module, "LIFE_SECONDS", 0.05)
+
+    async def story() -> None:
+        launcher, loop = ScriptedLauncher(tmp_path / "s"), asyncio.get_running_loop()
+        client, _ = await asyncio.gather(LauncherClient.at(tmp_path / "s").open(), launcher.accept())
+        asking = asyncio.ensure_future(client.tail("a"))
+        await launcher.read()
+        id, request = await launcher.read()
+        assert isinstance(request, Info)
+        launcher.say(LIVES, id)
+        over = loop.time() + 2 * client_module.LIFE_SECONDS
+        while loop.time() < over:
+            pass
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (client.trouble, asking.done()) == ("", False)
+        asking.cancel()
+        await client.close()
+        launcher.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
 def test_why_there_is_no_launcher_is_told(tmp_path: Path) -> None:
     """The daemon tries again for ever; until one is there, `vllmctl status` says why nothing starts. One of an older
     version is waited out."""

@@ -109,6 +109,7 @@ class LauncherClient:
         self._followed: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._asking_for_life = False
+        self._heard = False  # whether it has said anything since then
         self._hangs = ""  # what it leaves unanswered, as the log has it; "" while it answers
         self._unreachable = ""  # why there is none now
         self._older = ""  # that it is of an older version than this, and is not used
@@ -332,12 +333,16 @@ class LauncherClient:
         """Log and remember, until it says anything, that the launcher hangs, if it does not say how it works.
 
         Without that nothing is known: a start waits for its processes, and the end of a log for a journalctl, which in
-        a large journal takes long.
+        a large journal takes long. Whatever else it says is a sign as well: this process may have been held up itself,
+        and read it late.
         """
+        self._heard = False
         try:
             async with asyncio.timeout(LIFE_SECONDS):
                 await self._request_once(Info(), LauncherInfo)
         except TimeoutError:
+            if self._heard or not self.connected:
+                return
             seconds += LIFE_SECONDS
             self._hangs = f"it has not answered a {unanswered} for {seconds:g} s, nor anything since; {self._remedy}"
             log.warning("the launcher hangs, and no engine starts or ends: %s", self._hangs)
@@ -367,6 +372,7 @@ class LauncherClient:
         except ProtocolError as error:
             log.error("a malformed packet from the launcher: %s", error)
             return
+        self._heard = True
         if self._hangs:
             self._hangs = ""
             log.info("the launcher answers again")
