@@ -131,6 +131,17 @@ def test_a_process_that_ended_without_a_word_is_told() -> None:
     assert (found.reason, found.hint.partition(" has ended")[0]) == (dead, "its engine core")
 
 
+@pytest.mark.parametrize("said", ["died unexpectedly (exit code: 1)", "died unexpectedly (exit code: 0)"])
+def test_a_process_that_exited_has_told_why(said: str) -> None:
+    """That its parent misses it is the consequence; only where nothing else is told it is the reason."""
+    died = f"Worker proc VllmWorker-0 {said}, shutting down executor."
+    dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for it."
+    root = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    found = failure([f"{ERROR}WorkerProc failed.", f"{ERROR}{root}", f"{ERROR}{died}", f"{ERROR}{dead}", "bye"])
+    assert (found.reason, found.memory) == (root, True)
+    assert failure([f"{ERROR}{died}", f"{ERROR}{dead}", "bye"]).reason == died
+
+
 def test_pydantics_errors_are_unwrapped() -> None:
     """As seen of a real vLLM on a CPU: what matters stands in the second line of three."""
     found = failure([

@@ -54,8 +54,10 @@ _CONSEQUENCE = (
     r"|ConnectionResetError|EOFError|DistBackendError: .*\[Rank|KeyboardInterrupt|CancelledError"
     r"|^RuntimeError: cancelled$"
 )
-# What is said of a process that ended without a word: by the core of a worker, by the server of the core.
-_DIED, _CORE_DIED = "died unexpectedly", "EngineDeadError: "
+# What is said of a process that ended: by the core of a worker, by the server of the core. One that ended by a signal
+# did so without a word; one that exited has told why before.
+_KILLED = r"died unexpectedly \(exit code: -"
+_ENDED = r"died unexpectedly|EngineDeadError: "
 _FREE_MEMORY = r"less than (?:desired GPU memory util|the engine's budget).*?\([\d.]+, ([\d.]+) GiB\)"
 _MEMORY = (
     r"(?i)less than desired GPU memory utilization|less than the engine's budget|out of memory|OutOfMemoryError"
@@ -101,11 +103,11 @@ def progress(line: str) -> Progress | None:
 def failure(lines: Sequence[str]) -> Failure:
     """The root of a failed start: the last error that is not the consequence of another, and what would help."""
     texts = [text for text in map(clean, lines) if text]
-    # 1. The reason: an error, else a complaint of the command line, else that the core has died, else the last line.
+    # 1. The reason: an error, else a complaint of the command line, else the first process to end, else the last line.
     errors = [error for text in texts if (error := _error(text))]
     usage = [text for text in texts if ": error: " in text]
-    core_died = [text for text in texts if _CORE_DIED in text]
-    reason = (errors or usage or core_died or texts or ["it said nothing"])[-1]
+    ended = [text for text in texts if re.search(_ENDED, text)][:1]
+    reason = (errors or usage or ended or texts or ["it said nothing"])[-1]
     # 2. What is known of it. A row for the reason itself goes before one for an earlier error.
     match = known([reason]) or known(text for text in reversed(texts) if _error(text) or ": error: " in text)
     advice, row = (match[1], match[2]) if match else ("", None)
@@ -123,7 +125,7 @@ def _error(text: str) -> str:
     """The error that a line contains, "" if none, or only that there was one."""
     if match := re.match(_VALUE_ERROR, text):
         return f"ValueError: {match[1]}"
-    is_error = re.match(_ERROR, text) or _DIED in text
+    is_error = re.match(_ERROR, text) or re.search(_KILLED, text)
     return text if is_error and not re.search(_CONSEQUENCE, text) else ""
 
 
