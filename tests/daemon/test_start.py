@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.daemon.test_reload import Living, lives, read
 from vllmd.daemon import service
 
 # Each brings megabytes or milliseconds, and is imported where it is needed first.
@@ -86,8 +87,52 @@ def test_the_other_routes_are_imported_beside_what_is_served(
     monkeypatch.setattr(service, "OTHER_ROUTES_AFTER", 0.0)
     monkeypatch.setattr(importlib, "import_module", note)
     asyncio.run(service.import_other_routes())
-    wanted = ["vllmd.daemon.other_routes", "vllmd.daemon.reload"]
-    assert imported == [(name, False) for name in wanted[: 1 if failure else 2]]
+    wanted = service.NEEDED_LATER[: 1 if failure else None]
+    assert imported == [(name, False) for name in wanted]
+
+
+UPGRADED = """
+import asyncio, sys
+from vllmd.config.loader import load
+from vllmd.daemon import service, startup
+from vllmd.engines import engine_of
+from vllmd.engines.base import Launch, Listen
+config, service.OTHER_ROUTES_AFTER = load(sys.argv[1], {}, {}), 0.0
+asyncio.run(service.import_other_routes())
+engines = [(model, engine_of(model)) for model in config.models.values()]
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "vllmd":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Gone())
+for model, engine in engines:
+    print(engine.standby(model, Launch(("/usr/bin/python3", "serve"), Listen())))
+"""
+
+
+def test_an_engine_can_be_started_when_the_package_has_been_replaced(tmp_path: Path) -> None:
+    """By a daemon that has not been restarted yet: what its starts need is imported, or they would fail."""
+    (file := tmp_path / "vllmd.yaml").write_text("models: {m: {}, t: {engine: transformers}}")
+    told = subprocess.run(
+        [sys.executable, "-c", UPGRADED, file], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert told.stdout == "None\nNone\n"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_writes_log_files_is_imported_where_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Not at the start of an engine: the package may have been replaced by then."""
+    monkeypatch.delitem(sys.modules, "vllmd.daemon.logfile", raising=False)
+
+    async def look(living: Living) -> None:
+        assert ("vllmd.daemon.logfile" in sys.modules) is asked
+
+    model = {"engine": "sim", "log_file": asked}
+    lives(read(tmp_path, {"devices": [], "models": {"m": model}}), tmp_path, look)
 
 
 def test_the_rest_is_imported_when_the_first_clients_have_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -138,6 +139,8 @@ class EngineManager:
         """Start engines by these settings from now on. ``estimates``: what each is expected to take, by model."""
         self._models = models
         self.launch_planner.configure(models, estimates)
+        if self._logs and any(model.log_file for model in models.values()):  # few ask for one
+            importlib.import_module("vllmd.daemon.logfile")  # at a start the package may be another version's
 
     @property
     def configured(self) -> Mapping[str, ModelConfig]:
@@ -678,7 +681,7 @@ class EngineManager:
     async def follow(self, process: EngineProcess, lines: int = WHOLE_LOG) -> None:
         """Have the engine's output come to ``on_log``, and into its log file where the configuration asks for one."""
         if process.model.log_file and self._logs:
-            from vllmd.daemon import logfile  # few ask for one
+            from vllmd.daemon import logfile  # see ``configure``
 
             name = str(process.listen.port or process.instance)
             with contextlib.suppress(OSError):  # the log file meets the same error, and logs it

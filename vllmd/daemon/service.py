@@ -52,6 +52,8 @@ QUIET = 0.3  # seconds without a request after which kept connections count as u
 FIRST_TURNS = 20  # of the loop, in which a client that was there before us is let in and read
 FIRST_LOOKS = 50  # a millisecond apart, at whether it has its answer, where that takes no engine
 OTHER_ROUTES_AFTER = 1.0  # seconds in which the clients that have waited are served first
+NEEDED_LATER = ("vllmd.daemon.other_routes", "vllmd.daemon.reload", "vllmd.engines.vllm_standby",
+                "vllmd.engines.transformers_standby")  # fmt: skip
 LAUNCHER_LIMIT = 5.0  # seconds that a drain waits for a launcher: systemd may start none before this daemon has ended
 
 
@@ -285,14 +287,14 @@ async def first_answers(front: FrontEnd) -> None:
 
 
 async def import_other_routes() -> None:
-    """Import what is behind the routes that no first client asks for (``other_routes``), and a reload, in a thread.
+    """Import what the routes need that no first client asks for (``other_routes``), a reload and a start, in a thread.
 
     Left to the first request for one, that would hold up every stream for a tenth of a second, and after an upgrade of
-    the package, while this daemon still drains, it would be another version's code.
+    the package, while this daemon still drains, it would be another version's code: a start would fail by it.
     """
     await asyncio.sleep(OTHER_ROUTES_AFTER)
     with contextlib.suppress(OSError, ImportError):  # the first request for one tries again, and is told
-        for name in ("vllmd.daemon.other_routes", "vllmd.daemon.reload"):
+        for name in NEEDED_LATER:
             await asyncio.to_thread(importlib.import_module, name)
 
 
