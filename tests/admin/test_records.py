@@ -11,6 +11,7 @@ from contextlib import closing
 from http.client import HTTPConnection, IncompleteRead
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -85,6 +86,19 @@ def test_a_request_can_be_looked_into(site: Site) -> None:
     assert ALICE not in json.dumps(told)
     chat(site, ALICE, "second")
     assert one(site, "second")["load_seconds"] == 0  # it was there
+
+
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [("a/...", True), ("<b>/?#%2F", True), ("/", True), (".a", True), ("..", False), ("a/../b", False), ("a/.", False)],
+)
+def test_a_request_is_found_by_any_id_that_its_client_gave_it(site: Site, given: str, fits: bool) -> None:
+    """Else a client could choose one by which nobody can look into its request. Dot segments fit no path."""
+    taken = chat(site, ALICE, given).headers["x-request-id"]
+    assert (taken == given) is fits
+    assert one(site, quote(taken, safe=""))["id"] == taken
+    refused = site.ask("DELETE", f"/admin/requests/{quote(taken, safe='')}", key=BOSS)
+    assert refused.status == 404 and "under way" in refused.error
 
 
 def test_requests_are_found_by_what_is_known_of_them(site: Site) -> None:

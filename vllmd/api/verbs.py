@@ -388,11 +388,11 @@ VERBS: tuple[Verb, ...] = (
          (*WANTED, Param("limit", Count(0, MOST_SHOWN), "how many of the last", default=SHOWN)),
          does="records.requests", scope="read", each=True,
          python=Method("requests", "The last requests and those under way that match the filters.")),
-    Verb("request", "GET", "/admin/requests/{request_id}", "One of the last requests, with its head", RequestInFull,
-         (REQUEST_ID,), does="records.request", scope="read", each=True, refuses=(404,),
+    Verb("request", "GET", "/admin/requests/{request_id:path}", "One of the last requests, with its head",
+         RequestInFull, (REQUEST_ID,), does="records.request", scope="read", each=True, refuses=(404,),
          about="With its bodies, if they were recorded and the caller has the scope admin.",
          python=Method("request", "One of the last requests, with its head. Raises NotFound.")),
-    Verb("cancel", "DELETE", "/admin/requests/{request_id}", "Cancel a request that is under way", Cancelled,
+    Verb("cancel", "DELETE", "/admin/requests/{request_id:path}", "Cancel a request that is under way", Cancelled,
          (REQUEST_ID,), does="records.cancel", each=True, refuses=(404,),
          about="A waiting request leaves its queue, a running one its engine. The client gets status 403 with the code "
                "request_cancelled, after which clients do not try again by themselves; where the answer has begun, it "
