@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import TypeVar
 
@@ -38,7 +39,8 @@ def add_verbs(router: Router, control: Control) -> None:
     for verb in verbs.VERBS:
         handler: LocalHandler = VerbEndpoint(verb, control)
         if verb.scope == "admin":
-            handler = audited(handler)
+            # Of a change of state only the wait for its end is broken off: the core has decided on it by then.
+            handler = audited(handler, ends_with_client=verb.settles or verb.ends_with_client)
         reach = Reach.ONE if verb.of_one_model else Reach.EACH if verb.each else Reach.MACHINE
         router.add(verb.method, verb.path, handler, verb.scope, verb.summary, operation(verb), reach)
 
@@ -164,7 +166,16 @@ def audited(handler: LocalHandler, *, ends_with_client: bool = False) -> LocalHa
         task = asyncio.ensure_future(noted(request))
         going_on.add(task)
         task.add_done_callback(going_on.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(partial(log_failure, request))  # nobody else is told of one now
+            raise
+
+    def log_failure(request: Request, task: asyncio.Task[Response]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, VllmdError):
+            log.error("%s %s failed, and its client has left", request.method, request.path, exc_info=error)
 
     async def noted(request: Request) -> Response:
         try:

@@ -151,7 +151,8 @@ class Verb:
     ModelLine of the model. ``settles``: the model changes its state, and the caller may wait for the end of that
     (``?wait=true``) or follow it (``Accept: application/x-ndjson``). ``patient``: the answer always takes as long as
     engines take. ``each``: the answer is about many models, and ``does`` gets the ``caller``, to show only those that
-    it may see. ``refuses``: HTTP statuses of errors that are the verb's own, for the documentation.
+    it may see. ``ends_with_client``: it changes nothing and takes its time, so it ends when whoever asked has left.
+    ``refuses``: HTTP statuses of errors that are the verb's own, for the documentation.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Verb:
     settles: bool = False
     patient: bool = False
     each: bool = False
+    ends_with_client: bool = False
     about: str = ""
     refuses: tuple[int, ...] = ()
     python: Method | None = None
@@ -311,7 +313,7 @@ VERBS: tuple[Verb, ...] = (
          commands=(Command("enable", "Put models in use again that were disabled",
                            printed="{model} is in use again; the next request loads it"),)),
     Verb("probe", "POST", f"{ON_MODEL}/probe", "How soon a model's engines answer", Probed,
-         (MODEL, ALL, LIMIT), does="commands.probe", patient=True, refuses=(409,),
+         (MODEL, ALL, LIMIT), does="commands.probe", patient=True, ends_with_client=True, refuses=(409,),
          python=Method("probe", PROBES)),
     Verb("lease", "POST", f"{ON_MODEL}/lease", "Keep a model for a time", ModelLine, (MODEL, LEASE, SECONDS),
          does="commands.lease",
@@ -333,7 +335,7 @@ VERBS: tuple[Verb, ...] = (
          (Param("model", ModelName(), "of that model only", default=""),), does="status.decisions", scope="read",
          python=Method("decisions", "The last decisions with their numbers, oldest first.", "decisions")),
     Verb("plan", "POST", "/admin/plan", "Simulate the recorded traffic with other devices, models or rules",
-         Plan, PLANNED, does="plans.run", patient=True, refuses=(404, 409, 504),
+         Plan, PLANNED, does="plans.run", patient=True, ends_with_client=True, refuses=(404, 409, 504),
          about="Two runs, as it is and with the change, as vllmctl simulate --recorded makes them. A process of its "
                "own does it, one plan at a time, with the last 20,000 requests at most.",
          python=Method("plan", "Simulate the recorded traffic as it is, and with other devices, models or rules.")),
