@@ -127,7 +127,12 @@ class FakeGate:
         waits: Callable[[], None] = silent,
         offer: str = "",
     ) -> FakePermit | None:
-        """None: every request waits, if only for a turn."""
+        """Through, if it is open."""
+        if not self.opened.is_set():
+            return None
+        self.only.append(only)
+        self.entered.set()
+        return self._admitted()
 
     async def acquire(
         self,
@@ -140,9 +145,10 @@ class FakeGate:
         route: str = "",
     ) -> FakePermit:
         """Through, once it is open."""
+        if (permit := self.try_acquire(model, key, only)) is not None:
+            return permit
         self.only.append(only)
-        if not self.opened.is_set():
-            waits()
+        waits()
         self.waiting += 1
         self.entered.set()
         try:
@@ -152,6 +158,10 @@ class FakeGate:
             raise
         finally:
             self.waiting -= 1
+        return self._admitted()
+
+    def _admitted(self) -> FakePermit:
+        """A new permit. Raises ``refusal``."""
         if self.refusal is not None:
             raise self.refusal
         upstream, target = self.replicas.pop(0) if self.replicas else (self.upstream, None)

@@ -102,20 +102,19 @@ class Relay:
         if upstream_request is None:
             return
         parsed, target, key = upstream_request.parsed, upstream_request.target, exchange.request.caller.name
-        only, route = upstream_request.only_replica, upstream_request.public_path
         exchange.model, exchange.offer = target.model, target.offer
         account = exchange.account = self._open_account(upstream_request, exchange.request)
         if self.limits.now.request_timeout is not None:
             exchange.expire(self.limits.now.request_timeout)
         heartbeat = LoadingHeartbeat(exchange, target.model, parsed.model, parsed.stream, self.limits, self.gate)
-        acquiring = self.gate.acquire(target.model, key, only, parsed.raw, heartbeat.start, target.offer, route)
+        only, body, waits = upstream_request.only_replica, parsed.raw, heartbeat.start
         try:
+            # 2. Acquire: the key's limits, the model's queue, and an engine that is awake.
+            permit = self.gate.try_acquire(target.model, key, only, body, waits, target.offer)
+            permit = permit or await heartbeat.during(
+                self.gate.acquire(target.model, key, only, body, waits, target.offer, upstream_request.public_path)
+            )
             while True:
-                # 2. Acquire: the key's limits, the model's queue, and an engine that is awake.
-                try:
-                    permit = await acquiring
-                finally:
-                    heartbeat.stop()
                 attempt = upstream_request if permit.target is None else upstream_request.for_replica(permit.target)
                 account.admit(attempt.target.model)
                 answer = AnswerRelay(exchange, account, attempt, heartbeat, permit, self.requests.responses)
@@ -138,10 +137,10 @@ class Relay:
                     answer.note_failure(failure)
                     if heartbeat.answer_begun or exchange.over:
                         raise
-                    acquiring = permit.retry(failure)  # awaited once this permit is given back
                 finally:
                     # 6. Release, unless the answer's last byte has done so already.
                     answer.close()
+                permit = await heartbeat.during(permit.retry(failure))
         except VllmdError as error:
             heartbeat.fail(error.with_traceback(None))
         finally:

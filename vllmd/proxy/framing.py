@@ -18,6 +18,7 @@ SIZE_LINE_PREFIX = re.compile(rb"[0-9A-Fa-f]{0,15}(?:(?<=[0-9A-Fa-f])(?:;[\t\x20
 TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
 MAX_TRAILER_BYTES = 4096
 NO_RUN = re.compile(rb"(?!)")
+CR, LF = b"\r\n"
 HEX = frozenset(b"0123456789abcdefABCDEF")
 MAX_SIZES_KEPT = 4096
 _sizes: dict[bytes, int] = {}  # plain size lines, line end included -> the size; a stream has but a few of them
@@ -139,7 +140,7 @@ class Chunked:
             if not payload:
                 start = self._line = data.find(b"\n", 0, 18) + 1
                 payload = _sizes.get(data[:start], 0)
-            if payload and start + payload + 2 == size and data[-2:] == b"\r\n":
+            if payload and start + payload + 2 == size and data[-1] == LF and data[-2] == CR:
                 if self.counted:
                     self.payload += payload
                 if self.keep:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from vllmd.errors import VllmdError
 from vllmd.proxy.exchange import LAST_CHUNK, Exchange, chunk
-from vllmd.proxy.gate import Gate
+from vllmd.proxy.gate import Gate, Permit
 from vllmd.proxy.heads import write_response_head
 from vllmd.proxy.http import error_body
 from vllmd.proxy.limits import Limits
@@ -49,11 +49,14 @@ class LoadingHeartbeat:
         if self.enabled and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._tell_progress)
 
-    def stop(self) -> None:
-        """The wait for the model has ended: no more comments about it."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    async def during(self, acquiring: Awaitable[Permit]) -> Permit:
+        """What ``acquiring`` waits for, which calls ``start`` if it does. Then there are no more comments about it."""
+        try:
+            return await acquiring
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _tell_progress(self) -> None:
         self._send(self._comment(self._gate.loading(self._model) or "waiting"))
