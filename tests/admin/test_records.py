@@ -427,3 +427,18 @@ def test_an_engine_that_answers_nothing_is_told_though_it_seems_well(site: Site)
         assert site.line("deaf")["state"] == "running"
         until(lambda: site.line("endless")["silent"] is None)
     until(lambda: site.line("deaf")["silent"] is None)
+
+
+@pytest.mark.parametrize("name", ["team/alice", "/", "<b>?#%2F", "limits", "a limit/"])
+def test_a_key_of_any_name_can_be_limited_and_revoked(site: Site, name: str) -> None:
+    """One that cannot be revoked opens for ever what it opens."""
+    site.operate("POST", "/admin/keys", {"name": name, "settings": {}})
+    path = f"/admin/keys/{quote(name, safe='')}"
+    assert site.operate("POST", f"{path}/limits", {"settings": {"priority": 3}})["settings"]["priority"] == 3
+    assert name not in [key["name"] for key in site.operate("DELETE", path)["keys"]]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/../b", "a/limits"])
+def test_a_key_is_not_made_under_a_name_that_no_path_can_have(site: Site, name: str) -> None:
+    refused = site.ask("POST", "/admin/keys", {"name": name, "settings": {}}, key=BOSS)
+    assert (refused.status, refused.json["error"]["param"]) == (400, "name")
