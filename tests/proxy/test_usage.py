@@ -314,6 +314,13 @@ def test_what_is_told_in_each_api() -> None:
     assert estimate("/v1/embeddings", b"x" * 400, 1000, stream=False) == Tokens(100, 0, estimated=True)
 
 
+def test_no_number_of_tokens_is_below_zero() -> None:
+    """Whatever an engine tells: it would give its key tokens back, and could not be written to the record of use."""
+    for part in ("completion", "output"):
+        assert tokens_from_usage(b'"usage":{"%b_tokens":50,"total_tokens":10}' % part.encode()) == Tokens(0, 10)
+    assert tokens_from_usage(b'"usage":{"prompt_tokens":50,"total_tokens":10}') == Tokens(50, 0)
+
+
 def test_a_stream_without_usage_is_not_taken_apart_at_its_end() -> None:
     """Under load much of a stream comes in one piece with its last chunk: it passes as it came, and costs no look."""
     sent: list[bytes] = []

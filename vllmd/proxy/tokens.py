@@ -54,7 +54,7 @@ def from_usage(tail: bytes | bytearray, opening: bytes = b"") -> Tokens | None:
     cached = found.get(b"cached", 0)
     if b"total" in found:
         total = found[b"total"]
-        prompt = found.get(b"input", total - found.get(b"completion", found.get(b"output", 0)))
+        prompt = found.get(b"input", max(0, total - found.get(b"completion", found.get(b"output", 0))))
         return Tokens(prompt, max(0, total - prompt), cached)
     if b"input" in found and b"output" in found:  # Anthropic's, whose input tokens do not include the cached ones
         cached = found.get(b"cache_read_input", 0)
