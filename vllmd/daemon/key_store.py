@@ -97,8 +97,9 @@ class KeyStore:
         if not 0 < len(name) <= LONGEST_KEY_NAME or not name.isprintable() or name != name.strip() or name == "-":
             raise BadRequest(f"name must be 1 to {LONGEST_KEY_NAME} printable characters", param="name")
         *parts, last = name.split("/")
-        if {".", ".."} & {*parts, last} or (parts and last == "limits"):  # no path of a verb could end in it
-            raise BadRequest("name must have no part '.' or '..' between slashes, nor end in '/limits'", param="name")
+        if "\\" in name or {".", ".."} & {*parts, last} or (parts and last == "limits"):  # no verb's path can have it
+            what = "no backslash, and no part '.' or '..' between slashes, nor end in '/limits'"
+            raise BadRequest(f"name must have {what}", param="name")
         if name in self._keys or any(key.name == name for key in self._configured().keys):
             raise Conflict(f"there is a key called {name!r} already")
         if len(self._keys) >= MOST_KEYS:

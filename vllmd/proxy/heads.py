@@ -44,8 +44,8 @@ BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 PLAIN_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
 KEEP_ALIVE = re.compile(rb"(?:^|,)[ \t]*keep-alive[ \t]*(?:,|$)")
-# Without dot segments, which no path may have: by a path that ends in its id operators look into a request.
-REQUEST_ID = re.compile(r"(?!(?:.*/)?\.{1,2}(?:/|\Z))[\x21-\x7e]{1,128}")
+# No path may have dot segments or backslashes, and by a path that ends in its id operators look into a request.
+REQUEST_ID = re.compile(r"(?!(?:.*/)?\.{1,2}(?:/|\Z))[\x21-\x5b\x5d-\x7e]{1,128}")
 LAST_STATUS = 599
 BODYLESS = frozenset({204, 304})
 EVENT_STREAM = b"text/event-stream"
@@ -62,7 +62,7 @@ class RequestHead:
     """A request's head.
 
     ``length`` is its body's in bytes, 0 for none, None when it is chunked. ``path`` is decoded, without dot segments.
-    ``request_id`` is the client's own for it, "" for none, or one that is not printable ASCII or has dot segments.
+    ``request_id`` is the client's own for it, "" for none, or one that is not printable ASCII or fits no path.
     """
 
     method: str
