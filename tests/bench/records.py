@@ -72,6 +72,7 @@ async def write(path: Path) -> float:
     for _ in range(ROUNDS // 5):
         for number in range(EACH):
             records.ended(exchange(number))
+        records._add_up()
         began = time.thread_time()
         assert records._write(records._sums, records._arrivals) == ""
         took.append(time.thread_time() - began)
