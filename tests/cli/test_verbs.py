@@ -683,6 +683,22 @@ def test_a_launcher_that_hangs_is_told_wherever_one_looks(
         assert "launcher" not in capsys.readouterr().out
 
 
+def test_a_launcher_that_is_about_to_be_there_is_waited_for(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At an upgrade the daemon has begun a moment before the launcher is of its version: nothing is shown of it yet."""
+    why = "it is that of an older version"
+    daemon.answers["GET /admin/status"] = (200, status(opened=False, launcher_trouble=why))
+
+    def opens(seconds: float) -> None:
+        daemon.answers["GET /admin/status"] = (200, status(model("m")))
+
+    monkeypatch.setattr(time, "sleep", opens)
+    assert main(["ps"]) == 0
+    shown = capsys.readouterr().out
+    assert "m " in shown and why not in shown
+
+
 def test_help_begins_nobody_with_fifty_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever has just installed it reads the end of the list, where the first steps are."""
     with pytest.raises(SystemExit):

@@ -224,7 +224,7 @@ def test_a_launcher_that_hangs_is_told_above_all_models(page: sync_api.Page, sit
     trouble = {"launcher_trouble": "it has not answered a Start for 25 s"}
     page.route("**/admin/status", lambda route: route.fulfill(json=site.operate("GET", "/admin/status") | trouble))
     wrong = page.get_by_role("status", name="what is wrong")
-    wrong.get_by_text("No engine starts or ends, for the launcher does not answer: it has not answered").wait_for()
+    wrong.get_by_text("No engine starts or ends, because of the launcher: it has not answered").wait_for()
 
 
 def test_a_decision_about_devices_names_no_model(page: sync_api.Page, site: Site) -> None:

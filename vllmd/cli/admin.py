@@ -25,6 +25,7 @@ T = TypeVar("T", bound=Answer)
 
 SYSTEM_SOCKET, READ_SOCKET = "/run/vllmd/admin.sock", "/run/vllmd/read.sock"
 OPENING_SECONDS = 10.0  # that a daemon which was just started may take to find devices and engines
+TROUBLE_SECONDS = 2.0  # of these, where it says that something is wrong with the launcher
 NDJSON = "application/x-ndjson"
 ANSWER_SECONDS = 30.0  # that the daemon has for an answer which waits for nothing
 
@@ -73,11 +74,13 @@ class Admin:
         self.key: str = arguments.key or os.environ.get("VLLMD_API_KEY", "")
 
     def status(self, *, broken: bool = False) -> Status:
-        """The daemon's status, once it has found its devices and engines (or after 10 s, or it says why not).
+        """The daemon's status, once it has found its devices and engines; or after 10 s, or 2 s where it says why not.
+
+        At an upgrade it says so for a moment: it has begun, and the launcher has not been restarted yet.
 
         A daemon whose configuration is invalid has no models to show: Failure, unless ``broken``.
         """
-        until = time.monotonic() + OPENING_SECONDS
+        begun = time.monotonic()
         with Working("vllmd is looking for devices and engines"):
             while True:
                 status = understood(Status, self.get("/admin/status"))
@@ -85,7 +88,8 @@ class Admin:
                 if error and not broken:
                     raise Failure(f"no model is served, the configuration is invalid; vllmctl reload once it is "
                                   f"repaired:\n{error}", EX_CONFIG)  # fmt: skip
-                if status.opened or status.launcher_trouble or time.monotonic() > until:
+                patience = TROUBLE_SECONDS if status.launcher_trouble else OPENING_SECONDS
+                if status.opened or time.monotonic() > begun + patience:
                     return status
                 time.sleep(0.05)
 

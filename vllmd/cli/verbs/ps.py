@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         for text in nothing.advice(status):
             show.say(text)
     if status.launcher_trouble and not arguments.json:
-        show.say(f"no engine starts or ends, for the launcher does not answer: {status.launcher_trouble}")
+        show.say(f"no engine starts or ends, because of the launcher: {status.launcher_trouble}")
     for text in [] if arguments.json else [*downloads.under_way(status), *standbys(status)]:
         show.say(text)
     return 0

@@ -72,7 +72,7 @@ function Troubles({ status }) {
   const more = failed.length - MOST_TROUBLES;
   if (failed.length === 0 && !status.configuration.refused && !status.launcher_trouble) return null;
   return html`<div class="problem troubles" role="status" aria-label="what is wrong">
-    ${status.launcher_trouble && html`<p>No engine starts or ends, for the launcher does not answer: ${status.launcher_trouble}</p>`}
+    ${status.launcher_trouble && html`<p>No engine starts or ends, because of the launcher: ${status.launcher_trouble}</p>`}
     ${status.configuration.refused && html`<p>The configuration files are not in force, a restart would serve no model: ${status.configuration.refused}</p>`}
     ${failed.slice(0, MOST_TROUBLES).map((line) => html`<p key=${line.name}><strong>${line.name}</strong> ${line.never ? `can never be loaded: ${line.never}` : `has failed: ${firstLine(line.failure)}`}</p>`)}
     ${more > 0 && html`<p>and ${plural(more, "more model")}</p>`}</div>`;
