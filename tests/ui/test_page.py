@@ -241,7 +241,7 @@ def test_a_failure_stands_where_one_looks_with_its_cause(page: sync_api.Page, si
     page.get_by_role("link", name="broken").click()
     page.get_by_role("alert").get_by_text("It failed.").wait_for()
     page.get_by_role("tab", name="Log").click()
-    page.get_by_label("log").wait_for()
+    page.get_by_label("log", exact=True).wait_for()
 
 
 def test_a_model_can_be_tried_beside_another(page: sync_api.Page) -> None:
