@@ -8,19 +8,16 @@ from pathlib import Path
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
-# Files with this mark begin before all others, then those that take longest, then those with a container.
+# Files with this mark begin before all others, then those that take longest, then those with a container. What says how
+# soon something must happen is not listed, however long it takes: it waits until the real vLLMs have gone.
 VLLM, CONTAINER = "vllm", "machine"
 LONGEST = (
     "admin/test_openapi.py",
     "admin/test_surface.py",
-    "cli/test_with_daemon.py",
     "client/test_l_server_manager.py",
     "core/test_random.py",
     "installer/test_install.py",
-    "replicas/test_front.py",
-    "replicas/test_s.py",
     "simulate/test_aims.py",
-    "store/test_through_the_daemon.py",
     "test_house.py",
     "ui/test_page.py",
 )
