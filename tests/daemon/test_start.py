@@ -135,6 +135,20 @@ def test_what_writes_log_files_is_imported_where_one_is_asked_for(
     lives(read(tmp_path, {"devices": [], "models": {"m": model}}), tmp_path, look)
 
 
+def test_a_configuration_is_taken_also_where_what_writes_log_files_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload by a daemon whose package was replaced is a whole one; only a start of that model fails."""
+    monkeypatch.setitem(sys.modules, "vllmd.daemon.logfile", None)
+    before, after = ({"devices": [], "models": {"m": {"engine": "sim", "log_file": asked}}} for asked in (False, True))
+
+    async def look(living: Living) -> None:
+        await living.daemon.reload()
+        assert living.config.models["m"].log_file
+
+    lives(read(tmp_path, before), tmp_path, look, again=lambda: read(tmp_path, after))
+
+
 def test_the_rest_is_imported_when_the_first_clients_have_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside an import in a thread each turn takes milliseconds. Who waits for an engine is not waited for."""
 

@@ -140,7 +140,9 @@ class EngineManager:
         self._models = models
         self.launch_planner.configure(models, estimates)
         if self._logs and any(model.log_file for model in models.values()):  # few ask for one
-            importlib.import_module("vllmd.daemon.logfile")  # at a start the package may be another version's
+            # At a start the package may be another version's. If it is already, that start tells.
+            with contextlib.suppress(OSError, ImportError):
+                importlib.import_module("vllmd.daemon.logfile")
 
     @property
     def configured(self) -> Mapping[str, ModelConfig]:
