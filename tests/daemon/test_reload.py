@@ -715,6 +715,18 @@ def test_a_mended_configuration_starts_nothing_before_what_runs_is_adopted(
     lives(Config(), tmp_path, look, broken="vllmd.yaml:3: x")
 
 
+def test_a_reload_while_the_daemon_ends_lets_nothing_in(tmp_path: Path) -> None:
+    """Whoever comes then is for the next daemon; an engine that was begun for him would be ended at once."""
+
+    async def look(living: Living) -> None:
+        living.front.refuse_waiting()
+        await living.daemon.reload()
+        with pytest.raises(Unavailable, match="shutting down"):
+            living.front.gate.resolve("m")
+
+    lives(read(tmp_path, BASE), tmp_path, look)
+
+
 def test_what_was_decided_by_an_earlier_daemon_is_told(tmp_path: Path) -> None:
     """And what is decided now is kept for the next one. Somebody has set the clock back meanwhile."""
     config = read(tmp_path, BASE)

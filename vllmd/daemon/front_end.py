@@ -84,7 +84,8 @@ class FrontEnd:
         """Serve by this configuration from now on, or, where engines may run that are yet to be adopted, from then."""
         logging.getLogger().setLevel(config.log_level.upper())
         self.current.apply(config)
-        self.gate.refusal = Unavailable(ADOPTING, retry_after=1) if adopting else None
+        if not self._refuses_with(SHUTTING_DOWN):
+            self.gate.refusal = Unavailable(ADOPTING, retry_after=1) if adopting else None
         self.gate.configure(config.models, self.current.engines, config.server.keep_alive_limit, config.pools)
         self.records.configure(config.records)
         self.key_store.load()
@@ -93,8 +94,11 @@ class FrontEnd:
 
     def adopted(self) -> None:
         """Serve requests that were refused because an engine of theirs might run already."""
-        if self.gate.refusal is not None and self.gate.refusal.message == ADOPTING:
+        if self._refuses_with(ADOPTING):
             self.gate.refusal = None
+
+    def _refuses_with(self, message: str) -> bool:
+        return self.gate.refusal is not None and self.gate.refusal.message == message
 
     def refuse_waiting(self) -> None:
         """Refuse the requests that wait, and those that come, with 503; answers that have begun go on."""
