@@ -586,6 +586,30 @@ def test_the_state_of_an_adopted_engine_has_the_date_that_was_noted(
     lives(read(tmp_path, BASE), tmp_path, look)
 
 
+def test_an_engine_that_is_started_while_one_looks_for_others_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator may load a model as soon as its configuration is mended. It was ended as a second one."""
+
+    async def look(living: Living) -> None:
+        to_adopt = list[list[Running]]()
+
+        async def listed() -> list[Running]:
+            process = EngineProcess(living.config.models["m"], Sim(), "m-000001", Listen(), Placement((0,)), "")
+            living.back.engines.processes["m"] = process
+            return [Running(process.instance, 1, ""), Running("n-000002", 2, "")]
+
+        async def adopted(engines: object, running: list[Running], *_: object) -> None:
+            to_adopt.append(running)
+
+        monkeypatch.setattr(living.back.launcher, "list", listed)
+        monkeypatch.setattr(startup, "adopt_all", adopted)
+        await startup.adopt_running(living.front, living.back)
+        assert [[each.instance for each in running] for running in to_adopt] == [["n-000002"]]
+
+    lives(read(tmp_path, BASE), tmp_path, look)
+
+
 @pytest.mark.parametrize(("runs", "known"), [((), []), (("m",), ["m", "old", "n"]), (("n",), ["old", "n"])])
 def test_what_an_earlier_daemon_started_is_known_to_standbys_where_engines_are_taken_over(
     runs: tuple[str, ...], known: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -122,8 +122,10 @@ async def adopt_running(front: FrontEnd, back: BackEnd) -> None:
     Only then anything is begun by time alone, or by a request.
     """
     try:
+        listed = await answered(back.launcher.list)
+        # An operator may have had one started meanwhile: that is no other's.
         known = {process.instance for process in back.engines.processes.values()}
-        running = [engine for engine in await answered(back.launcher.list) if engine.instance not in known]
+        running = [engine for engine in listed if engine.instance not in known]
         for noted in (engine.metadata for engine in running):
             if known_date := date_of(noted, "since"):
                 front.learnt.dates.learn(*known_date)
