@@ -24,7 +24,7 @@ TOO_LONG_A_NAME = f"a model's name has at most {LONGEST_NAME} characters"
 
 MOST_NAMED = 3  # names in a message
 MOST_COMPARED = 500  # names that a wrong one is compared with
-MOST_GUESSED = 1000  # inexact names whose meanings are remembered, and mistakes of which it is what to say
+MOST_GUESSED = 1000  # inexact names whose meanings are remembered; as many of which the error is, for each caller
 
 FIRST_MODEL = "vllmctl run smollm2"  # the command that fetches a model, serves it and asks it
 LATEST = ":latest"

@@ -50,7 +50,7 @@ class LoadingHeartbeat:
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._tell_progress)
 
     async def during(self, acquiring: Awaitable[Permit]) -> Permit:
-        """What ``acquiring`` waits for, which calls ``start`` if it does. Then there are no more comments about it."""
+        """Await a permit. Comments begin where that calls ``start``, since it has to wait, and end with it."""
         try:
             return await acquiring
         finally:
