@@ -140,3 +140,20 @@ def test_a_request_came_when_it_came_whatever_became_of_the_clock_since(monkeypa
     (entry,) = records.requests("", None, "", None, False, None, 10, ANYBODY).under_way
     assert entry.at == pytest.approx(came, abs=60)
     assert Ring(1).note(exchange).at == pytest.approx(entry.at, abs=1)
+
+
+@pytest.mark.parametrize(("error", "payer"), [("TooManyRequests", "alice"), ("ClientGone", "bob"), ("", "bob")])
+def test_whose_request_was_refused_pays_for_no_model(error: str, payer: str) -> None:
+    """The memory of a model at rest is booked to the key that used it last; who has it load and leaves has used it."""
+    paid: list[str] = []
+    records = Records(RecordsConfig(), None, spend=lambda key, device_seconds: paid.append(key))
+    for caller, outcome in ((Caller("alice"), ""), (Caller("bob"), error)):
+        request = Request("POST", "/v1/chat/completions", "/v1/chat/completions", "", Headers(), caller=caller)
+        exchange = Exchange(request, cast(Any, None), lambda data: None, keep_alive=True)
+        exchange.model, exchange.error = "m", outcome
+        records.ended(exchange)
+    view = SimpleNamespace(name="m", replicas=[SimpleNamespace(devices=(0,), memory=1)])
+    seen = cast(Any, SimpleNamespace(devices=[SimpleNamespace(index=0, memory=2)], models=[view]))
+    records.look(seen, {})
+    records.look(seen, {})
+    assert paid == [payer]

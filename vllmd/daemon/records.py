@@ -32,7 +32,7 @@ from vllmd.config.types import RecordsConfig
 from vllmd.core.types import Snapshot
 from vllmd.daemon.state_files import state_file
 from vllmd.daemon.tasks import Tasks
-from vllmd.errors import BadRequest, NotFound, RequestCancelled, Unavailable
+from vllmd.errors import BadRequest, NotFound, RequestCancelled, TooManyRequests, Unavailable
 from vllmd.proxy.access import ADMIN, MODELS, Caller
 from vllmd.proxy.account import Account, Trace
 from vllmd.proxy.exchange import Exchange
@@ -59,6 +59,7 @@ MOST_ARRIVALS = MOST_LINES = 20_000  # that wait to be written
 MOST_AT_ONCE, WATCH_PAUSE = 10, 0.25  # requests that a watcher is sent, and the seconds until it is sent more
 USAGE_SHOWN, TRACE_SHOWN = 30 * DAY, 7 * DAY  # seconds, where the question names no beginning
 NO_TOKENS = Tokens(0, 0)
+REFUSED = TooManyRequests.__name__  # the error of a request that used nothing: over a limit of its key, or of a queue
 LONGEST_LOOK = 60.0  # seconds between two looks at the devices; after a longer time nobody knows who held what
 
 
@@ -167,26 +168,29 @@ class Records:
         if account is not None and account.trace is not None and self.spans is not None:
             self.spans.note(entry, account.trace)
         if exchange.model:
-            key, model = exchange.request.caller.name, exchange.offer or exchange.model
-            self._last_key[exchange.model] = key
+            if exchange.error != REFUSED:
+                self._last_key[exchange.model] = entry.key
             if self.keeps:
-                waited, tokens = entry.waited, account.tokens if account is not None else None
-                tokens = tokens or NO_TOKENS
-                engine_seconds = 0.0 if waited is None else entry.seconds - waited
-                failed = ring.failed(entry) if exchange.error or exchange.status >= 400 else False
-                self._fresh.append((
-                    entry.at * 1000, model, key, tokens.prompt, tokens.answer, tokens.cached,
-                    tokens.total if tokens.estimated else 0, engine_seconds, failed,
-                ))  # fmt: skip
-                if self._timer is None:
-                    self._flush_later(FLUSH)
-                if len(self._fresh) >= AT_A_TIME:
-                    self._add_up()
+                self._note_use(entry)
         if config.access_log:
             self._log(entry, config.access_log)
         for watcher in self._watchers:
             watcher.offer(entry)
         return entry
+
+    def _note_use(self, entry: Entry) -> None:
+        """Note what counts as use of a request that has ended."""
+        waited, tokens = entry.waited, entry.tokens or NO_TOKENS
+        engine_seconds = 0.0 if waited is None else entry.seconds - waited
+        failed = (entry.error != "" or entry.status >= 400) and ring.failed(entry)
+        self._fresh.append((
+            entry.at * 1000, entry.model, entry.key, tokens.prompt, tokens.answer, tokens.cached,
+            tokens.total if tokens.estimated else 0, engine_seconds, failed,
+        ))  # fmt: skip
+        if self._timer is None:
+            self._flush_later(FLUSH)
+        if len(self._fresh) >= AT_A_TIME:
+            self._add_up()
 
     def _add_up(self) -> None:
         """Add what has ended to the sums of use, and to the arrivals."""
