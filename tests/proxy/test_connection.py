@@ -423,6 +423,7 @@ def test_a_route_that_cannot_be_imported_is_answered(caplog: pytest.LogCaptureFi
                 assert answer.status == status
                 assert b"secret" not in answer.body
             assert "GET /later failed: vllmd was upgraded and not restarted" in caplog.text
+            assert "GET /later failed\n" in caplog.text  # with the error itself, where it is a fault
 
     asyncio.run(play())
 
