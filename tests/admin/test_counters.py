@@ -85,6 +85,18 @@ def test_what_is_counted_is_what_is_read() -> None:
     assert read["vllmd_ready{}"] == 0
 
 
+def test_a_model_that_could_not_be_fetched_has_no_counters_of_its_own() -> None:
+    """Clients choose the names, as many as they like; the failures are counted all the same."""
+    counters = Counters({"m"}.__contains__)
+    for model in ("m", "org/one", "org/two"):
+        failed = entry(model=model, status=404, error="UnknownModel", seconds=1.0, received=10, sent=100)
+        counters.recorded(failed)
+    read = samples(counters, Gauges(None))
+    assert read["vllmd_http_requests_total{code=404,method=POST,route=/v1/chat/completions}"] == 3
+    assert read["vllmd_errors_total{kind=UnknownModel,model=}"] == 2
+    assert not [name for name in read if "org/" in name]
+
+
 def test_requests_are_counted_together() -> None:
     """Some at a time or when somebody looks, by what the record keeps of them: none is lost, none counted twice."""
     counters = Counters()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vllmd.core.types import Decision
@@ -85,7 +85,12 @@ _received, _sent = field("received"), field("sent")
 class Counters:
     """The counters. Keys of each are tuples of label values."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_served: Callable[[str], bool] = lambda model: True) -> None:
+        """``is_served``: whether a model, or what else is offered, is called that.
+
+        A request for any other, whose fetching has failed, is counted as one without a model: clients choose the names.
+        """
+        self._is_served = is_served
         self.requests: Counter[tuple[str, ...]] = Counter()  # route, method, code
         self.durations = Histograms()  # route
         self.model_requests: Counter[tuple[str, ...]] = Counter()  # model, code
@@ -159,7 +164,8 @@ class Counters:
 
     def _count(self, kind: Kind, measured: Measurements) -> None:
         """Count requests of one kind by route, and by model, key and error where they have them."""
-        route, model, code = kind.route.replace(":path", "") or "none", kind.model, str(kind.status)
+        route, code = kind.route.replace(":path", "") or "none", str(kind.status)
+        model = kind.model if self._is_served(kind.model) else ""
         number = len(measured.seconds)
         self.requests[route, kind.method if kind.route else "other", code] += number
         self.durations[(route,)].observe(*measured.seconds)

@@ -137,7 +137,8 @@ def front_end(
     key_store.load()
     with_keys = key_store.added_to(config)
     # 3. The gate, and the relay behind it. What is wrong with a broken configuration is for operators, and the log.
-    resolver, counters, quotas = EngineResolver(), Counters(), Quotas(with_keys.auth.keys)
+    counters = Counters(lambda name: gate.has(name))
+    resolver, quotas = EngineResolver(), Quotas(with_keys.auth.keys)
     gate = AdmissionGate(resolver, quotas, counters, fetching)
     gate.configure(config.models, current.engines, config.server.keep_alive_limit, config.pools)
     if broken:
