@@ -51,7 +51,7 @@ def test_without_root_it_says_what_needs_root(nobodys_cache: Path) -> None:
     """The rest works for everybody; a container tree is made by root only."""
     done = setup("tree", cache=nobodys_cache, user=NOBODY)
     assert done.returncode == 1
-    assert done.stderr.strip() == "setup: 'tree' needs root (debootstrap, chroot)"
+    assert done.stderr.strip() == "setup: 'tree' needs root (chroot)"
 
 
 def test_all_ends_with_what_failed(nobodys_cache: Path) -> None:
@@ -61,7 +61,7 @@ def test_all_ends_with_what_failed(nobodys_cache: Path) -> None:
     *reasons, last = done.stderr.splitlines()
     steps = "[venv bytecode wheels] [llama axe] [tree build old] [trixie] [vllm model engines ray]"
     assert last == f"setup: failed, for the reasons above: {steps}"
-    assert reasons.count("setup: 'tree' needs root (debootstrap, chroot)") == 2
+    assert reasons.count("setup: 'tree' needs root (chroot)") == 2
     assert "setup: /bin/false is older than 3.11" in reasons
     assert any(reason.startswith("setup: pip found no CPU build of torch") for reason in reasons)
 
