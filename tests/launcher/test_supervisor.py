@@ -25,7 +25,7 @@ from vllmd.launcher.loop import Loop
 from vllmd.launcher.process import Process
 from vllmd.launcher.protocol import ExitReport, Failed, Started, StartOrder, decode
 from vllmd.launcher.service import Service
-from vllmd.launcher.spawn import OURSELVES, Users, read_failure
+from vllmd.launcher.spawn import OURSELVES, User, Users, read_failure
 
 
 def full(*_: object, **__: object) -> Any:
@@ -263,6 +263,51 @@ def test_a_standby_is_noted_as_an_engine_when_it_has_taken_the_order(tmp_path: P
     assert answers[1].engine.standby == "s"
     assert noted_before == [{"launcher.run_dir", "launcher.user"}]
     assert {"launcher.pid", "launcher.start"} <= {*backend.groups[1].noted}
+
+
+def test_a_run_directory_that_is_made_after_its_engines_end_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine made of a standby a child makes it, which may be slower than the end of one that is killed."""
+    loop, run_dir = Loop(), tmp_path / "b"
+    backend = Backend(loop, "")
+    (may_make, go), (made, says_so), make = os.pipe(), os.pipe(), spawn._prepare_folders
+    failed: list[Started | Failed] = []
+
+    def make_later(order: StartOrder, user: User) -> None:
+        os.read(may_make, 1)
+        make(order, user)
+        os.write(says_so, b"x")
+
+    def tidy(path: str, user: User) -> Process:
+        child = spawn.tidy(path, user)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        os.write(go, b"x")
+        return child
+
+    def ready(instance: str, memory: int) -> None:
+        backend.groups[0].location = lambda: ""  # type: ignore[method-assign]  # its process leaves it
+        monkeypatch.setattr(spawn, "_prepare_folders", make_later)
+        monkeypatch.setattr(engines, "tidy", tidy)
+        supervisor.start(StartOrder("b", ("x",), run_dir=str(run_dir), standby=instance), ended)
+        supervisor.kill_all()
+
+    def ended(answer: Started | Failed) -> None:
+        failed.append(answer)
+        loop.later(0, look)
+
+    def look() -> None:
+        if supervisor.busy:
+            loop.later(0.01, look)
+        else:
+            loop.stop()
+
+    supervisor = Supervisor(loop, backend, Users(), lambda report: None, waiting=ready)
+    supervisor.start(StartOrder("s", (sys.executable, "-c", WAITS), waits=True), lambda answer: None)
+    loop.run()
+    os.read(made, 1)
+    assert isinstance(failed[0], Failed)
+    assert not run_dir.exists()
 
 
 @pytest.mark.parametrize("command", ["/" + "y" * 4000, "/tmp/" + "é" * 900, "/nosuch\x20" * 400])

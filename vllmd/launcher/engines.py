@@ -167,15 +167,15 @@ class Supervisor:
         self._roots = tuple(roots)
         self._engines: dict[str, Engine] = {}
         self._unused: set[str] = set()  # run directories without an engine, at the last sweep
-        self._tidying = 0  # children that are removing run directories
+        self._children = 0  # those that are making or removing run directories
 
     def __len__(self) -> int:
         return len(self._engines)
 
     @property
     def busy(self) -> bool:
-        """Whether an engine is still there, or a child that removes a run directory."""
-        return bool(self._engines or self._tidying)
+        """Whether an engine is still there, or a child that makes or removes a run directory."""
+        return bool(self._engines or self._children)
 
     def has(self, instance: str) -> bool:
         """Whether the engine is starting or running, or its end is still to be reported."""
@@ -430,12 +430,16 @@ class Supervisor:
             child = prepare(order, user)
         except OSError as error:
             return self._fail(engine, Failed(f"cannot start a process: {error.strerror}"))
+        self._children += 1
 
         def done() -> None:
+            self._children -= 1
             ending = child.ending()
             self._loop.unwatch(child.fd)
             child.close()
             if engine.phase is not Phase.PLACING or engine.process is None:
+                if order.run_dir and order.instance not in self._engines:  # made after that engine's end had removed it
+                    self._tidy(order.run_dir, user)
                 return None
             if ending not in (None, Ending(0)):  # None: it was reaped elsewhere; then the standby fails, if it failed
                 return self._fail(engine, Failed(f"the run directory {order.run_dir} cannot be made"))
@@ -686,10 +690,10 @@ class Supervisor:
             return
         if child is None:
             return
-        self._tidying += 1
+        self._children += 1
 
         def reap() -> None:
-            self._tidying -= 1
+            self._children -= 1
             ending = child.ending()
             if ending and ending.status == AGAIN:  # its disk is read-only now
                 retry()
