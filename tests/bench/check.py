@@ -9,6 +9,10 @@ Held against each other is only what hardly depends on who else is at work on th
 On two cores with a load of 20 the count came out the same within two calls, answers between 3.7 and 5.2 yardsticks and
 streams between 17 and 29: so it is the count that finds what is small, and the times find what is not Python's.
 
+Machines differ in what the kernel's part costs beside the interpreter's: the same code took 1.1 yardsticks for an
+answer on one and 3.2 on another, both at rest. So on another machine than the newest table's only the count says
+anything; there a change is held against its parent: ``--update`` before it, and without after it.
+
 ``--update`` puts a new table before the others: in the commit that makes a request dearer or cheaper, which says why.
 """
 
