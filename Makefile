@@ -3,7 +3,7 @@ SETUP  := packaging/dev/setup
 PYTHON := $(shell $(SETUP) path)/venv/bin/python
 PREFIX ?= /usr/local
 # Tests run so many files at a time, most of them waiting for something; 0: one after the other, in one process.
-WORKERS ?= 6
+WORKERS ?= 4
 # What bench-cold measures, and how often: COLD='"vllm --standby"' ROUNDS=2 is three minutes on a machine at rest.
 COLD   ?= "swap" "vllm --standby" "vllm --cold" "vllm --compiled --standby"
 ROUNDS ?= 3

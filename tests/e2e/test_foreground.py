@@ -132,7 +132,7 @@ def test_waiters_are_told_at_once(tmp_path: Path) -> None:
 
 def test_what_has_begun_is_finished_and_whoever_comes_late_is_told(tmp_path: Path) -> None:
     """While it drains, new clients get 503 at once, on kept connections as well, and vllmctl is still answered."""
-    serve = Serve(tmp_path, tokens_per_second=4)
+    serve = Serve(tmp_path, tokens_per_second=2)
     with serve.running():
         kept = httpx.Client(base_url=f"http://127.0.0.1:{serve.port}", timeout=LIMIT)
         assert kept.get("/health").status_code == 200

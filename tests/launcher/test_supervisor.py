@@ -271,13 +271,16 @@ def test_a_run_directory_that_is_made_after_its_engines_end_is_removed(
     """Of an engine made of a standby a child makes it, which may be slower than the end of one that is killed."""
     loop, run_dir = Loop(), tmp_path / "b"
     backend = Backend(loop, "")
-    (may_make, go), (made, says_so), make = os.pipe(), os.pipe(), spawn._prepare_folders
+    (may_make, go), (made, says_so) = os.pipe(), os.pipe()
     failed: list[Started | Failed] = []
 
-    def make_later(order: StartOrder, user: User) -> None:
+    def prepare_later(order: StartOrder, user: User) -> Process:
+        if pid := os.fork():
+            return Process(pid)
         os.read(may_make, 1)
-        make(order, user)
+        os.mkdir(order.run_dir)
         os.write(says_so, b"x")
+        os._exit(0)
 
     def tidy(path: str, user: User) -> Process:
         child = spawn.tidy(path, user)
@@ -287,7 +290,7 @@ def test_a_run_directory_that_is_made_after_its_engines_end_is_removed(
 
     def ready(instance: str, memory: int) -> None:
         backend.groups[0].location = lambda: ""  # type: ignore[method-assign]  # its process leaves it
-        monkeypatch.setattr(spawn, "_prepare_folders", make_later)
+        monkeypatch.setattr(engines, "prepare", prepare_later)
         monkeypatch.setattr(engines, "tidy", tidy)
         supervisor.start(StartOrder("b", ("x",), run_dir=str(run_dir), standby=instance), ended)
         supervisor.kill_all()
