@@ -13,11 +13,11 @@ So one object, the ``Permit``, is the request from its arrival to its end::
 
 ``_permits`` has the requests that the core knows of and that are not over. Only ``_leave``, ``reject`` and
 ``Permit.release`` take one out, so whichever comes first is the only one that counts. Where a model serves and nothing
-else is under way the core admits without an event (``admit_at_once``), and ``try_acquire``, with which every
-``acquire`` begins, has the permit without waiting. Else the core may admit within the very call that told it of the
-arrival, and then ``acquire`` waits for nothing; or at any time later, and then ``acquire`` waits for the future
-``Permit.decided``. That future may have been cancelled, because the client has left, in the same turn of the event loop
-in which the core admits: the permit is released then (``_leave``), not dropped.
+else is under way the core admits without an event (``admit_at_once``), and ``try_acquire`` has the permit without a
+coroutine. Else the core may admit within the very call that told it of the arrival, and then ``acquire`` waits for
+nothing; or at any time later, and then ``acquire`` waits for the future ``Permit.decided``. That future may have been
+cancelled, because the client has left, in the same turn of the event loop in which the core admits: the permit is
+released then (``_leave``), not dropped.
 
 Before the back end is there (``open``) requests wait in ``_opening``, unknown to the core, and only then arrive.
 
@@ -385,10 +385,7 @@ class AdmissionGate:
         ``only``: the one replica that may serve it. ``offer``: the adapter or variant that it named. ``route``: the
         public path that it came by. ``waits`` is called if it is not admitted at once.
         """
-        # 1. Mostly there is nothing to wait for. Else the key's quota: a key over its limit takes no place in a queue.
-        admitted = self.try_acquire(model, key, only, body, waits, offer)
-        if admitted is not None:
-            return admitted
+        # 1. The key's quota: a key over its limit takes no place in a queue.
         use = self._quotas.begin(key, body)
         began: float | None = None  # when it began to wait, if it did
         permit = Permit(self, model, key, only, waits, offer)

@@ -129,7 +129,7 @@ class Gate(Protocol):
     ) -> Permit | None:
         """The permit, where the request may be sent without waiting; None, nothing changed: await ``acquire``.
 
-        The parameters are those of ``acquire``, which begins with this. Raises VllmdError if the request is refused.
+        The parameters are those of ``acquire``. Raises VllmdError if the request is refused.
         """
 
     async def acquire(

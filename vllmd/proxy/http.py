@@ -248,18 +248,13 @@ def status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
 
 
+@lru_cache(maxsize=2)
+def _date_line(second: int) -> bytes:
+    at = time.gmtime(second)
+    day, month = DAYS[at.tm_wday], MONTHS[at.tm_mon - 1]
+    return f"date: {day}, {at.tm_mday:02} {month} {at.tm_year} {time.strftime('%H:%M:%S', at)} GMT\r\n".encode("ascii")
+
+
 def date_line() -> bytes:
     """The ``Date`` field of this second, with its line end."""
-    global _date
-    second, line = _date
-    if not 0.0 <= time.time() - second < 1.0:
-        second = time.time() // 1
-        at = time.gmtime(second)
-        day, month = DAYS[at.tm_wday], MONTHS[at.tm_mon - 1]
-        clock = time.strftime("%H:%M:%S", at)
-        line = f"date: {day}, {at.tm_mday:02} {month} {at.tm_year} {clock} GMT\r\n".encode("ascii")
-        _date = second, line
-    return line
-
-
-_date = (0.0, b"")  # the second of the last line, and the line
+    return _date_line(int(time.time()))

@@ -124,7 +124,7 @@ class RequestReader:
             return None
         self.head_size = end + 4
         raw = self._take(end + 4)
-        head = self._heads.known(raw) or self._heads.read(raw)
+        head = self._heads.read(raw)
         self._scanned = 0
         self._begun = False
         self._next, self._framing, self._keep = head, None, True

@@ -196,7 +196,7 @@ class Upstream:
 
         What comes between two requests is no answer to the second one, and would be taken for it.
         """
-        if self._broken or self.transport.is_closing():
+        if not self.usable:
             return False
         poll = self._poll
         if poll is None:
